@@ -1,0 +1,1 @@
+"""A compiled FLUX transformer that switches LoRAs by binding other tensors. Usable without ComfyUI."""

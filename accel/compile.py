@@ -1,0 +1,117 @@
+"""torch.compile for one engine: by region, once, whatever LoRA, resolution, prompt length or batch comes.
+
+Nothing process-wide is set: dynamo's and the shape environment's options are patched around an engine's own calls.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import time
+import types
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, Protocol
+
+import torch
+import torch._dynamo
+import torch.fx.experimental._config
+from torch import Tensor, nn
+
+# Private names, in force only around our own calls, all checked by tests/test_engine.py:
+# a LoRA's rank is a parameter's size, and parameters' sizes are constants unless the first two say otherwise. With duck
+# shapes, a prompt length that equals another size (3072 tokens, hidden 3072) would become it. One region serves every
+# block of its type and every variant of its inputs, so the default limit of 8 is near.
+DYNAMO_OPTIONS = {
+    "force_parameter_static_shapes": False,
+    "force_nn_module_property_static_shapes": False,
+    "recompile_limit": 64,
+}
+SHAPE_OPTIONS = {"use_duck_shape": False}
+
+
+class CompileObserver(Protocol):
+    """Hears of compiles: they take tens of seconds, so a user wants to know."""
+
+    def compiling(self, region: str) -> None:
+        """The first call of a region begins; it traces and compiles."""
+
+    def compiled(self, region: str, seconds: float, count: int) -> None:
+        """A call compiled; `seconds` is that call, `count` the engine's compiles so far."""
+
+
+class RegionCompiler:
+    """Compiles block functions for one engine, and counts it."""
+
+    def __init__(self, mode: str, observer: CompileObserver) -> None:
+        """Compile as `settings.COMPILE_MODES` says."""
+        self.enabled = mode != "off"
+        self.count = 0
+        self._observer = observer
+
+    def region(self, function: Callable) -> Callable:
+        """Wrap one block function `f(block, *tensors)`, each tensor batch-first. Call the result only inside `scope`."""
+        if not self.enabled:
+            return function
+        # dynamo keeps compiled code with the code object, so two engines would see each other's guards, count each
+        # other's compiles as recompiles, and outlive each other. A code object of its own parts them.
+        own = types.FunctionType(
+            function.__code__.replace(), function.__globals__, function.__name__, None, function.__closure__
+        )
+        compiled = torch.compile(own, backend=self._compile_counted, fullgraph=True, dynamic=True)
+        name, called = function.__name__, False
+
+        @functools.wraps(function)
+        def call(block: nn.Module, *args: Any) -> Any:
+            nonlocal called
+            if not called:
+                self._observer.compiling(name)
+                called = True
+            _mark_batch(args)
+            before, start = self.count, time.perf_counter()
+            result = compiled(block, *args)
+            if self.count != before:
+                self._observer.compiled(name, time.perf_counter() - start, self.count)
+            return result
+
+        return call
+
+    @contextmanager
+    def scope(self) -> Iterator[None]:
+        """Put dynamo's options in force for the calls inside."""
+        with ExitStack() as stack:
+            if self.enabled:
+                stack.enter_context(torch._dynamo.config.patch(DYNAMO_OPTIONS))
+                stack.enter_context(torch.fx.experimental._config.patch(SHAPE_OPTIONS))
+            yield
+
+    def _compile_counted(self, graph: torch.fx.GraphModule, example_inputs: list[Tensor]) -> Callable:
+        from torch._inductor.compile_fx import compile_fx  # takes a second to import
+
+        self.count += 1
+        return compile_fx(graph, example_inputs)
+
+
+def mark_weights_static(model: nn.Module) -> None:
+    """Keep the sizes of a model's own weights constant in its compiled regions.
+
+    Call it before LoRA layers are added: their ranks must stay symbols.
+    """
+    for parameter in model.parameters():
+        torch._dynamo.mark_static(parameter)
+
+
+@functools.cache
+def _batch_can_be_unbacked() -> bool:
+    # Sharing one unbacked symbol among several inputs came with torch 2.11; without it, batch 1 and larger batches
+    # compile one graph each.
+    return "shape_id" in inspect.signature(torch._dynamo.decorators.mark_unbacked).parameters
+
+
+def _mark_batch(args: tuple[Any, ...]) -> None:
+    """Let one graph serve batch 1 and every other: ComfyUI's batch flips when conditions are joined or not."""
+    if not _batch_can_be_unbacked():
+        return
+    for tensor in args:
+        if isinstance(tensor, Tensor) and tensor.ndim in (2, 3):
+            torch._dynamo.decorators.mark_unbacked(tensor, 0, shape_id="batch")

@@ -1,0 +1,212 @@
+"""One compiled transformer that lives across prompts, and the switching of LoRAs on it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .attention import resolve_attention
+from .checkpoint import load_model
+from .compile import CompileObserver, RegionCompiler, mark_weights_static
+from .errors import EngineStateError
+from .files import FileIdentity
+from .hardware import resolve_dtype
+from .lora.file import LoraWeights, read_lora
+from .lora.pool import ByteLru
+from .lora.slots import Bindings, LoraSlots
+from .lora.stack import FlatLora, LoraStack, flatten
+from .settings import EngineSettings
+from .spec import ModelSpec
+
+MIB = 2**20
+FILE_POOL_BYTES = 1024 * MIB
+HOST_POOL_BYTES = 2048 * MIB
+DEVICE_POOL_BYTES = 512 * MIB
+
+
+class Observer(CompileObserver, Protocol):
+    """Hears of everything that takes long."""
+
+    def loading(self, done: int, total: int) -> None:
+        """`done` of `total` tensors are read."""
+
+
+class Silent:
+    """An observer that ignores everything."""
+
+    def loading(self, done: int, total: int) -> None:
+        """Ignore."""
+
+    def compiling(self, region: str) -> None:
+        """Ignore."""
+
+    def compiled(self, region: str, seconds: float, count: int) -> None:
+        """Ignore."""
+
+
+@dataclass(frozen=True)
+class SwapReport:
+    """What one switch of LoRAs did.
+
+    Attributes:
+        loras: the stack, as `LoraStack.__str__` writes it.
+        source: "unchanged", "hot" (was on the device: bound), "warm" (was prepared on the host: one copy, then bound)
+            or "cold" (prepared now).
+        swap_ms: wall-clock time of the switch.
+        bytes: size of the bound LoRA on the device.
+    """
+
+    loras: str
+    source: str
+    swap_ms: float
+    bytes: int
+
+
+@dataclass(frozen=True)
+class _Resident:
+    """A stack on the device, with the Parameters that show it."""
+
+    flat: FlatLora
+    bindings: Bindings
+
+
+class Engine:
+    """A transformer with LoRA slots. Made from a header; `load` reads the weights.
+
+    Call order: `load`, then `swap`, then calls; `release` at any time between calls, after which `load` starts over
+    without compiling anew.
+    """
+
+    def __init__(self, spec: ModelSpec, settings: EngineSettings, observer: Observer | None = None) -> None:
+        """Check the settings against the machine; read nothing but the header.
+
+        Raises:
+            SettingsError: the machine cannot do what the settings ask for.
+        """
+        self.spec = spec
+        self.settings = settings
+        self.device = torch.device(settings.device)
+        self.dtype = resolve_dtype(settings.dtype, spec.stored_dtype, self.device)
+        self.bytes = spec.parameter_count * self.dtype.itemsize
+        self.load_count = 0
+        self._observer = observer or Silent()
+        self._compiler = RegionCompiler(settings.compile, self._observer)
+        regions = spec.family.regions(resolve_attention(settings.attention))
+        self._regions = tuple(self._compiler.region(region) for region in regions)
+        self._files: ByteLru[LoraWeights] = ByteLru(FILE_POOL_BYTES, lambda weights: weights.bytes)
+        self._host: ByteLru[FlatLora] = ByteLru(HOST_POOL_BYTES, lambda flat: flat.bytes)
+        self._hot: ByteLru[_Resident] = ByteLru(DEVICE_POOL_BYTES, lambda resident: resident.flat.bytes)
+        self._lock = threading.RLock()
+        self._slots: LoraSlots | None = None
+        self._forward: Callable[[Any], Tensor] | None = None
+        self._applied: tuple | None = None
+
+    @property
+    def loaded(self) -> bool:
+        """Whether the weights are on the device."""
+        return self._forward is not None
+
+    @property
+    def compile_count(self) -> int:
+        """Regions compiled since the engine was made."""
+        return self._compiler.count
+
+    def load(self) -> None:
+        """Read the weights, add the LoRA slots, bind no LoRA. Does nothing when loaded.
+
+        Raises:
+            FileError: the file is gone or changed since its header was read.
+            CheckpointError: a weight is not finite.
+        """
+        with self._lock:
+            if self.loaded:
+                return
+            model = load_model(self.spec, self.dtype, self.device, self._observer.loading)
+            mark_weights_static(model)
+            layout = self.spec.family.layout(self.spec.config)
+            modules = [part.module for linear in layout.linears for part in linear.parts]
+            slots = LoraSlots(model, modules, self.dtype, self.device)
+            self._forward = self.spec.family.forward(self.spec.config, model, self._regions)
+            self._slots, self._applied = slots, LoraStack().key
+            self.load_count += 1
+
+    def release(self) -> None:
+        """Give the weights' and the LoRAs' memory back. Compiled code stays, and serves the next `load`."""
+        with self._lock:
+            self._forward = self._slots = self._applied = None
+            for pool in (self._hot, self._host, self._files):
+                pool.clear()
+
+    def read_lora(self, path: str) -> LoraWeights:
+        """Read and check a LoRA file for this model; from memory while the file is unchanged.
+
+        Raises:
+            FileError: see `lora.file.read_lora`.
+            LoraError: likewise.
+        """
+        identity = FileIdentity.of(path)
+        weights = self._files.get(identity)
+        if weights is None:
+            weights = read_lora(path, self.spec)
+            self._files.put(weights.identity, weights)
+        return weights
+
+    def swap(self, stack: LoraStack) -> SwapReport:
+        """Make a stack the one that the engine computes with. A transaction: on any error the old one stays.
+
+        Raises:
+            EngineStateError: the weights are not loaded.
+            LoraError: see `lora.stack.flatten`.
+        """
+        with self._lock:
+            slots = self._slots
+            if slots is None:
+                raise EngineStateError("swap before load: call Engine.load first.")
+            start = time.perf_counter()
+            source, bindings, size = "unchanged", None, 0
+            if stack.key != self._applied:
+                source, bindings, size = self._prepare(stack, slots)
+                # An interrupt can rise between any two lines: what is not known to be bound counts as unknown.
+                self._applied = None
+                slots.bind(bindings)
+                self._applied = stack.key
+            return SwapReport(str(stack), source, (time.perf_counter() - start) * 1e3, size)
+
+    def applied(self, stack: LoraStack) -> bool:
+        """Whether the engine computes with this stack now."""
+        return self.loaded and self._applied == stack.key
+
+    def __call__(self, inputs: Any) -> Tensor:
+        """Run one forward of the family, such as `families.flux1.Flux1Inputs` -> (B, 16, h, w).
+
+        Always in inference mode: going from one grad mode to another would compile again.
+
+        Raises:
+            EngineStateError: the weights are not loaded.
+        """
+        if self._forward is None:
+            raise EngineStateError("forward before load: call Engine.load first.")
+        with torch.inference_mode(), self._compiler.scope():
+            return self._forward(inputs)
+
+    def _prepare(self, stack: LoraStack, slots: LoraSlots) -> tuple[str, Bindings, int]:
+        if not stack.active:
+            return "hot", slots.empty, 0
+        resident = self._hot.get(stack.key)
+        if resident is not None:
+            return "hot", resident.bindings, resident.flat.bytes
+        flat, source = self._host.get(stack.key), "warm"
+        if flat is None:
+            flat, source = flatten(stack.active, self.dtype, pin=self.device.type == "cuda"), "cold"
+            self._host.put(stack.key, flat)
+        # On a CPU the host buffer is the device's: nothing is copied, and both pools hold one tensor.
+        on_device = FlatLora(flat.buffer.to(self.device, non_blocking=True), flat.placed)
+        resident = _Resident(on_device, slots.bindings(on_device))
+        self._hot.put(stack.key, resident)
+        return source, resident.bindings, flat.bytes

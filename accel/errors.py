@@ -1,0 +1,25 @@
+"""Errors that a user can act on: what failed, the value, what was expected, what to do."""
+
+
+class AccelError(Exception):
+    """Base of every error that a wrong file, setting or machine causes."""
+
+
+class FileError(AccelError):
+    """A file is missing, damaged, or not what its name says."""
+
+
+class CheckpointError(AccelError):
+    """A checkpoint is not one that this pack can run."""
+
+
+class LoraError(AccelError):
+    """A LoRA file or stack does not fit the model."""
+
+
+class SettingsError(AccelError):
+    """A setting is unknown, or cannot run on this machine."""
+
+
+class EngineStateError(AccelError):
+    """The engine was asked for something out of order, such as a forward before its weights are loaded."""

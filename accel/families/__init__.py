@@ -1,0 +1,7 @@
+"""Model families. What differs between them stands in one folder each; the rest of `accel` does not know which it serves."""
+
+from __future__ import annotations
+
+from .flux1 import Flux1
+
+FAMILIES = (Flux1(),)

@@ -1,0 +1,91 @@
+"""The original FLUX.1 checkpoint, key by key, and the diffusers modules that its tensors become.
+
+Source: black-forest-labs/flux model.py and modules/layers.py for the left side, diffusers' FluxTransformer2DModel for
+the right one; the same correspondence as diffusers' `convert_flux_transformer_checkpoint_to_diffusers`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ...layout import FusedLinear, Layout, LinearPart, VectorWeight
+from .config import HEAD_DIM, TIMESTEP_DIM, Flux1Config
+
+
+def checkpoint_layout(config: Flux1Config) -> Layout:
+    """Every tensor of a FLUX.1 checkpoint with these sizes."""
+    linears = [*_embedders(config), *_final_layer(config)]
+    vectors: list[VectorWeight] = []
+    for index in range(config.depth):
+        linears += _double_block(config, index)
+        vectors += _double_norms(index)
+    for index in range(config.depth_single):
+        linears += _single_block(config, index)
+        vectors += _single_norms(index)
+    return Layout(tuple(linears), tuple(vectors))
+
+
+def _linear(name: str, in_features: int, *parts: tuple[str, int], swap_halves: bool = False) -> FusedLinear:
+    start, placed = 0, []
+    for module, rows in parts:
+        placed.append(LinearPart(module, start, rows))
+        start += rows
+    return FusedLinear(name, in_features, tuple(placed), swap_halves)
+
+
+def _embedders(config: Flux1Config) -> Iterator[FusedLinear]:
+    hidden = config.hidden_size
+    yield _linear("img_in", config.in_channels, ("x_embedder", hidden))
+    yield _linear("txt_in", config.context_dim, ("context_embedder", hidden))
+    embedders = [("time_in", "timestep_embedder", TIMESTEP_DIM), ("vector_in", "text_embedder", config.pooled_dim)]
+    if config.guidance:
+        embedders.append(("guidance_in", "guidance_embedder", TIMESTEP_DIM))
+    for original, module, in_features in embedders:
+        yield _linear(f"{original}.in_layer", in_features, (f"time_text_embed.{module}.linear_1", hidden))
+        yield _linear(f"{original}.out_layer", hidden, (f"time_text_embed.{module}.linear_2", hidden))
+
+
+def _final_layer(config: Flux1Config) -> Iterator[FusedLinear]:
+    hidden = config.hidden_size
+    yield _linear("final_layer.linear", hidden, ("proj_out", config.out_channels))
+    yield _linear("final_layer.adaLN_modulation.1", hidden, ("norm_out.linear", 2 * hidden), swap_halves=True)
+
+
+def _double_block(config: Flux1Config, index: int) -> Iterator[FusedLinear]:
+    hidden, mlp = config.hidden_size, config.mlp_dim
+    old, new = f"double_blocks.{index}", f"transformer_blocks.{index}"
+    streams = (
+        ("img", "norm1", ("to_q", "to_k", "to_v"), "to_out.0", "ff"),
+        ("txt", "norm1_context", ("add_q_proj", "add_k_proj", "add_v_proj"), "to_add_out", "ff_context"),
+    )
+    for stream, norm, qkv, out, feed_forward in streams:
+        yield _linear(f"{old}.{stream}_mod.lin", hidden, (f"{new}.{norm}.linear", 6 * hidden))
+        yield _linear(f"{old}.{stream}_attn.qkv", hidden, *((f"{new}.attn.{module}", hidden) for module in qkv))
+        yield _linear(f"{old}.{stream}_attn.proj", hidden, (f"{new}.attn.{out}", hidden))
+        yield _linear(f"{old}.{stream}_mlp.0", hidden, (f"{new}.{feed_forward}.net.0.proj", mlp))
+        yield _linear(f"{old}.{stream}_mlp.2", mlp, (f"{new}.{feed_forward}.net.2", hidden))
+
+
+def _single_block(config: Flux1Config, index: int) -> Iterator[FusedLinear]:
+    hidden, mlp = config.hidden_size, config.mlp_dim
+    old, new = f"single_blocks.{index}", f"single_transformer_blocks.{index}"
+    yield _linear(f"{old}.modulation.lin", hidden, (f"{new}.norm.linear", 3 * hidden))
+    parts = [(f"{new}.attn.{module}", hidden) for module in ("to_q", "to_k", "to_v")]
+    yield _linear(f"{old}.linear1", hidden, *parts, (f"{new}.proj_mlp", mlp))
+    yield _linear(f"{old}.linear2", hidden + mlp, (f"{new}.proj_out", hidden))
+
+
+def _double_norms(index: int) -> Iterator[VectorWeight]:
+    old, new = f"double_blocks.{index}", f"transformer_blocks.{index}.attn"
+    for stream, names in (("img", ("norm_q", "norm_k")), ("txt", ("norm_added_q", "norm_added_k"))):
+        for kind, module in zip(("query", "key"), names, strict=True):
+            yield VectorWeight(f"{old}.{stream}_attn.norm.{kind}_norm.scale", f"{new}.{module}.weight", HEAD_DIM)
+
+
+def _single_norms(index: int) -> Iterator[VectorWeight]:
+    for kind, module in (("query", "norm_q"), ("key", "norm_k")):
+        yield VectorWeight(
+            f"single_blocks.{index}.norm.{kind}_norm.scale",
+            f"single_transformer_blocks.{index}.attn.{module}.weight",
+            HEAD_DIM,
+        )

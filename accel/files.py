@@ -1,0 +1,194 @@
+"""Safetensors files: who they are, what their header says, and why one cannot be read."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from .errors import FileError
+
+# The names that safetensors writes in its header, https://github.com/huggingface/safetensors#format
+DTYPES: Mapping[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class FileIdentity:
+    """What tells one state of a file from another without reading it."""
+
+    path: str
+    mtime_ns: int
+    size_bytes: int
+
+    @classmethod
+    def of(cls, path: str | os.PathLike[str]) -> FileIdentity:
+        """Identify the file that `path` names now, links resolved.
+
+        Raises:
+            FileError: there is no such file.
+        """
+        real = os.path.realpath(path)
+        try:
+            stat = os.stat(real)
+        except OSError as exc:
+            raise FileError(
+                f"'{path}' cannot be opened ({exc.strerror}): it was moved or deleted, or is not readable. "
+                "Choose another file, or put it back and queue again."
+            ) from exc
+        return cls(real, stat.st_mtime_ns, stat.st_size)
+
+    @property
+    def name(self) -> str:
+        """The file's name without its folder, as messages show it."""
+        return Path(self.path).name
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor as the header describes it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that the tensor takes in the file."""
+        return self.numel * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """A safetensors file of which only the header was read."""
+
+    identity: FileIdentity
+    tensors: Mapping[str, TensorInfo]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The file's name without its folder."""
+        return self.identity.name
+
+
+def read_header(path: str | os.PathLike[str]) -> TensorFile:
+    """Read the names, shapes and dtypes of a safetensors file, none of its data.
+
+    Raises:
+        FileError: missing, empty, truncated, not a safetensors file, or of an unknown dtype.
+    """
+    identity = FileIdentity.of(path)
+    with _opened(identity) as handle:
+        tensors = {}
+        for key in handle.keys():  # noqa: SIM118 - a safe_open handle is not iterable
+            part = handle.get_slice(key)
+            dtype = DTYPES.get(part.get_dtype())
+            if dtype is None:
+                raise FileError(
+                    f"'{identity.name}': tensor '{key}' is stored as {part.get_dtype()}, which is not supported. "
+                    f"Supported are {', '.join(DTYPES)}: save the file in one of them."
+                )
+            tensors[key] = TensorInfo(tuple(part.get_shape()), dtype)
+        return TensorFile(identity, tensors, handle.metadata() or {})
+
+
+@contextmanager
+def open_tensors(file: TensorFile) -> Iterator[safe_open]:
+    """Open the data of a file whose header was read before, and make sure that it is still the same file.
+
+    Yields:
+        A `safetensors.safe_open` handle whose `get_tensor(key)` gives CPU tensors that may map the file: copy them.
+
+    Raises:
+        FileError: the file is gone, damaged, or changed since `read_header`.
+    """
+    now = FileIdentity.of(file.identity.path)
+    if now != file.identity:
+        raise FileError(f"'{file.name}' was changed after it was read. Queue the prompt again to use the new file.")
+    with _opened(now) as handle:
+        yield handle
+
+
+@contextmanager
+def _opened(identity: FileIdentity) -> Iterator[safe_open]:
+    # Diagnose before opening: safetensors' own messages ("HeaderTooLarge") do not tell a user what happened.
+    _diagnose(identity)
+    try:
+        handle = safe_open(identity.path, framework="pt", device="cpu")
+    except (SafetensorError, OSError) as exc:
+        raise FileError(
+            f"'{identity.name}' is not a readable safetensors file ({exc}). Download or save it again."
+        ) from exc
+    with handle:
+        yield handle
+
+
+def _diagnose(identity: FileIdentity) -> None:
+    name, size = identity.name, identity.size_bytes
+    if size == 0:
+        raise FileError(f"'{name}' is empty (0 bytes): its download or save did not finish. Get it again.")
+    with open(identity.path, "rb") as stream:
+        start = stream.read(512)
+        looks = _other_format(start)
+        if looks:
+            raise FileError(f"'{name}' is not a safetensors file: it {looks}.")
+        header_bytes = int.from_bytes(start[:8], "little")
+        if size < 8 or header_bytes > size - 8:
+            raise FileError(
+                f"'{name}' is damaged: its first 8 bytes announce a header of {header_bytes:,} bytes, but the file has "
+                f"{size:,} bytes. It is truncated or not a safetensors file: get it again."
+            )
+        stream.seek(8)
+        try:
+            header = json.loads(stream.read(header_bytes))
+            ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as exc:
+            raise FileError(
+                f"'{name}' is damaged: its header is not the JSON of a safetensors file ({exc}). Get it again."
+            ) from exc
+    if not ends:
+        raise FileError(f"'{name}' holds no tensors. Choose another file.")
+    expected = 8 + header_bytes + max(ends)
+    if size < expected:
+        raise FileError(
+            f"'{name}' is truncated: {size:,} of {expected:,} bytes. Its download or copy did not finish: get it again."
+        )
+
+
+def _other_format(start: bytes) -> str | None:
+    text = start.lstrip().lower()
+    if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
+        return "holds a web page, as when a download link needs a login. Download it again while signed in"
+    if start.startswith(b"version https://git-lfs"):
+        return "is a Git LFS pointer, not the data. Fetch it with `git lfs pull` or download it directly"
+    if start.startswith(b"PK\x03\x04") or start.startswith(b"\x80\x02"):
+        return "is a pickle (.pt/.ckpt), which can run code when opened. Convert it to safetensors"
+    if start.startswith(b"GGUF"):
+        return "is a GGUF file. Choose a safetensors file"
+    return None

@@ -1,0 +1,1 @@
+"""LoRA files read, checked, stacked, and bound to a compiled model."""

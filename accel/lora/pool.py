@@ -1,0 +1,52 @@
+"""Keep what was read and prepared, least recently used out first, within a budget of bytes."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Generic, TypeVar
+
+Value = TypeVar("Value")
+
+
+class ByteLru(Generic[Value]):
+    """A thread-safe cache that holds values up to a number of bytes.
+
+    The newest value always stays, even when it alone is over the budget: it is in use.
+    """
+
+    def __init__(self, budget_bytes: int, size_of: Callable[[Value], int]) -> None:
+        """Hold up to `budget_bytes`, counted by `size_of`."""
+        self.budget_bytes = budget_bytes
+        self._size_of = size_of
+        self._values: OrderedDict[Hashable, Value] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @property
+    def bytes(self) -> int:
+        """What the held values take."""
+        with self._lock:
+            return sum(map(self._size_of, self._values.values()))
+
+    def get(self, key: Hashable) -> Value | None:
+        """The value, now the most recently used; or None."""
+        with self._lock:
+            if key in self._values:
+                self._values.move_to_end(key)
+            return self._values.get(key)
+
+    def put(self, key: Hashable, value: Value) -> None:
+        """Add a value, and drop the least recently used ones that no longer fit."""
+        with self._lock:
+            self._values[key] = value
+            self._values.move_to_end(key)
+            total = sum(map(self._size_of, self._values.values()))
+            while total > self.budget_bytes and len(self._values) > 1:
+                _, dropped = self._values.popitem(last=False)
+                total -= self._size_of(dropped)
+
+    def clear(self) -> None:
+        """Drop everything."""
+        with self._lock:
+            self._values.clear()

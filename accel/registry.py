@@ -1,0 +1,64 @@
+"""The engines that stay alive between prompts: the one piece of process-wide state of this package."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Generic, TypeVar
+
+from .files import FileIdentity
+from .settings import EngineSettings
+
+Held = TypeVar("Held")
+
+
+@dataclass(frozen=True)
+class EngineKey:
+    """Everything that changes a built engine; not its LoRAs, nor resolutions or batches."""
+
+    file: FileIdentity
+    settings: EngineSettings
+    libraries: tuple[str, ...]
+
+    @classmethod
+    def of(cls, file: FileIdentity, settings: EngineSettings) -> EngineKey:
+        """Key of a checkpoint with settings under the installed libraries."""
+        return cls(file, settings, tuple(f"{name} {version(name)}" for name in ("torch", "diffusers", "peft")))
+
+
+class Registry(Generic[Held]):
+    """A thread-safe LRU that keeps whatever carries an engine alive."""
+
+    def __init__(self, capacity: int = 1) -> None:
+        """Keep up to `capacity` engines: FLUX fills a card, so one is the default."""
+        self.capacity = capacity
+        self._held: OrderedDict[EngineKey, Held] = OrderedDict()
+        self._lock = threading.RLock()
+
+    def get_or_build(self, key: EngineKey, build: Callable[[], Held]) -> Held:
+        """The value under `key`, built if it is not there; the least recently used one makes room first."""
+        with self._lock:
+            if key not in self._held:
+                while len(self._held) >= self.capacity:
+                    self._held.popitem(last=False)
+                self._held[key] = build()
+            self._held.move_to_end(key)
+            return self._held[key]
+
+    def keys(self) -> tuple[EngineKey, ...]:
+        """Keys held, least recently used first."""
+        with self._lock:
+            return tuple(self._held)
+
+    def values(self) -> tuple[Held, ...]:
+        """What is held, least recently used first."""
+        with self._lock:
+            return tuple(self._held.values())
+
+    def clear(self) -> None:
+        """Let everything go."""
+        with self._lock:
+            self._held.clear()

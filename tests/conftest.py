@@ -1,0 +1,31 @@
+"""Fixtures shared by all tests. Nothing here needs the pack, ComfyUI or torch until a test asks for it."""
+
+import importlib.util
+import sys
+from types import ModuleType
+
+import pytest
+
+from harness.paths import REPO
+
+PACK_ALIAS = "flux_hotswap_pack"
+
+
+@pytest.fixture(scope="session")
+def pack() -> ModuleType:
+    """The pack as ComfyUI imports it: a package under a name of its own, so that relative imports work.
+
+    Its folder must not be importable as top-level names instead, because `nodes` is a module of ComfyUI's.
+    """
+    if PACK_ALIAS not in sys.modules:
+        spec = importlib.util.spec_from_file_location(
+            PACK_ALIAS, REPO / "__init__.py", submodule_search_locations=[str(REPO)]
+        )
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[PACK_ALIAS] = module
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[PACK_ALIAS]
+            raise
+    return sys.modules[PACK_ALIAS]
