@@ -88,8 +88,10 @@ class RegionCompiler:
     def _compile_counted(self, graph: torch.fx.GraphModule, example_inputs: list[Tensor]) -> Callable:
         from torch._inductor.compile_fx import compile_fx  # takes a second to import
 
+        compiled = compile_fx(graph, example_inputs)
+        # Counted when done: dynamo may drop an attempt and trace again, as it does to unify unbacked batch sizes.
         self.count += 1
-        return compile_fx(graph, example_inputs)
+        return compiled
 
 
 def mark_weights_static(model: nn.Module) -> None:

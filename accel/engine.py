@@ -17,9 +17,10 @@ from .compile import CompileObserver, RegionCompiler, mark_weights_static
 from .errors import EngineStateError
 from .files import FileIdentity
 from .hardware import resolve_dtype
+from .lora.device import DeviceLoras
 from .lora.file import LoraWeights, read_lora
 from .lora.pool import ByteLru
-from .lora.slots import Bindings, LoraSlots
+from .lora.slots import LoraSlots
 from .lora.stack import FlatLora, LoraStack, flatten
 from .settings import EngineSettings
 from .spec import ModelSpec
@@ -68,14 +69,6 @@ class SwapReport:
     bytes: int
 
 
-@dataclass(frozen=True)
-class _Resident:
-    """A stack on the device, with the Parameters that show it."""
-
-    flat: FlatLora
-    bindings: Bindings
-
-
 class Engine:
     """A transformer with LoRA slots. Made from a header; `load` reads the weights.
 
@@ -101,9 +94,8 @@ class Engine:
         self._regions = tuple(self._compiler.region(region) for region in regions)
         self._files: ByteLru[LoraWeights] = ByteLru(FILE_POOL_BYTES, lambda weights: weights.bytes)
         self._host: ByteLru[FlatLora] = ByteLru(HOST_POOL_BYTES, lambda flat: flat.bytes)
-        self._hot: ByteLru[_Resident] = ByteLru(DEVICE_POOL_BYTES, lambda resident: resident.flat.bytes)
         self._lock = threading.RLock()
-        self._slots: LoraSlots | None = None
+        self._loras: DeviceLoras | None = None
         self._forward: Callable[[Any], Tensor] | None = None
         self._applied: tuple | None = None
 
@@ -133,15 +125,16 @@ class Engine:
             modules = [part.module for linear in layout.linears for part in linear.parts]
             slots = LoraSlots(model, modules, self.dtype, self.device)
             self._forward = self.spec.family.forward(self.spec.config, model, self._regions)
-            self._slots, self._applied = slots, LoraStack().key
+            self._loras = DeviceLoras(slots, self.device, DEVICE_POOL_BYTES)
+            self._applied = LoraStack().key
             self.load_count += 1
 
     def release(self) -> None:
         """Give the weights' and the LoRAs' memory back. Compiled code stays, and serves the next `load`."""
         with self._lock:
-            self._forward = self._slots = self._applied = None
-            for pool in (self._hot, self._host, self._files):
-                pool.clear()
+            self._forward = self._loras = self._applied = None
+            self._host.clear()
+            self._files.clear()
 
     def read_lora(self, path: str) -> LoraWeights:
         """Read and check a LoRA file for this model; from memory while the file is unchanged.
@@ -165,16 +158,20 @@ class Engine:
             LoraError: see `lora.stack.flatten`.
         """
         with self._lock:
-            slots = self._slots
-            if slots is None:
+            loras = self._loras
+            if loras is None:
                 raise EngineStateError("swap before load: call Engine.load first.")
             start = time.perf_counter()
-            source, bindings, size = "unchanged", None, 0
+            source, size = "unchanged", 0
             if stack.key != self._applied:
-                source, bindings, size = self._prepare(stack, slots)
+                source = self._prepare(stack, loras)
                 # An interrupt can rise between any two lines: what is not known to be bound counts as unknown.
                 self._applied = None
-                slots.bind(bindings)
+                if stack.active:
+                    loras.bind(stack.key)
+                    size = loras.size_of(stack.key)
+                else:
+                    loras.bind_empty()
                 self._applied = stack.key
             return SwapReport(str(stack), source, (time.perf_counter() - start) * 1e3, size)
 
@@ -195,18 +192,13 @@ class Engine:
         with torch.inference_mode(), self._compiler.scope():
             return self._forward(inputs)
 
-    def _prepare(self, stack: LoraStack, slots: LoraSlots) -> tuple[str, Bindings, int]:
-        if not stack.active:
-            return "hot", slots.empty, 0
-        resident = self._hot.get(stack.key)
-        if resident is not None:
-            return "hot", resident.bindings, resident.flat.bytes
+    def _prepare(self, stack: LoraStack, loras: DeviceLoras) -> str:
+        """Bring a stack to the device. Returns the `SwapReport.source` that it took."""
+        if not stack.active or stack.key in loras:
+            return "hot"
         flat, source = self._host.get(stack.key), "warm"
         if flat is None:
             flat, source = flatten(stack.active, self.dtype, pin=self.device.type == "cuda"), "cold"
             self._host.put(stack.key, flat)
-        # On a CPU the host buffer is the device's: nothing is copied, and both pools hold one tensor.
-        on_device = FlatLora(flat.buffer.to(self.device, non_blocking=True), flat.placed)
-        resident = _Resident(on_device, slots.bindings(on_device))
-        self._hot.put(stack.key, resident)
-        return source, resident.bindings, flat.bytes
+        loras.put(stack.key, flat)
+        return source

@@ -7,7 +7,6 @@ inputs of symbolic rank.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -84,7 +83,8 @@ class LoraSlots:
 
 
 def _view(buffer: Tensor, start: int, shape: tuple[int, int]) -> nn.Parameter:
-    return nn.Parameter(buffer[start : start + math.prod(shape)].view(shape), requires_grad=False)
+    # One as_strided takes half the time of a slice and a view; a FLUX LoRA has a thousand of them.
+    return nn.Parameter(buffer.as_strided(shape, (shape[1], 1), start), requires_grad=False)
 
 
 def _sizes(linear: nn.Module) -> tuple[int, int]:

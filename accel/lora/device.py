@@ -1,0 +1,107 @@
+"""LoRAs that lie on the device, ready to bind."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .slots import Bindings, LoraSlots
+from .stack import FlatLora
+
+
+@dataclass
+class _Resident:
+    """A device buffer and what it holds now."""
+
+    buffer: Tensor
+    flat: FlatLora
+    bindings: Bindings
+
+    @property
+    def bytes(self) -> int:
+        return self.buffer.numel() * self.buffer.element_size()
+
+
+class DeviceLoras:
+    """Prepared stacks on the device, least recently used out first.
+
+    Buffers are reused, and so are the Parameters over them when the next stack has the same layout (LoRAs from one
+    trainer usually have): then switching costs one copy and no allocation. The buffer that is bound is never
+    overwritten, so a copy that fails leaves the model as it was.
+    """
+
+    def __init__(
+        self, slots: LoraSlots, device: torch.device, budget_bytes: int, *, share_host: bool | None = None
+    ) -> None:
+        """Hold up to `budget_bytes` on the device, but at least what is bound and what is being prepared.
+
+        Args:
+            slots: the model's LoRA layers.
+            device: where the model is.
+            budget_bytes: 0 keeps nothing but the bound stack.
+            share_host: bind host buffers themselves, without a copy; by default where the device is the host.
+        """
+        self._slots = slots
+        self._device = device
+        self._budget_bytes = budget_bytes
+        self._share_host = device.type == "cpu" if share_host is None else share_host
+        self._residents: OrderedDict[Hashable, _Resident] = OrderedDict()
+        self._bound: Hashable | None = None
+
+    @property
+    def bytes(self) -> int:
+        """What the buffers take."""
+        return sum(resident.bytes for resident in self._residents.values())
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._residents
+
+    def put(self, key: Hashable, flat: FlatLora) -> None:
+        """Bring a stack to the device; the least recently used ones make room."""
+        victim = self._make_room(flat.bytes)
+        if self._share_host:
+            self._residents[key] = _Resident(flat.buffer, flat, self._slots.bindings(flat))
+            return
+        with torch.inference_mode(False), torch.no_grad():
+            if victim is None:
+                buffer = torch.empty_like(flat.buffer, device=self._device)
+            else:
+                buffer = victim.buffer
+            # On a GPU the copy runs while the Parameters are made; what binds them runs behind it in the stream.
+            buffer[: flat.buffer.numel()].copy_(flat.buffer, non_blocking=True)
+        same_layout = victim is not None and victim.flat.placed == flat.placed
+        on_device = FlatLora(buffer, flat.placed)
+        bindings = victim.bindings if same_layout else self._slots.bindings(on_device)
+        self._residents[key] = _Resident(buffer, on_device, bindings)
+
+    def bind(self, key: Hashable) -> None:
+        """Make the model compute with a stack that `put` brought here."""
+        resident = self._residents[key]
+        self._residents.move_to_end(key)
+        self._bound = key
+        self._slots.bind(resident.bindings)
+
+    def bind_empty(self) -> None:
+        """Make the model compute without LoRA."""
+        self._bound = None
+        self._slots.bind(self._slots.empty)
+
+    def size_of(self, key: Hashable) -> int:
+        """Bytes of one stack's buffer."""
+        return self._residents[key].bytes
+
+    def _make_room(self, needed: int) -> _Resident | None:
+        """Drop what is over the budget; return the dropped buffer that fits best, to be reused."""
+        best: _Resident | None = None
+        for key in list(self._residents):
+            if self.bytes + needed <= self._budget_bytes:
+                break
+            if key != self._bound:
+                dropped = self._residents.pop(key)
+                if dropped.bytes >= needed and (best is None or dropped.bytes < best.bytes):
+                    best = dropped
+        return best
