@@ -44,9 +44,15 @@ class RegionCompiler:
     """Compiles block functions for one engine, and counts it."""
 
     def __init__(self, mode: str, observer: CompileObserver) -> None:
-        """Compile as `settings.COMPILE_MODES` says."""
+        """Compile as `settings.COMPILE_MODES` says.
+
+        Attributes:
+            count: finished compiles.
+            recompiles: those of a region that was compiled before.
+        """
         self.enabled = mode != "off"
         self.count = 0
+        self.recompiles = 0
         self._observer = observer
 
     def region(self, function: Callable) -> Callable:
@@ -59,18 +65,19 @@ class RegionCompiler:
             function.__code__.replace(), function.__globals__, function.__name__, None, function.__closure__
         )
         compiled = torch.compile(own, backend=self._compile_counted, fullgraph=True, dynamic=True)
-        name, called = function.__name__, False
+        name, known = function.__name__, False
 
         @functools.wraps(function)
         def call(block: nn.Module, *args: Any) -> Any:
-            nonlocal called
-            if not called:
+            nonlocal known
+            if not known:
                 self._observer.compiling(name)
-                called = True
             _mark_batch(args)
             before, start = self.count, time.perf_counter()
             result = compiled(block, *args)
             if self.count != before:
+                self.recompiles += known
+                known = True
                 self._observer.compiled(name, time.perf_counter() - start, self.count)
             return result
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .attention import resolve_attention
 from .checkpoint import load_model
@@ -72,8 +72,16 @@ class SwapReport:
 class Engine:
     """A transformer with LoRA slots. Made from a header; `load` reads the weights.
 
-    Call order: `load`, then `swap`, then calls; `release` at any time between calls, after which `load` starts over
-    without compiling anew.
+    Call order: `load`, then `swap`, then calls; `offload` or `release` at any time between calls, after which `load`
+    starts over without compiling anew.
+
+    Attributes:
+        spec: the checkpoint.
+        settings: what it was made with.
+        device: where the weights go.
+        dtype: what it computes in.
+        bytes: what the weights take.
+        load_count: how often the checkpoint was read.
     """
 
     def __init__(self, spec: ModelSpec, settings: EngineSettings, observer: Observer | None = None) -> None:
@@ -95,6 +103,8 @@ class Engine:
         self._files: ByteLru[LoraWeights] = ByteLru(FILE_POOL_BYTES, lambda weights: weights.bytes)
         self._host: ByteLru[FlatLora] = ByteLru(HOST_POOL_BYTES, lambda flat: flat.bytes)
         self._lock = threading.RLock()
+        self._model: nn.Module | None = None
+        self._slots: LoraSlots | None = None
         self._loras: DeviceLoras | None = None
         self._forward: Callable[[Any], Tensor] | None = None
         self._applied: tuple | None = None
@@ -106,8 +116,13 @@ class Engine:
 
     @property
     def compile_count(self) -> int:
-        """Regions compiled since the engine was made."""
+        """Compiles since the engine was made."""
         return self._compiler.count
+
+    @property
+    def recompile_count(self) -> int:
+        """Compiles of a region that was compiled before: what this package promises not to need."""
+        return self._compiler.recompiles
 
     def load(self) -> None:
         """Read the weights, add the LoRA slots, bind no LoRA. Does nothing when loaded.
@@ -116,25 +131,42 @@ class Engine:
             FileError: the file is gone or changed since its header was read.
             CheckpointError: a weight is not finite.
         """
-        with self._lock:
+        # Parameters made in ComfyUI's inference mode could not be rebound outside it.
+        with self._lock, torch.inference_mode(False), torch.no_grad():
             if self.loaded:
                 return
-            model = load_model(self.spec, self.dtype, self.device, self._observer.loading)
-            mark_weights_static(model)
-            layout = self.spec.family.layout(self.spec.config)
-            modules = [part.module for linear in layout.linears for part in linear.parts]
-            slots = LoraSlots(model, modules, self.dtype, self.device)
-            self._forward = self.spec.family.forward(self.spec.config, model, self._regions)
-            self._loras = DeviceLoras(slots, self.device, DEVICE_POOL_BYTES)
+            if self._model is None:
+                self._assemble()
+            else:
+                self._model.to(self.device)
+            self._slots.bind(self._slots.empty)
+            self._loras = DeviceLoras(self._slots, self.device, DEVICE_POOL_BYTES)
             self._applied = LoraStack().key
-            self.load_count += 1
+            self._forward = self.spec.family.forward(self.spec.config, self._model, self._regions)
+
+    def offload(self) -> None:
+        """Move the weights to host memory. The next `load` moves them back, without reading or compiling."""
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            if self.loaded:
+                self._forward = self._loras = self._applied = None
+                self._slots.unbind()
+                self._model.to("cpu")
 
     def release(self) -> None:
-        """Give the weights' and the LoRAs' memory back. Compiled code stays, and serves the next `load`."""
+        """Give all memory back. Compiled code stays, and serves the next `load`."""
         with self._lock:
-            self._forward = self._loras = self._applied = None
+            self._forward = self._loras = self._applied = self._slots = self._model = None
             self._host.clear()
             self._files.clear()
+
+    def _assemble(self) -> None:
+        model = load_model(self.spec, self.dtype, self.device, self._observer.loading)
+        mark_weights_static(model)
+        layout = self.spec.family.layout(self.spec.config)
+        modules = [part.module for linear in layout.linears for part in linear.parts]
+        self._slots = LoraSlots(model, modules, self.dtype, self.device)
+        self._model = model
+        self.load_count += 1
 
     def read_lora(self, path: str) -> LoraWeights:
         """Read and check a LoRA file for this model; from memory while the file is unchanged.

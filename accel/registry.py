@@ -62,3 +62,7 @@ class Registry(Generic[Held]):
         """Let everything go."""
         with self._lock:
             self._held.clear()
+
+
+# Under this name for the whole process, so that a model outlives ComfyUI's own caches. It holds what the nodes give it.
+ENGINES: Registry = Registry()

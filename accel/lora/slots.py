@@ -24,7 +24,7 @@ class LoraSlots:
     """The LoRA layers of one model."""
 
     def __init__(self, model: nn.Module, modules: Sequence[str], dtype: torch.dtype, device: torch.device) -> None:
-        """Inject a PEFT layer over each linear, bound to zeros.
+        """Inject a PEFT layer over each linear. Nothing is bound yet: the model runs after `bind(empty)`.
 
         Args:
             model: is changed: each named linear is wrapped.
@@ -45,12 +45,16 @@ class LoraSlots:
             layer.scaling[ADAPTER] = 1.0  # folded into lora_B, so it is the same constant in every graph
             self._owners += [layer.lora_A[ADAPTER]._parameters, layer.lora_B[ADAPTER]._parameters]
         self.empty = self._zeros(sizes, dtype, device)
-        self.bind(self.empty)
 
     def bind(self, bindings: Bindings) -> None:
         """Make the model compute with these tensors. Assigns pointers only; cannot fail half way on valid input."""
         for owner, parameter in zip(self._owners, bindings, strict=True):
             owner["weight"] = parameter
+
+    def unbind(self) -> None:
+        """Leave the slots without tensors, so that moving the model moves its own weights only."""
+        for owner in self._owners:
+            owner["weight"] = None
 
     def bindings(self, flat: FlatLora) -> Bindings:
         """Make the Parameters of a stack, as views of its buffer; linears that it does not touch get the shared zeros.

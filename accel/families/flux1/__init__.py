@@ -10,13 +10,13 @@ from ...attention import Attention
 from ...files import TensorInfo
 from ...layout import Layout, LoraTarget
 from . import blocks
-from .config import AXES_DIM, HEAD_DIM, Flux1Config
+from .config import AXES_DIM, HEAD_DIM, PATCH_SIZE, Flux1Config
 from .config import recognise as recognise_config
 from .forward import Flux1Forward, Flux1Inputs
 from .layout import checkpoint_layout
 from .lora_names import lora_aliases
 
-__all__ = ["Flux1", "Flux1Config", "Flux1Inputs"]
+__all__ = ["AXES_DIM", "PATCH_SIZE", "Flux1", "Flux1Config", "Flux1Inputs"]
 
 
 class Flux1:

@@ -12,7 +12,6 @@ from ...files import TensorInfo
 HEAD_DIM = 128
 AXES_DIM = (16, 56, 56)
 TIMESTEP_DIM = 256
-LATENT_CHANNELS = 16
 PATCH_SIZE = 2
 
 # What the image embedder reads: the latent alone, or with a mask and a masked image, or with a control image.

@@ -1,0 +1,1 @@
+"""Side-by-side measurements: `python -m benchmarks NAME [--json FILE]`. `--help` lists the names."""

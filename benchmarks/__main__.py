@@ -1,0 +1,65 @@
+"""Run one benchmark by name. To add one: write a module with `run(quick) -> Report`, and a line in `BENCHMARKS`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One entry of the command line.
+
+    Attributes:
+        summary: one line, for `--help`.
+        module: where its `run(quick: bool) -> report.Report` is; imported only when it runs.
+    """
+
+    summary: str
+    module: str
+
+
+BENCHMARKS: Mapping[str, Benchmark] = {
+    "swap": Benchmark(
+        "switch a LoRA at FLUX.1-dev's sizes: hot, warm, cold, beside PEFT, diffusers and ComfyUI's merge",
+        "benchmarks.swap",
+    ),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmark that the command line names; print its table, write its JSON."""
+    options = _parser().parse_args(arguments)
+    if options.json is not None and not options.json.absolute().parent.is_dir():
+        print(f"error: --json {options.json}: there is no folder {options.json.parent}. Make it first.", file=sys.stderr)
+        return 2
+
+    from .report import BenchmarkError, print_report, write_json  # imports torch: not for --help
+
+    try:
+        report = import_module(BENCHMARKS[options.name].module).run(quick=options.quick)
+    except BenchmarkError as error:
+        print(f"error: {options.name}: {error}", file=sys.stderr)
+        return 1
+    print_report(report)
+    if options.json is not None:
+        write_json(report, options.json)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure one thing, side by side.")
+    names = parser.add_subparsers(dest="name", metavar="NAME", required=True)
+    for name, benchmark in BENCHMARKS.items():
+        one = names.add_parser(name, help=benchmark.summary, description=benchmark.summary)
+        one.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to FILE")
+        one.add_argument("--quick", action="store_true", help="small sizes: shows that it works, says nothing of speed")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,139 @@
+"""FLUX.1-dev without its weights, and random LoRAs of real size for it.
+
+The base model lies on the meta device: it has every module and every shape, and takes no memory. Only LoRA tensors are
+real, which is all that switching a LoRA touches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from accel.families.flux1 import Flux1, Flux1Config
+from accel.files import FileIdentity, TensorFile, TensorInfo
+from accel.layout import Layout
+from accel.lora.slots import LoraSlots
+from accel.spec import ModelSpec
+
+from .report import BenchmarkError
+
+DTYPE = torch.bfloat16
+RANK = 16
+# Not 1: then what is bound is not what the file holds, and the check sees whether the strength arrived.
+STRENGTH = 0.8
+KEY_PREFIX = "transformer."
+
+DEV = Flux1Config(3072, 19, 38, 64, 64, 4096, 768, 12288, True)
+QUICK = Flux1Config(256, 2, 4, 64, 64, 768, 768, 1024, True)
+
+# diffusers module -> (lora_A, lora_B)
+Pairs = dict[str, tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class RandomLora:
+    """A LoRA on all linears inside the blocks, with an own lora_A for each, as PEFT trains it.
+
+    Attributes:
+        pairs: lora_A (rank, in_features) and lora_B (out_features, rank), bf16, as a file holds them.
+    """
+
+    name: str
+    pairs: Pairs
+
+    @cached_property
+    def scaled(self) -> Pairs:
+        """What has to be bound at `STRENGTH`, computed apart from the code under test."""
+        return {module: (a, (b.float() * STRENGTH).to(DTYPE)) for module, (a, b) in self.pairs.items()}
+
+    @property
+    def bytes(self) -> int:
+        """Of all matrices."""
+        return sum(tensor.numel() * tensor.element_size() for pair in self.pairs.values() for tensor in pair)
+
+    def state_dict(self, prefix: str = "", adapter: str = "") -> dict[str, Tensor]:
+        """The tensors under PEFT's keys: `<prefix><module>.lora_A[.<adapter>].weight`."""
+        middle = f".{adapter}" if adapter else ""
+        return {
+            f"{prefix}{module}.lora_{role}{middle}.weight": tensor
+            for module, pair in self.pairs.items()
+            for role, tensor in zip("AB", pair, strict=True)
+        }
+
+
+def meta_model(config: Flux1Config) -> nn.Module:
+    """The diffusers transformer as the engine builds it, on the meta device, bf16."""
+    with torch.device("meta"):
+        return Flux1().build(config).to(DTYPE).eval().requires_grad_(False)
+
+
+def spec_of(config: Flux1Config) -> ModelSpec:
+    """What the LoRA reader needs to know about the checkpoint: its shapes; there is no file."""
+    shapes = Flux1().layout(config).expected_shapes()
+    tensors = {key: TensorInfo(shape, DTYPE) for key, shape in shapes.items()}
+    return ModelSpec(TensorFile(FileIdentity("shapes only", 0, 0), tensors), Flux1(), config, DTYPE)
+
+
+def slots_of(config: Flux1Config) -> tuple[nn.Module, LoraSlots]:
+    """A model with the pack's LoRA layers on every linear, as `Engine.load` adds them."""
+    model = meta_model(config)
+    modules = [part.module for linear in Flux1().layout(config).linears for part in linear.parts]
+    return model, LoraSlots(model, modules, DTYPE, torch.device("cpu"))
+
+
+def random_lora(config: Flux1Config, name: str, seed: int) -> RandomLora:
+    """Make a LoRA; the same seed gives the same values."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(rows: int, columns: int) -> Tensor:
+        return torch.empty(rows, columns, dtype=DTYPE).normal_(0.0, 0.02, generator=generator)
+
+    return RandomLora(
+        name,
+        {
+            module: (normal(RANK, in_features), normal(out_features, RANK))
+            for module, out_features, in_features in block_linears(Flux1().layout(config))
+        },
+    )
+
+
+def block_linears(layout: Layout) -> Iterator[tuple[str, int, int]]:
+    """(diffusers module, out_features, in_features) of every linear inside the blocks."""
+    for linear in layout.linears:
+        if linear.name.startswith(("double_blocks.", "single_blocks.")):
+            for part in linear.parts:
+                yield part.module, part.rows, linear.in_features
+
+
+def check_bound(variant: str, model: nn.Module, adapter: str, expected: Pairs) -> None:
+    """Make sure that the model's LoRA layers hold exactly these tensors, and that no other layer holds any.
+
+    Raises:
+        BenchmarkError: a value differs in one bit, or a layer outside `expected` is not zero.
+    """
+    seen = 0
+    for module, layer in model.named_modules():
+        if adapter not in getattr(layer, "lora_A", ()):
+            continue
+        bound = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+        if module not in expected:
+            if any(tensor.any() for tensor in bound):
+                raise BenchmarkError(f"{variant}: {module} is not part of the LoRA, but is not zero after the switch.")
+            continue
+        seen += 1
+        for role, tensor, wanted in zip("AB", bound, expected[module], strict=True):
+            if not same_bits(tensor, wanted):
+                raise BenchmarkError(f"{variant}: lora_{role} of {module} is not the tensor that was asked for.")
+    if seen != len(expected):
+        raise BenchmarkError(f"{variant}: the model has {seen} of the {len(expected)} layers of the LoRA.")
+
+
+def same_bits(tensor: Tensor, wanted: Tensor) -> bool:
+    """Whether two bf16 tensors agree in every bit."""
+    if tensor.shape != wanted.shape or tensor.dtype != wanted.dtype:
+        return False
+    return torch.equal(tensor.detach().view(torch.int16), wanted.view(torch.int16))

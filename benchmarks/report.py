@@ -1,0 +1,201 @@
+"""What every benchmark shares: fair timing, the machine's description, the table and the JSON file."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SAMPLE_DIGITS = 4
+
+
+class BenchmarkError(Exception):
+    """A benchmark could not run, or what it measured did not do its work."""
+
+
+def _nothing() -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One thing to time among others.
+
+    Attributes:
+        name: key of its samples.
+        run: the work. What it returns is taken as its own measurement in ms; None: it is timed from outside.
+        before: not timed, before each run.
+        check: not timed, after each run; raises BenchmarkError when the work was not done.
+    """
+
+    name: str
+    run: Callable[[], float | None]
+    before: Callable[[], None] = _nothing
+    check: Callable[[], None] = _nothing
+
+
+def interleave(variants: Sequence[Variant], rounds: int, warm_up: int) -> dict[str, list[float]]:
+    """Time variants in turn, A B C A B C …, so that drift of the machine hits all of them alike.
+
+    Args:
+        rounds: samples of each.
+        warm_up: rounds before them that are checked but not kept.
+
+    Returns:
+        Variant name -> milliseconds, one per round.
+
+    Raises:
+        BenchmarkError: from a variant's check.
+    """
+    samples: dict[str, list[float]] = {variant.name: [] for variant in variants}
+    for number in range(warm_up + rounds):
+        for variant in variants:
+            elapsed_ms = _time(variant)
+            if number >= warm_up:
+                samples[variant.name].append(elapsed_ms)
+    return samples
+
+
+def _time(variant: Variant) -> float:
+    variant.before()
+    start = time.perf_counter()
+    own_ms = variant.run()
+    elapsed_ms = (time.perf_counter() - start) * 1e3
+    variant.check()
+    return elapsed_ms if own_ms is None else own_ms
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: what was measured, one figure, a remark."""
+
+    label: str
+    value: str
+    remark: str = ""
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What the product promises, `value` ≤ `limit`; a missed goal is shown, it does not fail the benchmark."""
+
+    statement: str
+    value: float
+    limit: float
+
+    @property
+    def met(self) -> bool:
+        """Whether the promise is kept."""
+        return self.value <= self.limit
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one benchmark found.
+
+    Attributes:
+        values: the JSON file's own keys; machine, date, goals, notes and samples_ms are added to them.
+        samples_ms: every sample behind the medians.
+        notes: what a reader must know to judge the figures.
+    """
+
+    title: str
+    rows: Sequence[Row]
+    values: Mapping[str, Any]
+    goals: Sequence[Goal] = ()
+    notes: Sequence[str] = ()
+    samples_ms: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    machine: Mapping[str, Any] = field(default_factory=lambda: machine())
+    date: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
+
+
+def machine() -> dict[str, Any]:
+    """Describe what the figures were measured on."""
+    return {
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "ram_gib": _ram_gib(),
+        "os": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _ram_gib() -> float | None:
+    if not hasattr(os, "sysconf") or "SC_PHYS_PAGES" not in os.sysconf_names:
+        return None
+    return round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1)
+
+
+def spread(samples: Sequence[float]) -> str:
+    """The range of the middle half of the samples, for a remark."""
+    if len(samples) < 2:
+        return ""
+    low, _, high = statistics.quantiles(samples, n=4, method="inclusive")
+    return f"{figure(low)} – {figure(high)}"
+
+
+def figure(value: float) -> str:
+    """Three significant digits, no exponents."""
+    if value >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.{1 if value >= 10 else 2 if value >= 1 else 3}f}"
+
+
+def print_report(report: Report) -> None:
+    """Write the table, the goals, the notes and the machine to stdout."""
+    described = report.machine
+    print(f"{report.title}\n")
+    columns = [max(len(getattr(row, name)) for row in report.rows) for name in ("label", "value")]
+    for row in report.rows:
+        print(f"  {row.label:<{columns[0]}}  {row.value:>{columns[1]}}  {row.remark}".rstrip())
+    if report.goals:
+        print("\nGoals")
+        for goal in report.goals:
+            verdict = "met" if goal.met else "MISSED"
+            print(f"  {verdict:<6}  {goal.statement}: {figure(goal.value)}, goal ≤ {figure(goal.limit)}")
+    if report.notes:
+        print("\nNotes")
+        for note in report.notes:
+            print(f"  - {note}")
+    print(
+        f"\n{described['cpu']}, {described['cores']} cores, {described['ram_gib']} GiB, torch {described['torch']}, "
+        f"{report.date}"
+    )
+
+
+def write_json(report: Report, path: Path) -> None:
+    """Write everything that the report holds, for comparison and plots."""
+    content = {
+        "title": report.title,
+        **report.values,
+        "goals": [
+            {"statement": goal.statement, "value": goal.value, "limit": goal.limit, "met": goal.met}
+            for goal in report.goals
+        ],
+        "notes": list(report.notes),
+        "machine": dict(report.machine),
+        "date": report.date,
+        "samples_ms": {
+            name: [round(sample, SAMPLE_DIGITS) for sample in samples] for name, samples in report.samples_ms.items()
+        },
+    }
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

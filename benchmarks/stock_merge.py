@@ -1,0 +1,187 @@
+"""ComfyUI's own way to switch a LoRA: merge it into every weight that it changes.
+
+Real ComfyUI code runs, in a process of its own, on a FLUX.1 with one double and one single block of the real width; the
+time of each block is multiplied by how many of its kind the model has. What is timed are ComfyUI's calls of
+`ModelPatcher.patch_weight_to_device`, as `load_models_gpu` makes them before sampling.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Mapping
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from accel.families.flux1 import Flux1Config
+from harness.assets import TinyFluxConfig, flux_linears
+from harness.comfyui import fetch, resolve_version
+
+from .flux_loras import DTYPE, KEY_PREFIX, STRENGTH, RandomLora
+from .report import BenchmarkError
+
+SAMPLED = (f"{KEY_PREFIX}transformer_blocks.0.", f"{KEY_PREFIX}single_transformer_blocks.0.")
+BLOCK_TYPES = ("double_blocks", "single_blocks")
+STOP_S = 30
+
+
+class StockMerge:
+    """A ComfyUI process that holds the sampled blocks and merges LoRAs into them on request."""
+
+    def __init__(self, config: Flux1Config, loras: Mapping[str, RandomLora]) -> None:
+        """Start ComfyUI and hand it the sampled blocks' share of each LoRA."""
+        self.version = resolve_version()
+        self._block_counts = {"double_blocks": config.depth, "single_blocks": config.depth_single}
+        shares = {
+            name: {key: tensor for key, tensor in lora.state_dict(KEY_PREFIX).items() if key.startswith(SAMPLED)}
+            for name, lora in loras.items()
+        }
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        # As int16 arrays: numpy has no bfloat16, and torch's own way to send tensors shares the memory.
+        sent = {
+            name: {key: tensor.view(torch.int16).numpy() for key, tensor in share.items()}
+            for name, share in shares.items()
+        }
+        sampled = TinyFluxConfig(config.hidden_size, 1, 1, context=config.context_dim, pooled=config.pooled_dim)
+        arguments = (theirs, fetch(self.version), sampled)
+        self._process = context.Process(target=_serve, args=arguments, name="stock-merge", daemon=True)
+        self._process.start()
+        theirs.close()
+        self._connection.send(sent)
+        per_block = self._receive()
+        self.sampled_layers = sum(per_block.values())
+        self.layers = sum(per_block[kind] * count for kind, count in self._block_counts.items())
+
+    def merge(self, name: str) -> float:
+        """Switch to one of the LoRAs; returns the milliseconds that the whole model would take."""
+        self._connection.send(name)
+        block_ms = self._receive()
+        return sum(block_ms[kind] * count for kind, count in self._block_counts.items())
+
+    def close(self) -> None:
+        """End the process."""
+        self._connection.close()
+        self._process.join(STOP_S)
+        if self._process.is_alive():
+            self._process.kill()
+
+    def _receive(self) -> Any:
+        try:
+            answer = self._connection.recv()
+        except EOFError as exc:
+            self._process.join(STOP_S)
+            raise BenchmarkError(
+                f"stock: the ComfyUI process ended with exit code {self._process.exitcode}; see its messages above."
+            ) from exc
+        if isinstance(answer, BenchmarkError):
+            raise answer
+        return answer
+
+
+def _serve(connection: Connection, comfyui: Path, sampled: TinyFluxConfig) -> None:
+    """The process: answer each LoRA name with {block type: ms}, until the other end closes."""
+    sys.path.insert(0, str(comfyui))
+    import comfy.cli_args
+
+    comfy.cli_args.args.cpu = True  # read when comfy.model_management is imported
+
+    try:
+        merge = _Merge(sampled, connection.recv())
+        connection.send(merge.layers_per_block)
+        while True:
+            connection.send(merge.switch(connection.recv()))
+    except BenchmarkError as error:
+        connection.send(error)
+    except EOFError:
+        return
+
+
+class _Merge:
+    """The sampled model in ComfyUI's hands, and one clone of it with each LoRA."""
+
+    def __init__(self, sampled: TinyFluxConfig, loras: Mapping[str, Mapping[str, Any]]) -> None:
+        import comfy.lora
+        import comfy.sd
+
+        root = comfy.sd.load_diffusion_model_state_dict(_checkpoint(sampled))
+        self._model = root.model
+        self._originals = {key: tensor.clone() for key, tensor in self._model.state_dict().items()}
+        self._block_ms: dict[str, float] = {}
+        key_map = comfy.lora.model_lora_keys_unet(self._model, {})
+        self._clones, self._patches = {}, {}
+        for name, arrays in loras.items():
+            tensors = {key: torch.from_numpy(array).view(DTYPE) for key, array in arrays.items()}
+            patches = comfy.lora.load_lora(tensors, key_map)
+            clone = root.clone()
+            added = clone.add_patches(patches, STRENGTH)
+            if 2 * len(added) != len(tensors):
+                raise BenchmarkError(f"stock: ComfyUI took {len(added)} of the LoRA's {len(tensors) // 2} layers.")
+            self._clones[name] = self._timed(clone)
+        weights = {key for clone in self._clones.values() for key in clone.patches}
+        self._weights = sorted(weights)
+        self.layers_per_block = {kind: sum(_kind(key) == kind for key in weights) for kind in BLOCK_TYPES}
+
+    def switch(self, name: str) -> dict[str, float]:
+        """Merge one LoRA in place of the last one; ms per block type."""
+        from comfy.model_management import load_models_gpu
+
+        before = self._bits()
+        self._block_ms = defaultdict(float)
+        with torch.inference_mode():  # ComfyUI executes nodes in it
+            load_models_gpu([self._clones[name]])
+        self._check(name, before)
+        return dict(self._block_ms)
+
+    def _timed(self, clone: Any) -> Any:
+        """Measure the clone's `patch_weight_to_device` where it really merges something."""
+        patch = clone.patch_weight_to_device
+
+        def timed(key: str, *args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            result = patch(key, *args, **kwargs)
+            if key in clone.patches:
+                self._block_ms[_kind(key)] += (time.perf_counter() - start) * 1e3
+            return result
+
+        clone.patch_weight_to_device = timed
+        return clone
+
+    def _bits(self) -> dict[str, Tensor]:
+        state = self._model.state_dict()
+        return {key: state[key] for key in self._weights}
+
+    def _check(self, name: str, before: Mapping[str, Tensor]) -> None:
+        """Every merged weight is W + strength · B A within bf16's rounding, and is not what it was."""
+        for key, merged in self._bits().items():
+            if torch.equal(merged, before[key]):
+                raise BenchmarkError(f"stock: {key} did not change.")
+            wanted = self._originals[key].float()
+            for strength, adapter, _, offset, _ in self._clones[name].patches[key]:
+                up, down = adapter.weights[:2]
+                rows = wanted if offset is None else wanted.narrow(*offset)
+                rows += strength * (up.float() @ down.float())
+            if not torch.allclose(merged.float(), wanted, rtol=2**-7, atol=1e-6):
+                raise BenchmarkError(f"stock: {key} is not the weight plus LoRA '{name}'.")
+
+
+def _kind(key: str) -> str:
+    return next((kind for kind in BLOCK_TYPES if f".{kind}." in key), "other")
+
+
+def _checkpoint(sampled: TinyFluxConfig) -> dict[str, Tensor]:
+    """A bf16 checkpoint in the original layout, random weights of a trained model's scale."""
+    tensors: dict[str, Tensor] = {}
+    for module, (out_features, in_features) in flux_linears(sampled).items():
+        tensors[f"{module}.weight"] = torch.empty(out_features, in_features, dtype=DTYPE).normal_(0.0, 0.02)
+        tensors[f"{module}.bias"] = torch.zeros(out_features, dtype=DTYPE)
+    for norm in ("double_blocks.0.img_attn.norm", "double_blocks.0.txt_attn.norm", "single_blocks.0.norm"):
+        for part in ("query_norm", "key_norm"):
+            tensors[f"{norm}.{part}.scale"] = torch.ones(128, dtype=DTYPE)
+    return tensors

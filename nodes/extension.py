@@ -1,0 +1,16 @@
+"""What ComfyUI's `comfy_entrypoint` returns."""
+
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io
+
+from .loader import FluxAccelLoader
+from .lora import FluxHotswapLora
+
+
+class FluxHotswapExtension(ComfyExtension):
+    """The pack's nodes."""
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        """Every node class, in menu order."""
+        return [FluxAccelLoader, FluxHotswapLora]

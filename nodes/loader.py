@@ -1,0 +1,81 @@
+"""The node that makes an accelerated MODEL from a FLUX checkpoint."""
+
+from __future__ import annotations
+
+import comfy.model_management
+import folder_paths
+from comfy_api.latest import io
+
+from ..accel.attention import BACKENDS
+from ..accel.checkpoint import inspect_checkpoint
+from ..accel.engine import Engine
+from ..accel.registry import ENGINES, EngineKey
+from ..accel.settings import COMPILE_MODES, DTYPES, EngineSettings
+from .files import CATEGORY, find_file, fingerprint
+from .model import AcceleratedFlux
+from .patcher import AcceleratedModelPatcher
+from .progress import NodeObserver
+
+FOLDER = "diffusion_models"
+
+
+class FluxAccelLoader(io.ComfyNode):
+    """Accelerated Flux Loader."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Inputs and outputs."""
+        return io.Schema(
+            node_id="FluxAccelLoader",
+            display_name="Accelerated Flux Loader",
+            category=CATEGORY,
+            description="Loads a FLUX.1 transformer that stays compiled in memory across prompts. Use it in place of "
+            "Load Diffusion Model, and add LoRAs with Hotswap LoRA: switching them takes milliseconds.",
+            inputs=[
+                io.Combo.Input(
+                    "model_name",
+                    options=folder_paths.get_filename_list(FOLDER),
+                    tooltip="A FLUX.1 checkpoint in models/diffusion_models.",
+                ),
+                io.Combo.Input(
+                    "dtype",
+                    options=list(DTYPES),
+                    default="auto",
+                    tooltip="What the transformer computes in. auto: the file's own type where the device has it.",
+                ),
+                io.Combo.Input(
+                    "attention",
+                    options=["auto", *BACKENDS],
+                    default="auto",
+                    tooltip="The attention kernel of this model alone.",
+                ),
+                io.Combo.Input(
+                    "compile",
+                    options=list(COMPILE_MODES),
+                    default=COMPILE_MODES[0],
+                    tooltip="regional: compile each block type once; the first image takes a minute longer, every "
+                    "later one is faster, whatever LoRA, size or prompt. off: start at once, run slower.",
+                ),
+            ],
+            outputs=[io.Model.Output()],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, model_name: str, **_: str) -> tuple[int, int]:
+        """Run again when the file changes."""
+        return fingerprint(FOLDER, model_name)
+
+    @classmethod
+    def execute(cls, model_name: str, dtype: str, attention: str, compile: str) -> io.NodeOutput:
+        """Read the header, and hand out a clone of the model that lives in the registry."""
+        spec = inspect_checkpoint(find_file(FOLDER, model_name))
+        device = comfy.model_management.get_torch_device()
+        settings = EngineSettings(dtype=dtype, attention=attention, compile=compile, device=str(device))
+
+        def build() -> AcceleratedModelPatcher:
+            engine = Engine(spec, settings, NodeObserver())
+            offload_device = comfy.model_management.unet_offload_device()
+            return AcceleratedModelPatcher(AcceleratedFlux(engine), device, offload_device)
+
+        root = ENGINES.get_or_build(EngineKey.of(spec.file.identity, settings), build)
+        return io.NodeOutput(root.clone())

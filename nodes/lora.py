@@ -1,0 +1,85 @@
+"""The node that adds a LoRA to an accelerated MODEL."""
+
+from __future__ import annotations
+
+import logging
+
+import comfy.sd
+import comfy.utils
+import folder_paths
+from comfy_api.latest import io
+
+from ..accel.errors import SettingsError
+from ..accel.lora.file import LoraWeights
+from .files import CATEGORY, find_file, fingerprint
+from .patcher import AcceleratedModelPatcher
+
+FOLDER = "loras"
+log = logging.getLogger(__name__)
+
+
+class FluxHotswapLora(io.ComfyNode):
+    """Hotswap LoRA."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Inputs and outputs."""
+        strength = {"default": 1.0, "min": -100.0, "max": 100.0, "step": 0.01}
+        return io.Schema(
+            node_id="FluxHotswapLora",
+            display_name="Hotswap LoRA",
+            category=CATEGORY,
+            description="Adds a LoRA to an accelerated FLUX model. Chain several to stack them. Changing the file or "
+            "the strength binds other tensors to the compiled model: nothing is merged, nothing recompiles.",
+            inputs=[
+                io.Model.Input("model", tooltip="From Accelerated Flux Loader, or another Hotswap LoRA."),
+                io.Combo.Input(
+                    "lora_name", options=folder_paths.get_filename_list(FOLDER), tooltip="A file in models/loras."
+                ),
+                io.Float.Input("strength", **strength, tooltip="Effect on the image model; may be negative."),
+                io.Clip.Input(
+                    "clip", optional=True, tooltip="Connect it when the LoRA was trained on the text encoder too."
+                ),
+                io.Float.Input(
+                    "strength_clip", **strength, optional=True, tooltip="Effect on the text encoder, if connected."
+                ),
+            ],
+            outputs=[io.Model.Output(), io.Clip.Output()],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, lora_name: str, **_: object) -> tuple[int, int]:
+        """Run again when the file changes."""
+        return fingerprint(FOLDER, lora_name)
+
+    @classmethod
+    def execute(
+        cls, model, lora_name: str, strength: float, clip=None, strength_clip: float = 1.0
+    ) -> io.NodeOutput:
+        """Check the file against the model, and put it on the clone's stack; it is bound when sampling starts."""
+        if not isinstance(model, AcceleratedModelPatcher):
+            raise SettingsError(
+                f"Hotswap LoRA got a model of type {type(model.model).__name__}, expected one from Accelerated Flux "
+                "Loader. For other models use ComfyUI's Load LoRA."
+            )
+        path = find_file(FOLDER, lora_name)
+        weights = model.engine.read_lora(path)
+        return io.NodeOutput(model.with_lora(weights, strength), _patch_clip(clip, path, weights, strength_clip))
+
+
+def _patch_clip(clip, path: str, weights: LoraWeights, strength: float):
+    """Apply the text-encoder part of a LoRA by ComfyUI's own patcher; without a CLIP, say that it waits."""
+    keys = weights.text_encoder_keys
+    if clip is None:
+        if keys:
+            log.info(
+                "Flux Hotswap: '%s' has %d text encoder keys; connect clip to Hotswap LoRA to use them.",
+                weights.name,
+                len(keys),
+            )
+        return None
+    if not keys or strength == 0.0:
+        return clip
+    tensors = comfy.utils.load_torch_file(path, safe_load=True)
+    _, patched = comfy.sd.load_lora_for_models(None, clip, {key: tensors[key] for key in keys}, 0.0, strength)
+    return patched

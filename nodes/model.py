@@ -1,0 +1,211 @@
+"""An engine as ComfyUI's BaseModel: what the sampler calls."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import comfy.model_base
+import comfy.patcher_extension
+import comfy.supported_models
+import torch
+from torch import Tensor, nn
+
+from ..accel.engine import Engine
+from ..accel.families.flux1 import AXES_DIM, PATCH_SIZE, Flux1Inputs
+from ..accel.families.flux1.forward import BlockHook, BlockState, EmbeddingHook, Hooks, Residuals
+from ..accel.families.flux1.positions import RopeOptions
+
+log = logging.getLogger(__name__)
+
+GUIDANCE = "flux_hotswap_guidance"
+# Patches that run inside a block, where the compiled region has no place for them.
+INSIDE_BLOCKS = ("attn1_patch", "attn1_output_patch")
+
+
+class AcceleratedFlux(comfy.model_base.Flux):
+    """ComfyUI's FLUX model around an engine. It has the sampling settings and conditioning, but no weights."""
+
+    def __init__(self, engine: Engine) -> None:
+        """Describe the engine's model as ComfyUI would have detected it."""
+        config = _model_config(engine)
+        kind = comfy.model_base.ModelType.FLUX if engine.spec.config.guidance else comfy.model_base.ModelType.FLOW
+        super().__init__(config, model_type=kind)
+        self.diffusion_model = TransformerAdapter(engine)
+
+    def _apply_model(self, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **kwargs):
+        # A ControlNet with a VAE reloads models in the middle of sampling, without pre_run.
+        self.current_patcher.ensure_applied()
+        # super() casts every condition to the model's dtype, and guidance is multiplied by 1000 afterwards: 3.5 would
+        # become 3504 in bfloat16. It travels beside the others, in float32.
+        options = {**(transformer_options or {}), GUIDANCE: kwargs.pop("guidance", None)}
+        return super()._apply_model(x, t, c_concat, c_crossattn, control, options, **kwargs)
+
+
+class TransformerAdapter(nn.Module):
+    """Stands where ComfyUI expects the transformer, and translates its arguments for the engine."""
+
+    patch_size = PATCH_SIZE
+
+    def __init__(self, engine: Engine) -> None:
+        """Hide the engine from nn.Module, so that ComfyUI's walks over modules, `.to` and state dicts do not see it."""
+        super().__init__()
+        object.__setattr__(self, "engine", engine)
+        self.dtype = engine.dtype
+        self._warned: set[str] = set()
+
+    def forward(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        context: Tensor,
+        y: Tensor | None = None,
+        guidance: Tensor | None = None,
+        ref_latents: list[Tensor] | None = None,
+        control: dict[str, list[Tensor | None]] | None = None,
+        transformer_options: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Predict like comfy.ldm.flux.model.Flux.forward, with its arguments and wrappers."""
+        options = transformer_options or {}
+        wrappers = comfy.patcher_extension.get_all_wrappers(
+            comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, options
+        )
+        executor = comfy.patcher_extension.WrapperExecutor.new_class_executor(self._forward, self, wrappers)
+        return executor.execute(x, timestep, context, y, guidance, ref_latents, control, options, **kwargs)
+
+    def _forward(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        context: Tensor,
+        y: Tensor | None = None,
+        guidance: Tensor | None = None,
+        ref_latents: list[Tensor] | None = None,
+        control: dict[str, list[Tensor | None]] | None = None,
+        transformer_options: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        options = transformer_options or {}
+        self._warn_about_unsupported(options)
+        control = control or {}
+        dtype = self.dtype
+        exact_guidance = options.get(GUIDANCE)
+        inputs = Flux1Inputs(
+            latent=x.to(dtype),
+            timestep=timestep,
+            encoder_hidden_states=context.to(dtype),
+            pooled_projections=None if y is None else y.to(dtype),
+            guidance=_on(x, guidance if exact_guidance is None else exact_guidance),
+            references=[latent.to(dtype) for latent in ref_latents or ()],
+            reference_method=kwargs.get("ref_latents_method", "offset"),
+            attention_mask=_broadcast_mask(kwargs.get("attention_mask")),
+            residuals=Residuals(control.get("input", ()), control.get("output", ())),
+            rope=RopeOptions(**options["rope_options"]) if options.get("rope_options") else RopeOptions(),
+            hooks=_hooks(options),
+        )
+        return self.engine(inputs)
+
+    def _warn_about_unsupported(self, options: dict[str, Any]) -> None:
+        found = [name for name in INSIDE_BLOCKS if options.get("patches", {}).get(name)]
+        if "optimized_attention_override" in options:
+            found.append("optimized_attention_override")
+        for name in found:
+            if name not in self._warned:
+                self._warned.add(name)
+                log.warning(
+                    "Flux Hotswap: a node patches the inside of attention (%s). The accelerated model cannot run that "
+                    "and goes on without it. For this effect use ComfyUI's Load Diffusion Model.",
+                    name,
+                )
+
+
+def _model_config(engine: Engine) -> Any:
+    config = engine.spec.config
+    sizes = {
+        "image_model": "flux",
+        "in_channels": config.in_channels // PATCH_SIZE**2,
+        "out_channels": config.out_channels // PATCH_SIZE**2,
+        "vec_in_dim": config.pooled_dim,
+        "context_in_dim": config.context_dim,
+        "hidden_size": config.hidden_size,
+        "mlp_ratio": config.mlp_dim / config.hidden_size,
+        "num_heads": config.num_heads,
+        "depth": config.depth,
+        "depth_single_blocks": config.depth_single,
+        "axes_dim": list(AXES_DIM),
+        "theta": 10000,
+        "patch_size": PATCH_SIZE,
+        "qkv_bias": True,
+        "guidance_embed": config.guidance,
+        "txt_ids_dims": [],
+        "disable_unet_model_creation": True,
+    }
+    kind = comfy.supported_models.Flux if config.guidance else comfy.supported_models.FluxSchnell
+    model_config = kind(sizes)
+    model_config.set_inference_dtype(engine.dtype, None)
+    return model_config
+
+
+def _on(x: Tensor, values: Tensor | None) -> Tensor | None:
+    return None if values is None else values.to(x.device, torch.float32)
+
+
+def _broadcast_mask(mask: Tensor | None) -> Tensor | None:
+    """(N, N) or (B, N, N) -> (1 or B, 1, N, N), as ComfyUI's attention functions do."""
+    if mask is None or mask.ndim == 4:
+        return mask
+    return mask[None, None] if mask.ndim == 2 else mask[:, None]
+
+
+def _hooks(options: dict[str, Any]) -> Hooks:
+    embedding = [_embedding_hook(patch, options) for patch in options.get("patches", {}).get("post_input", ())]
+    around = {}
+    for (kind, index), patch in options.get("patches_replace", {}).get("dit", {}).items():
+        if kind in ("double_block", "single_block"):
+            around[kind.removesuffix("_block"), index] = _block_hook(patch, kind, index, options)
+    return Hooks(embedding, around)
+
+
+def _embedding_hook(patch: Callable, options: dict[str, Any]) -> EmbeddingHook:
+    def hook(image: Tensor, text: Tensor, image_ids: Tensor, text_ids: Tensor) -> tuple[Tensor, ...]:
+        out = patch(
+            {"img": image, "txt": text, "img_ids": image_ids, "txt_ids": text_ids, "transformer_options": options}
+        )
+        return out["img"], out["txt"], out["img_ids"], out["txt_ids"]
+
+    return hook
+
+
+def _block_hook(patch: Callable, kind: str, index: int, options: dict[str, Any]) -> BlockHook:
+    """Let a `patches_replace["dit"]` function run around one block, with the arguments that ComfyUI's own model gives."""
+
+    def hook(state: BlockState, run: Callable[[BlockState], BlockState]) -> BlockState:
+        def original_block(args: dict[str, Any]) -> dict[str, Tensor]:
+            return _as_output(run(_as_state(args)))
+
+        args = {
+            "img": state.hidden_states,
+            "vec": state.conditioning,
+            "pe": state.rotary,
+            "attn_mask": state.mask,
+            "transformer_options": {**options, "block_type": kind.removesuffix("_block"), "block_index": index},
+        }
+        if state.encoder_hidden_states is not None:
+            args["txt"] = state.encoder_hidden_states
+        out = patch(args, {"original_block": original_block})
+        return _as_state({**args, **out})
+
+    return hook
+
+
+def _as_state(args: dict[str, Any]) -> BlockState:
+    return BlockState(args["img"], args.get("txt"), args["vec"], args["pe"], args.get("attn_mask"))
+
+
+def _as_output(state: BlockState) -> dict[str, Tensor]:
+    out = {"img": state.hidden_states}
+    if state.encoder_hidden_states is not None:
+        out["txt"] = state.encoder_hidden_states
+    return out

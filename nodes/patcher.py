@@ -1,0 +1,192 @@
+"""An engine's ModelPatcher: the MODEL that flows through a graph, and its place in ComfyUI's memory management."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import comfy.model_patcher
+import torch
+
+from ..accel.engine import Engine, SwapReport
+from ..accel.errors import SettingsError
+from ..accel.lora.file import LoraWeights
+from ..accel.lora.stack import LoraStack
+from .progress import show_text
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class SamplingRecord:
+    """What happened on an engine since a sampler started."""
+
+    started: float
+    compiles_before: int
+    recompiles_before: int
+    swaps: list[SwapReport] = field(default_factory=list)
+
+
+class AcceleratedModelPatcher(comfy.model_patcher.ModelPatcher):
+    """A cheap handle on a shared engine, with a LoRA stack of its own.
+
+    Clones share the engine; the stack is bound when a clone starts to sample. ComfyUI decides when the engine is loaded
+    and unloaded, through `partially_load` and `detach`.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        load_device: torch.device,
+        offload_device: torch.device,
+        size: int = 0,
+        weight_inplace_update: bool = False,
+    ) -> None:
+        """Take ModelPatcher's own arguments: its `clone` calls this."""
+        super().__init__(model, load_device, offload_device, size, weight_inplace_update)
+        self.lora_stack = LoraStack()
+
+    @property
+    def engine(self) -> Engine:
+        """The engine that all clones share."""
+        return self.model.diffusion_model.engine
+
+    def clone(self, *args: Any, **kwargs: Any) -> AcceleratedModelPatcher:
+        """Copy the handle, not the engine."""
+        copy = super().clone(*args, **kwargs)
+        copy.lora_stack = self.lora_stack
+        return copy
+
+    def with_lora(self, weights: LoraWeights, strength: float) -> AcceleratedModelPatcher:
+        """A clone with one more LoRA on its stack."""
+        copy = self.clone()
+        copy.lora_stack = self.lora_stack.with_lora(weights, strength)
+        return copy
+
+    # Memory: ComfyUI asks for sizes, and says when to load and when to give way.
+
+    def model_size(self) -> int:
+        """Bytes that the engine takes when loaded."""
+        return self.engine.bytes
+
+    def partially_load(self, device_to: torch.device, extra_memory: int = 0, force_patch_weights: bool = False) -> int:
+        """Load the engine if it is not loaded. Returns the bytes gained."""
+        with self.use_ejected(skip_and_inject_on_exit_only=True):
+            # Clones share the backup of object patches, so this clone's are applied anew each time.
+            self.unpatch_model(self.offload_device, unpatch_weights=False)
+            self.patch_model(load_weights=False)
+            before = self.loaded_size()
+            try:
+                self._load()
+            except BaseException:
+                self.detach()
+                raise
+            self.model.device = device_to
+            return self.loaded_size() - before
+
+    def partially_unload(self, device_to: torch.device, memory_to_free: int = 0, *args: Any, **kwargs: Any) -> int:
+        """Free nothing: an engine is on the device whole or not at all, so ComfyUI goes on to `detach`."""
+        return 0
+
+    def detach(self, unpatch_all: bool = True) -> Any:
+        """Give the memory back if ComfyUI means it (`unpatch_all`); it also calls this on every reload and deletion."""
+        model = super().detach(unpatch_all)
+        if unpatch_all:
+            if self.load_device == self.offload_device:
+                self.engine.release()
+            else:
+                self.engine.offload()
+        return model
+
+    # Sampling.
+
+    def pre_run(self) -> None:
+        """Bind this clone's LoRAs: ComfyUI calls it once per sampling, after loading."""
+        other = self.model.current_patcher
+        if other is not None and other is not self and other.lora_stack.key != self.lora_stack.key:
+            log.warning(
+                "Flux Hotswap: two models with different LoRAs (%s; %s) sample at once on one engine, as Dual Model "
+                "Guider does; both will use the second. Give one of them a loader with another dtype or compile mode.",
+                other.lora_stack,
+                self.lora_stack,
+            )
+        super().pre_run()
+        engine = self.engine
+        self.model.sampling_record = SamplingRecord(time.perf_counter(), engine.compile_count, engine.recompile_count)
+        self.ensure_applied()
+
+    def ensure_applied(self) -> None:
+        """Load the engine and bind this clone's LoRAs, if either is not so already."""
+        if not self.engine.loaded:
+            self._load()
+        if not self.engine.applied(self.lora_stack):
+            self.model.sampling_record.swaps.append(self.engine.swap(self.lora_stack))
+
+    def cleanup(self) -> None:
+        """Say what the sampling did. The LoRAs stay bound: the next prompt may want them again."""
+        super().cleanup()
+        record, self.model.sampling_record = getattr(self.model, "sampling_record", None), None
+        if record is None:
+            return
+        engine = self.engine
+        swap_ms = sum(swap.swap_ms for swap in record.swaps)
+        sources = ", ".join(swap.source for swap in record.swaps) or "already bound"
+        summary = (
+            f"LoRAs {self.lora_stack} | swap {swap_ms:.2f} ms ({sources}) | "
+            f"compiled {engine.compile_count - record.compiles_before} | "
+            f"recompiles {engine.recompile_count - record.recompiles_before} | "
+            f"sampling {time.perf_counter() - record.started:.2f} s"
+        )
+        log.info("Flux Hotswap: %s", summary)
+        show_text(summary)
+
+    def _load(self) -> None:
+        self.engine.load()
+        self.model.model_loaded_weight_memory = self.engine.bytes
+
+    # What cannot be done to an engine, with what to do instead.
+
+    def add_patches(self, patches: Any, strength_patch: float = 1.0, strength_model: float = 1.0) -> list[str]:
+        """Refuse to merge."""
+        raise SettingsError(
+            "The accelerated FLUX model does not merge patches into its weights. Use Hotswap LoRA in place of this node."
+        )
+
+    def add_hook_patches(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse weight hooks."""
+        raise SettingsError(
+            "The accelerated FLUX model does not take LoRAs scheduled as hooks on the conditioning. Use Hotswap LoRA on "
+            "the model, or ComfyUI's Load Diffusion Model for this graph."
+        )
+
+    def get_key_patches(self, filter_prefix: str | None = None) -> dict[str, Any]:
+        """Refuse merging of models."""
+        raise SettingsError(
+            "The accelerated FLUX model cannot be merged with another. Merge with ComfyUI's Load Diffusion Model, save "
+            "the result, and load that file here."
+        )
+
+    def state_dict_for_saving(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Refuse saving."""
+        raise SettingsError(
+            "The accelerated FLUX model cannot be saved: it holds the weights of its file unchanged. Copy "
+            f"'{self.engine.spec.file.name}', or save from ComfyUI's Load Diffusion Model."
+        )
+
+    model_state_dict_for_saving = state_dict_for_saving
+
+    def deepclone_multigpu(self, *args: Any, **kwargs: Any) -> AcceleratedModelPatcher:
+        """Refuse copies on further GPUs."""
+        raise SettingsError("The accelerated FLUX model runs on one GPU. Remove the multi-GPU node from its path.")
+
+    def add_wrapper_with_key(self, wrapper_type: str, key: str, wrapper: Any) -> None:
+        """Take any wrapper but that of TorchCompileModel: the engine is compiled already, and better."""
+        if key == "torch.compile":
+            log.warning(
+                "Flux Hotswap: TorchCompileModel has no effect on the accelerated model, which compiles itself (see "
+                "'compile' in Accelerated Flux Loader)."
+            )
+            return
+        super().add_wrapper_with_key(wrapper_type, key, wrapper)

@@ -1,0 +1,48 @@
+"""Show in the graph what takes long: loading and compiling, on the node that runs."""
+
+from __future__ import annotations
+
+import logging
+
+import comfy.utils
+
+log = logging.getLogger(__name__)
+
+
+class NodeObserver:
+    """Forwards what an engine does to the running node's progress bar and text, and to the log."""
+
+    def __init__(self) -> None:
+        """Start with no bar; one is made per load, because a bar belongs to the node that runs when it is made."""
+        self._bar: comfy.utils.ProgressBar | None = None
+
+    def loading(self, done: int, total: int) -> None:
+        """Move the bar. May raise ComfyUI's interrupt, which leaves the engine unloaded."""
+        if self._bar is None:
+            show_text(f"Loading {total} tensors")
+            self._bar = comfy.utils.ProgressBar(total)
+        self._bar.update_absolute(done)
+        if done == total:
+            self._bar = None
+
+    def compiling(self, region: str) -> None:
+        """Say why the first step takes long."""
+        show_text(f"Compiling the {region} blocks, once")
+        log.info("Flux Hotswap: compiling the %s blocks (once per engine; later runs use the cache)", region)
+
+    def compiled(self, region: str, seconds: float, count: int) -> None:
+        """Say how long it took."""
+        show_text(f"Compiled the {region} blocks in {seconds:.0f} s")
+        log.info("Flux Hotswap: compiled the %s blocks in %.1f s (compile %d of this engine)", region, seconds, count)
+
+
+def show_text(text: str) -> None:
+    """Write a line below the running node, where the frontend and this ComfyUI version can."""
+    try:
+        from comfy_execution.utils import get_executing_context
+        from server import PromptServer
+    except ImportError:
+        return
+    context, server = get_executing_context(), getattr(PromptServer, "instance", None)
+    if context is not None and server is not None:
+        server.send_progress_text(text, context.node_id)
