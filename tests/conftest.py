@@ -1,12 +1,17 @@
 """Fixtures shared by all tests. Nothing here needs the pack, ComfyUI or torch until a test asks for it."""
 
 import importlib.util
+import os
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-from harness.paths import REPO
+from harness.paths import CACHE, REPO
+
+# Compiles are shared with the server's and with earlier runs': a cold one takes a minute.
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(CACHE / "inductor"))
 
 PACK_ALIAS = "flux_hotswap_pack"
 
@@ -29,3 +34,13 @@ def pack() -> ModuleType:
             del sys.modules[PACK_ALIAS]
             raise
     return sys.modules[PACK_ALIAS]
+
+
+@pytest.fixture(scope="session")
+def models() -> Path:
+    """A models folder with the generated tiny checkpoints, kept between runs."""
+    from harness.assets import write_all
+
+    folder = CACHE / "models"
+    write_all(folder)
+    return folder

@@ -1,0 +1,193 @@
+"""Real ComfyUI servers with the pack, and what the tests ask of them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from harness import assets, lora_files
+from harness.client import Client, PromptResult, http_request
+from harness.graphs import Graph, Picture, graph, latents, relative_distance
+from harness.paths import CACHE, REPO
+from harness.server import ComfyServer
+
+PROBE_PACK = REPO / "tests" / "probe_pack"
+Edit = Callable[[Graph, str], None]
+"""Changes one picture's nodes; their ids begin with the second argument."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The same picture by the pack, by stock ComfyUI, and by stock ComfyUI without what is tested."""
+
+    ours: torch.Tensor
+    stock: torch.Tensor
+    plain: torch.Tensor | None
+    result: PromptResult
+
+    @property
+    def distance(self) -> float:
+        """How far the pack is from stock ComfyUI."""
+        return relative_distance(self.ours, self.stock)
+
+    @property
+    def effect(self) -> float:
+        """How far what is tested moves the picture of stock ComfyUI: without an effect, equality says nothing."""
+        return relative_distance(self.stock, self.plain)
+
+
+class Comfy:
+    """One running server, its folders, and pictures drawn by it."""
+
+    def __init__(self, server: ComfyServer, client: Client) -> None:
+        self.server = server
+        self.client = client
+
+    # Files.
+
+    def model_file(self, folder: str, name: str) -> Path:
+        """The path of a model file on this server."""
+        return self.server.models / folder / name
+
+    def lora(self, name: str, format: str = "kohya", **arguments: object) -> str:
+        """Write a LoRA file for the tiny model and return its name."""
+        return self.tensors("loras", name, lora_files.lora_state_dict(format, **arguments))
+
+    def tensors(self, folder: str, name: str, tensors: dict[str, torch.Tensor]) -> str:
+        """Write (or replace) a safetensors file in one of the server's model folders, and return its name."""
+        assets.write_tensors(self.model_file(folder, name), tensors)
+        return name
+
+    def checkpoint(self, name: str, seed: int = 0, dtype: torch.dtype = torch.float32, **sizes: object) -> str:
+        """Write a FLUX checkpoint and return its name."""
+        config = assets.TinyFluxConfig(**sizes)
+        tensors = assets.tiny_flux_state_dict(config, seed)
+        return self.tensors("diffusion_models", name, {key: value.to(dtype) for key, value in tensors.items()})
+
+    # Pictures.
+
+    def run(self, nodes: Graph) -> PromptResult:
+        """Run a graph that must succeed."""
+        return self.client.run(nodes, check=True)
+
+    def sample(self, picture: Picture, edit: Edit | None = None) -> torch.Tensor:
+        """The final latent of one picture, alone in its prompt."""
+        return self.samples(picture, edit=edit)[0]
+
+    def samples(self, *pictures: Picture, edit: Edit | None = None) -> list[torch.Tensor]:
+        """The final latents of pictures that are drawn in one prompt."""
+        nodes = graph(*pictures)
+        for index in range(len(pictures) if edit else 0):
+            edit(nodes, f"p{index}_")
+        result = self.run(nodes)
+        return [latents(self.client, result, index) for index in range(len(pictures))]
+
+    def compare(self, picture: Picture, plain: Picture | None = None, edit: Edit | None = None,
+                edit_plain: Edit | None = None) -> Comparison:
+        """Draw a picture with the pack and with stock ComfyUI in one prompt.
+
+        Args:
+            picture: what to draw.
+            plain: a third picture, to measure the effect of what is tested; drawn by stock ComfyUI.
+            edit: changes the first two pictures' nodes.
+            edit_plain: changes the third picture's nodes.
+        """
+        pictures = [picture, replace(picture, stock=True)]
+        if plain is not None:
+            pictures.append(replace(plain, stock=True))
+        nodes = graph(*pictures)
+        for prefix in ("p0_", "p1_") if edit else ():
+            edit(nodes, prefix)
+        if edit_plain:
+            edit_plain(nodes, "p2_")
+        result = self.run(nodes)
+        drawn = [latents(self.client, result, index) for index in range(len(pictures))]
+        return Comparison(drawn[0], drawn[1], drawn[2] if plain is not None else None, result)
+
+    # What happens inside the server.
+
+    def engines(self) -> dict:
+        """See `engines` in tests/probe_pack."""
+        return json.loads(http_request(f"{self.server.url}/probe/engines"))
+
+    def engine(self) -> dict:
+        """The one engine that the registry holds."""
+        held = self.engines()["held"]
+        assert len(held) == 1, f"the registry holds {len(held)} engines"
+        return held[0]
+
+    def open_gate(self) -> None:
+        """Let a waiting ProbeGate go on."""
+        http_request(f"{self.server.url}/probe/open", {})
+
+    def interrupt_at_total(self, total: int) -> None:
+        """Cancel the prompt at its first progress bar of that length, soon after that bar's begin."""
+        http_request(f"{self.server.url}/probe/interrupt_at_total", {"total": total})
+
+    @property
+    def rss_bytes(self) -> int:
+        """Memory of the server process."""
+        return psutil.Process(self.server.pid).memory_info().rss
+
+    def free(self, *, unload_models: bool, free_memory: bool) -> None:
+        """Ask for memory back, and wait until the server's loop has done it: it does so at once when idle."""
+        self.client.free(unload_models=unload_models, free_memory=free_memory)
+        deadline = time.monotonic() + 20
+        while any(engine["loaded"] for engine in self.engines()["held"]):
+            assert time.monotonic() < deadline, f"/free did not unload the engine: {self.engines()}"
+            time.sleep(0.05)
+
+
+@pytest.fixture(scope="session")
+def models_cache() -> Path:
+    """A models folder that outlives the session: the CLIP-L alone has 250 MB."""
+    folder = CACHE / "test-models"
+    assets.write_all(folder)
+    return folder
+
+
+@contextlib.contextmanager
+def _running(models_cache: Path, base: Path, comfy_args: tuple[str, ...], version: str | None) -> Iterator[Comfy]:
+    for source in models_cache.glob("*/*.safetensors"):
+        target = base / "models" / source.relative_to(models_cache)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _link(source, target)
+    with ComfyServer(base, packs=[PROBE_PACK], comfy_args=comfy_args, version=version) as server:
+        with server.client() as client:
+            yield Comfy(server, client)
+
+
+def _link(source: Path, target: Path) -> None:
+    """A second name for a file. Tests replace files, and never write into them, so the cached one stays as it is."""
+    try:
+        os.link(source, target)
+    except OSError:
+        target.symlink_to(source)
+
+
+@pytest.fixture(scope="session")
+def start_comfy(models_cache, tmp_path_factory) -> Callable:
+    """Start a further server: `with start_comfy("--cache-none") as comfy`."""
+
+    def start(*comfy_args: str, version: str | None = None):
+        return _running(models_cache, tmp_path_factory.mktemp("comfyui"), comfy_args, version)
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def comfy(start_comfy) -> Iterator[Comfy]:
+    """The server that most tests share."""
+    with start_comfy() as running:
+        yield running
+
+

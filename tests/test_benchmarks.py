@@ -1,0 +1,223 @@
+"""`python -m benchmarks` at a small size: it works, its figures fit together, and it notices work that was not done."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from accel.lora.device import DeviceLoras
+from accel.lora.slots import LoraSlots
+from benchmarks import flux_loras, peers
+from benchmarks.cold_files import ColdFiles
+from benchmarks.report import BenchmarkError, Goal, Variant, interleave
+from benchmarks.swap import LORA_COUNT, Switch, peer_variants
+from harness.paths import REPO
+
+MS_KEYS = {"memcpy_ms", "read_ms", "hot_ms", "warm_ms", "cold_ms", "peft_ms", "diffusers_ms", "stock_merge_ms"}
+RATIOS = {
+    "warm_over_memcpy": ("warm_ms", ("memcpy_ms",)),
+    "hot_over_memcpy": ("hot_ms", ("memcpy_ms",)),
+    "peft_over_hot": ("peft_ms", ("hot_ms",)),
+    "diffusers_over_hot": ("diffusers_ms", ("hot_ms",)),
+    "stock_over_hot": ("stock_merge_ms", ("hot_ms",)),
+    "cold_over_read_plus_memcpy": ("cold_ms", ("read_ms", "memcpy_ms")),
+}
+
+
+def command(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "benchmarks", *map(str, arguments)],
+        cwd=REPO,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    path = tmp_path_factory.mktemp("bench") / "swap.json"
+    done = command("swap", "--quick", "--json", path)
+    assert done.returncode == 0, done.stderr
+    return json.loads(path.read_text(encoding="utf-8")), done.stdout
+
+
+def test_swap_writes_every_key(finished):
+    figures, _ = finished
+    numbers = MS_KEYS | set(RATIOS) | {"lora_bytes", "stock_merge_sampled_layers", "stock_merge_layers"}
+    assert numbers | {"machine", "date", "notes"} <= set(figures)
+    for key in numbers:
+        assert math.isfinite(figures[key]), key
+        assert figures[key] > 0, key
+
+
+def test_swap_ratios_follow_from_their_parts(finished):
+    figures, _ = finished
+    for ratio, (dividend, divisors) in RATIOS.items():
+        assert figures[ratio] == pytest.approx(figures[dividend] / sum(figures[key] for key in divisors)), ratio
+
+
+def test_swap_medians_come_from_its_samples(finished):
+    figures, _ = finished
+    assert {f"{name}_ms" for name in figures["samples_ms"]} == MS_KEYS
+    for name, samples in figures["samples_ms"].items():
+        assert len(samples) == figures["rounds"]
+        # The samples are written with fewer digits.
+        assert sorted(samples)[len(samples) // 2] == pytest.approx(figures[f"{name}_ms"], abs=1e-3)
+
+
+def test_swap_counts_bytes_and_layers(finished):
+    figures, _ = finished
+    lora = flux_loras.random_lora(flux_loras.QUICK, "one", 0)
+    assert lora.bytes <= figures["lora_bytes"] <= lora.bytes + 64 * (1 + 2 * len(lora.pairs))
+    # 10 weights in a double block, 3 in a single one, one of each sampled.
+    assert figures["stock_merge_sampled_layers"] == 13
+    assert figures["stock_merge_layers"] == 10 * flux_loras.QUICK.depth + 3 * flux_loras.QUICK.depth_single
+
+
+def test_swap_prints_figures_goals_and_what_stood_in_for_what(finished):
+    figures, stdout = finished
+    for name in figures["samples_ms"]:
+        assert f"  {name} " in stdout
+    assert len(figures["goals"]) == 3
+    for goal in figures["goals"]:
+        assert goal["met"] == (goal["value"] <= goal["limit"])
+        assert goal["statement"] in stdout
+    assert all(note in stdout for note in figures["notes"])
+    notes = " ".join(figures["notes"])
+    for word in ("stands in for the device", "meta device", "13 of 32 weights", "cold file"):
+        assert word in notes
+
+
+def test_machine_is_described(finished):
+    machine = finished[0]["machine"]
+    assert machine["cores"] == os.cpu_count()
+    assert machine["torch"] == torch.__version__
+    assert machine["cpu"]
+
+
+def test_unknown_benchmark_is_a_clear_error():
+    done = command("teleport")
+    assert done.returncode == 2
+    assert "teleport" in done.stderr
+    assert "swap" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_help_lists_each_benchmark():
+    done = command("--help")
+    assert done.returncode == 0
+    assert "swap" in done.stdout
+    assert "switch a LoRA" in done.stdout
+
+
+def test_json_into_a_missing_folder_fails_before_measuring(tmp_path):
+    done = command("swap", "--quick", "--json", tmp_path / "absent" / "swap.json")
+    assert done.returncode == 2
+    assert "absent" in done.stderr
+    assert not done.stdout
+
+
+def test_interleave_takes_turns_and_drops_the_warm_up():
+    calls = []
+    variants = [
+        Variant("a", lambda: calls.append("a"), check=lambda: calls.append("checked")),
+        Variant("b", lambda: 7.0, before=lambda: calls.append("before b")),
+    ]
+    samples = interleave(variants, rounds=2, warm_up=1)
+    assert calls == ["a", "checked", "before b"] * 3
+    assert samples["b"] == [7.0, 7.0]
+    assert len(samples["a"]) == 2
+
+
+def test_goals():
+    assert Goal("at the limit", 1.2, 1.2).met
+    assert not Goal("over it", 1.21, 1.2).met
+
+
+# What follows breaks the work that is measured: each check must be able to fail.
+
+
+@pytest.fixture
+def loras():
+    return [flux_loras.random_lora(flux_loras.QUICK, f"lora-{seed}", seed) for seed in range(LORA_COUNT)]
+
+
+@pytest.fixture
+def switch(loras, tmp_path):
+    return Switch(flux_loras.QUICK, loras, ColdFiles(tmp_path))
+
+
+def variant_of(variants, name):
+    return next(variant for variant in variants if variant.name == name)
+
+
+@pytest.mark.parametrize("name", ["hot", "warm", "cold"])
+def test_a_bind_that_does_nothing_is_noticed(switch, monkeypatch, name):
+    variant = variant_of(switch.variants(), name)
+    interleave([variant], rounds=LORA_COUNT, warm_up=0)
+    monkeypatch.setattr(LoraSlots, "bind", lambda self, bindings: None)
+    with pytest.raises(BenchmarkError, match=f"^{name}: "):
+        interleave([variant], rounds=1, warm_up=0)
+
+
+@pytest.mark.parametrize("name", ["hot", "warm", "cold"])
+def test_one_wrong_bit_is_noticed(switch, monkeypatch, name):
+    bind = LoraSlots.bind
+
+    def bind_wrong(self, bindings):
+        bindings[2 * self.modules.index("single_transformer_blocks.3.proj_out") + 1].view(torch.int16)[5, 3] ^= 1
+        bind(self, bindings)
+
+    monkeypatch.setattr(LoraSlots, "bind", bind_wrong)
+    with pytest.raises(BenchmarkError, match=r"lora_B of single_transformer_blocks\.3\.proj_out"):
+        interleave([variant_of(switch.variants(), name)], rounds=1, warm_up=0)
+
+
+def test_warm_that_copies_nothing_is_noticed(switch, monkeypatch):
+    variant = variant_of(switch.variants(), "warm")
+    monkeypatch.setattr(switch._warm, "_share_host", True)
+    with pytest.raises(BenchmarkError, match="nothing was copied"):
+        interleave([variant], rounds=1, warm_up=0)
+
+
+def test_warm_that_is_still_resident_is_noticed(switch, loras):
+    switch._warm.put(loras[0].name, switch._flats[loras[0].name])
+    with pytest.raises(BenchmarkError, match="still on the device"):
+        interleave([variant_of(switch.variants(), "warm")], rounds=1, warm_up=0)
+
+
+def test_warm_that_allocates_is_noticed(switch, monkeypatch):
+    make_room, kept = DeviceLoras._make_room, []
+    monkeypatch.setattr(DeviceLoras, "_make_room", lambda self, needed: kept.append(make_room(self, needed)))
+    with pytest.raises(BenchmarkError, match="could be reused"):
+        interleave([variant_of(switch.variants(), "warm")], rounds=LORA_COUNT, warm_up=0)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("peft", peers.PeftHotswap), ("diffusers", peers.DiffusersHotswap)])
+def test_a_peer_that_does_nothing_is_noticed(loras, monkeypatch, name, kind):
+    variant = variant_of(peer_variants(flux_loras.QUICK, loras), name)
+    interleave([variant], rounds=LORA_COUNT, warm_up=0)
+    monkeypatch.setattr(kind, "swap", lambda self: None)
+    with pytest.raises(BenchmarkError, match=f"^{name}: "):
+        interleave([variant], rounds=1, warm_up=0)
+
+
+def test_a_layer_outside_the_lora_must_be_zero(switch, loras):
+    variant = variant_of(switch.variants(), "hot")
+    interleave([variant], rounds=1, warm_up=0)
+    fewer = dict(list(loras[0].scaled.items())[1:])
+    with pytest.raises(BenchmarkError, match="is not zero after the switch"):
+        flux_loras.check_bound("hot", switch._model, "slot", fewer)
+
+
+def test_loras_differ_by_seed_and_strength(loras):
+    module, (_, lora_B) = next(iter(loras[0].pairs.items()))
+    assert not flux_loras.same_bits(lora_B, loras[1].pairs[module][1])
+    assert not flux_loras.same_bits(lora_B, loras[0].scaled[module][1])
+    assert flux_loras.same_bits(lora_B, flux_loras.random_lora(flux_loras.QUICK, "again", 0).pairs[module][1])
+    assert not flux_loras.same_bits(lora_B, lora_B.float())

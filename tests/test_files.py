@@ -1,0 +1,88 @@
+"""Headers of safetensors files, and what a user is told about files that are none."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from accel.errors import FileError
+from accel.files import FileIdentity, open_tensors, read_header
+from harness import broken_files
+
+EXPECTED = {
+    "empty": ["is empty (0 bytes)", "Get it again"],
+    "truncated": ["is truncated", "bytes", "get it again"],
+    "truncated_header": ["is damaged", "truncated"],
+    "html_page": ["web page", "Download it again"],
+    "giant_header": ["announce a header of 4,611,686,018,427,387,904 bytes", "get it again"],
+    "garbage_header": ["is damaged", "not the JSON"],
+}
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_unreadable_files_are_explained(tmp_path, name):
+    path = getattr(broken_files, name)(tmp_path / f"{name}.safetensors")
+    with pytest.raises(FileError) as caught:
+        read_header(path)
+    message = str(caught.value)
+    assert f"'{name}.safetensors'" in message
+    for words in EXPECTED[name]:
+        assert words in message
+
+
+def test_offsets_outside_the_file_are_refused(tmp_path):
+    path = broken_files.offsets_outside(tmp_path / "outside.safetensors")
+    with pytest.raises(FileError, match=r"'outside\.safetensors'"):
+        read_header(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS pointer"),
+        (b"PK\x03\x04" + bytes(100), "pickle"),
+        (b"GGUF" + bytes(100), "GGUF"),
+        (b"\x02\x00\x00\x00\x00\x00\x00\x00{}", "holds no tensors"),
+        (b"abc", "damaged"),
+    ],
+)
+def test_other_formats_are_named(tmp_path, content, words):
+    path = tmp_path / "other.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(FileError, match=f"'other.safetensors'.*{words}"):
+        read_header(path)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(FileError, match=r"gone\.safetensors.*cannot be opened.*Choose another"):
+        read_header(tmp_path / "gone.safetensors")
+
+
+def test_header_without_data(tmp_path):
+    path = tmp_path / "good.safetensors"
+    tensors = {"a": torch.zeros(2, 3, dtype=torch.bfloat16), "b": torch.zeros((), dtype=torch.float8_e4m3fn)}
+    save_file(tensors, path, {"who": "me"})
+    file = read_header(path)
+    assert {key: (info.shape, info.dtype, info.bytes) for key, info in file.tensors.items()} == {
+        "a": ((2, 3), torch.bfloat16, 12),
+        "b": ((), torch.float8_e4m3fn, 1),
+    }
+    assert file.metadata == {"who": "me"}
+    assert file.identity == FileIdentity.of(path)
+
+
+def test_a_file_that_changed_after_its_header_was_read_is_refused(tmp_path):
+    path = tmp_path / "changing.safetensors"
+    save_file({"a": torch.zeros(2)}, path)
+    file = read_header(path)
+    save_file({"a": torch.zeros(3)}, path)
+    with pytest.raises(FileError, match=r"'changing\.safetensors' was changed"), open_tensors(file):
+        pass
+
+
+def test_links_and_relative_paths_identify_the_same_file(tmp_path, monkeypatch):
+    path = tmp_path / "real.safetensors"
+    save_file({"a": torch.zeros(2)}, path)
+    link = tmp_path / "link.safetensors"
+    link.symlink_to(path)
+    monkeypatch.chdir(tmp_path)
+    assert FileIdentity.of(link) == FileIdentity.of(path) == FileIdentity.of("real.safetensors")

@@ -1,0 +1,164 @@
+"""LoRA files and stacks without ComfyUI: every key accounted for, every value in its place."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from accel.checkpoint import inspect_checkpoint
+from accel.errors import FileError, LoraError
+from accel.lora.file import read_lora
+from accel.lora.pool import ByteLru
+from accel.lora.stack import BYTES_ALIGNMENT, HEAD_BYTES, LoraStack, aligned_rank, flatten
+from harness import broken_files
+from harness.lora_files import FORMATS, clip_l_lora_state_dict, lora_state_dict, write_lora
+
+
+@pytest.fixture(scope="module")
+def spec(models):
+    return inspect_checkpoint(str(models / "diffusion_models/tiny-flux-dev-fp32.safetensors"))
+
+
+def deltas(weights) -> dict[str, torch.Tensor]:
+    """Module -> the change of its weight at strength 1, in float64."""
+    total = {}
+    for layer in weights.layers:
+        change = layer.scale * layer.lora_B.double() @ layer.lora_A.double()
+        total[layer.module] = total.get(layer.module, 0) + change
+    return total
+
+
+@pytest.mark.parametrize("alpha", [None, 3.0])
+@pytest.mark.parametrize("format", list(FORMATS))
+def test_every_format_changes_every_linear_as_the_file_says(tmp_path, spec, format, alpha):
+    weights = read_lora(str(write_lora(tmp_path / "a.safetensors", format, rank=5, alpha=alpha)), spec)
+    file = load_file(tmp_path / "a.safetensors")
+    ours = deltas(weights)
+    layout = spec.family.layout(spec.config)
+    assert set(ours) == {part.module for linear in layout.linears for part in linear.parts}
+    scale = 1.0 if alpha is None else alpha / 5
+    for linear in layout.linears:
+        if format == "diffusers":
+            for part in linear.parts:
+                prefix = f"transformer.{part.module}"
+                expected = scale * file[f"{prefix}.lora_B.weight"].double() @ file[f"{prefix}.lora_A.weight"].double()
+                torch.testing.assert_close(ours[part.module], expected)
+            continue
+        prefix, up, down = (
+            (f"lora_unet_{linear.name.replace('.', '_')}", "lora_up", "lora_down")
+            if format == "kohya"
+            else (f"diffusion_model.{linear.name}", "lora_B", "lora_A")
+        )
+        fused = scale * file[f"{prefix}.{up}.weight"].double() @ file[f"{prefix}.{down}.weight"].double()
+        if linear.swap_halves:
+            fused = torch.cat(fused.chunk(2)[::-1])
+        torch.testing.assert_close(torch.cat([ours[part.module] for part in linear.parts]), fused)
+
+
+def test_formats_that_say_the_same_read_the_same(tmp_path, spec):
+    read = [
+        deltas(read_lora(str(write_lora(tmp_path / f"{format}.safetensors", format, rank=4, tied=True)), spec))
+        for format in FORMATS
+    ]
+    for module, change in read[0].items():
+        for other in read[1:]:
+            torch.testing.assert_close(other[module], change, rtol=1e-5, atol=1e-7)
+
+
+def test_text_encoder_keys_are_set_aside_not_lost(tmp_path, spec):
+    tensors = {**lora_state_dict("kohya"), **clip_l_lora_state_dict("kohya")}
+    save_file(tensors, tmp_path / "both.safetensors")
+    weights = read_lora(str(tmp_path / "both.safetensors"), spec)
+    assert set(weights.text_encoder_keys) == set(clip_l_lora_state_dict("kohya"))
+    only = tmp_path / "clip.safetensors"
+    save_file(clip_l_lora_state_dict("kohya"), only)
+    with pytest.raises(LoraError, match=r"'clip\.safetensors' changes only text encoders.*Load LoRA"):
+        read_lora(str(only), spec)
+
+
+REFUSED = {
+    "lora_nan": ["NaN or infinity", "choose"],
+    "lora_wrong_width": ["expected (rank, 256)", "another size"],
+    "lora_rank_mismatch": ["must be equal", "get it again"],
+    "lora_missing_up": ["no lora_up / lora_B", "incomplete"],
+    "lora_unknown_key": ["have no place", "choose a file"],
+    "lora_no_pairs": ["'lora_no_pairs.safetensors'"],
+    "sdxl_lora": ["is not for FLUX.1", "Stable Diffusion XL", "Expected names like"],
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_wrong_files_are_explained(tmp_path, spec, name):
+    path = getattr(broken_files, name)(tmp_path / f"{name}.safetensors")
+    with pytest.raises(LoraError) as caught:
+        read_lora(str(path), spec)
+    for words in [f"'{name}.safetensors'", *REFUSED[name]]:
+        assert words in str(caught.value)
+
+
+def test_every_refused_file_of_the_generator_is_tested():
+    assert set(REFUSED) == {function.__name__ for function in broken_files.WRONG_LORAS}
+
+
+def test_a_missing_file(spec, tmp_path):
+    with pytest.raises(FileError, match=r"none\.safetensors"):
+        read_lora(str(tmp_path / "none.safetensors"), spec)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_stack_is_exact(tmp_path, spec, dtype):
+    """B @ A of the flat buffer is the sum of the scaled changes, up to one rounding of each matrix."""
+    first = read_lora(str(write_lora(tmp_path / "a.safetensors", "kohya", rank=5, alpha=2.0)), spec)
+    second = read_lora(str(write_lora(tmp_path / "b.safetensors", "diffusers", rank=16)), spec)
+    stack = LoraStack().with_lora(first, 0.7).with_lora(second, -1.3).with_lora(first, 0.2)
+    flat = flatten(stack.active, dtype, pin=False)
+    one, two = deltas(first), deltas(second)
+    assert set(flat.placed) == set(one) | set(two)
+    for module, place in flat.placed.items():
+        assert place.a_shape[0] == place.b_shape[1] == aligned_rank(5 + 16 + 5) == 32
+        assert all(start * dtype.itemsize % BYTES_ALIGNMENT == 0 for start in (place.a_start, place.b_start))
+        assert min(place.a_start, place.b_start) * dtype.itemsize >= HEAD_BYTES
+        lora_A = flat.buffer.as_strided(place.a_shape, (place.a_shape[1], 1), place.a_start)
+        lora_B = flat.buffer.as_strided(place.b_shape, (place.b_shape[1], 1), place.b_start)
+        assert not lora_A[26:].any()
+        assert not lora_B[:, 26:].any()
+        expected = 0.9 * one[module] - 1.3 * two[module]
+        error = (lora_B.double() @ lora_A.double() - expected).norm() / expected.norm()
+        assert error < (1e-6 if dtype == torch.float32 else 5e-3)
+
+
+def test_matrices_do_not_overlap_and_fused_layers_share_lora_A(tmp_path, spec):
+    weights = read_lora(str(write_lora(tmp_path / "a.safetensors", "kohya", rank=5)), spec)
+    flat = flatten(LoraStack().with_lora(weights, 1.0).active, torch.float32, pin=False)
+    attention = [flat.placed[f"transformer_blocks.0.attn.{name}"] for name in ("to_q", "to_k", "to_v")]
+    assert len({place.a_start for place in attention}) == 1
+    spans = set()
+    for place in flat.placed.values():
+        for start, shape in ((place.a_start, place.a_shape), (place.b_start, place.b_shape)):
+            spans.add((start, start + shape[0] * shape[1]))
+    ordered = sorted(spans)
+    assert all(end <= start for (_, end), (start, _) in zip(ordered, ordered[1:], strict=False))
+    assert ordered[-1][1] <= flat.buffer.numel()
+
+
+def test_strength_zero_leaves_the_stack(tmp_path, spec):
+    weights = read_lora(str(write_lora(tmp_path / "a.safetensors", "kohya", rank=5)), spec)
+    stack = LoraStack().with_lora(weights, 0.0)
+    assert stack.active == ()
+    assert stack.key == LoraStack().key
+    assert str(stack) == "none"
+    assert str(stack.with_lora(weights, 0.5)) == "a.safetensors × 0.5"
+
+
+def test_byte_lru_keeps_the_newest_within_its_budget():
+    lru = ByteLru(10, len)
+    lru.put("a", b"1234")
+    lru.put("b", b"1234")
+    assert lru.get("a") == b"1234"
+    lru.put("c", b"1234")
+    assert lru.get("b") is None
+    assert lru.get("a") == b"1234"
+    assert lru.bytes == 8
+    lru.put("d", b"x" * 100)
+    assert [lru.get(key) is None for key in "acd"] == [True, True, False]
+    lru.clear()
+    assert lru.bytes == 0
