@@ -101,7 +101,7 @@ def load_model(spec: ModelSpec, dtype: torch.dtype, device: torch.device, on_pro
                 _assign(model, vector.parameter, read(vector.name))
     left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if left:
-        raise CheckpointError(f"'{spec.file.name}': no tensor for {', '.join(left[:3])}: the layout table is wrong.")
+        raise CheckpointError(f"'{spec.file.name}': no tensor for {', '.join(left[:3])}: a wrong layout.")
     return model
 
 

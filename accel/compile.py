@@ -56,7 +56,7 @@ class RegionCompiler:
         self._observer = observer
 
     def region(self, function: Callable) -> Callable:
-        """Wrap one block function `f(block, *tensors)`, each tensor batch-first. Call the result only inside `scope`."""
+        """Wrap a block function `f(block, *tensors)`, each tensor batch-first. Call the result only inside `scope`."""
         if not self.enabled:
             return function
         # dynamo keeps compiled code with the code object, so two engines would see each other's guards, count each

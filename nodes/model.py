@@ -179,7 +179,7 @@ def _embedding_hook(patch: Callable, options: dict[str, Any]) -> EmbeddingHook:
 
 
 def _block_hook(patch: Callable, kind: str, index: int, options: dict[str, Any]) -> BlockHook:
-    """Let a `patches_replace["dit"]` function run around one block, with the arguments that ComfyUI's own model gives."""
+    """Let a `patches_replace["dit"]` function run around one block, with the arguments of ComfyUI's model."""
 
     def hook(state: BlockState, run: Callable[[BlockState], BlockState]) -> BlockState:
         def original_block(args: dict[str, Any]) -> dict[str, Tensor]:

@@ -151,14 +151,14 @@ class AcceleratedModelPatcher(comfy.model_patcher.ModelPatcher):
     def add_patches(self, patches: Any, strength_patch: float = 1.0, strength_model: float = 1.0) -> list[str]:
         """Refuse to merge."""
         raise SettingsError(
-            "The accelerated FLUX model does not merge patches into its weights. Use Hotswap LoRA in place of this node."
+            "The accelerated FLUX model does not merge patches into its weights. Use Hotswap LoRA instead of this node."
         )
 
     def add_hook_patches(self, *args: Any, **kwargs: Any) -> None:
         """Refuse weight hooks."""
         raise SettingsError(
-            "The accelerated FLUX model does not take LoRAs scheduled as hooks on the conditioning. Use Hotswap LoRA on "
-            "the model, or ComfyUI's Load Diffusion Model for this graph."
+            "The accelerated FLUX model does not take LoRAs scheduled as hooks on the conditioning. Use Hotswap LoRA "
+            "on the model, or ComfyUI's Load Diffusion Model for this graph."
         )
 
     def get_key_patches(self, filter_prefix: str | None = None) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """LoRA files and stacks without ComfyUI: every key accounted for, every value in its place."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -136,7 +138,7 @@ def test_matrices_do_not_overlap_and_fused_layers_share_lora_A(tmp_path, spec):
         for start, shape in ((place.a_start, place.a_shape), (place.b_start, place.b_shape)):
             spans.add((start, start + shape[0] * shape[1]))
     ordered = sorted(spans)
-    assert all(end <= start for (_, end), (start, _) in zip(ordered, ordered[1:], strict=False))
+    assert all(end <= start for (_, end), (start, _) in pairwise(ordered))
     assert ordered[-1][1] <= flat.buffer.numel()
 
 

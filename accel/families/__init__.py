@@ -1,4 +1,4 @@
-"""Model families. What differs between them stands in one folder each; the rest of `accel` does not know which it serves."""
+"""Model families. What differs between them stands in one folder each; the rest of `accel` serves any of them."""
 
 from __future__ import annotations
 

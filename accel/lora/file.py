@@ -153,8 +153,8 @@ def _check_pair(file: TensorFile, name: str, target: LoraTarget, keys: Mapping[s
         fixed = (info.shape[1:], (target.in_features,)) if info is lora_A else (info.shape[:1], (target.out_features,))
         if len(info.shape) != 2 or fixed[0] != fixed[1]:
             raise LoraError(
-                f"LoRA '{file.name}': '{key}' is {info.shape}, expected {expected}: this file is for a model of another "
-                f"size or kind{_hint(file)}."
+                f"LoRA '{file.name}': '{key}' is {info.shape}, expected {expected}: this file is for a model of "
+                f"another size or kind{_hint(file)}."
             )
         if info.dtype not in FLOATS:
             raise LoraError(f"LoRA '{file.name}': '{key}' is stored as {info.dtype}, expected a float type.")

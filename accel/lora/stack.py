@@ -22,8 +22,8 @@ from .file import LoraLayer, LoraWeights
 RANK_ALIGNMENT = 16
 # Compiled kernels assume the alignment of the pointers that they saw first.
 BYTES_ALIGNMENT = 64
-# No matrix starts at the very beginning of a buffer: dynamo makes a storage offset of 0 a constant and every other one a
-# symbol, so a matrix at offset 0 would recompile what a matrix elsewhere compiled.
+# No matrix starts at the very beginning of a buffer: dynamo makes a storage offset of 0 a constant and every other one
+# a symbol, so a matrix at offset 0 would recompile what a matrix elsewhere compiled.
 HEAD_BYTES = BYTES_ALIGNMENT
 
 

@@ -161,7 +161,9 @@ def _running(models_cache: Path, base: Path, comfy_args: tuple[str, ...], versio
         target = base / "models" / source.relative_to(models_cache)
         target.parent.mkdir(parents=True, exist_ok=True)
         _link(source, target)
-    with ComfyServer(base, packs=[PROBE_PACK], comfy_args=comfy_args, version=version) as server:
+    # Tiny tensors gain nothing from threads, and lose seconds to them when other programs run.
+    env = {"OMP_NUM_THREADS": "1"}
+    with ComfyServer(base, packs=[PROBE_PACK], comfy_args=comfy_args, version=version, env=env) as server:
         with server.client() as client:
             yield Comfy(server, client)
 

@@ -124,7 +124,7 @@ def place(
             bottom, right = max(bottom, height + top), max(right, width + left)
         else:
             raise SettingsError(
-                f"reference latent method '{method}' is not supported by the accelerated FLUX.1 model, expected one of: "
+                f"reference latent method '{method}' is not supported by the accelerated FLUX.1, expected one of: "
                 f"{', '.join(REFERENCE_METHODS)}. Choose one in FluxKontextMultiReferenceLatentMethod."
             )
     return Placement(text_tokens, tuple(grids), rope)
