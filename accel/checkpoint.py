@@ -129,7 +129,7 @@ def _check_complete(file: TensorFile, expected: Mapping[str, tuple[int, ...]]) -
     missing = [key for key in expected if key not in file.tensors]
     if missing:
         raise CheckpointError(
-            f"'{file.name}': {len(missing)} of {len(expected)} tensors are missing, such as '{missing[0]}'. The file is "
+            f"'{file.name}': {len(missing)} of {len(expected)} tensors are missing, such as '{missing[0]}'. It is "
             "incomplete, or from a trainer that left them out: get the complete transformer."
         )
     unknown = [key for key in file.tensors if key not in expected]

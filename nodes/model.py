@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..accel.engine import Engine
-from ..accel.families.flux1 import AXES_DIM, PATCH_SIZE, Flux1Inputs
+from ..accel.families.flux1 import AXES_DIM, PATCH_SIZE, Flux1Config, Flux1Inputs
 from ..accel.families.flux1.forward import BlockHook, BlockState, EmbeddingHook, Hooks, Residuals
 from ..accel.families.flux1.positions import RopeOptions
 
@@ -103,7 +103,7 @@ class TransformerAdapter(nn.Module):
             attention_mask=_broadcast_mask(kwargs.get("attention_mask")),
             residuals=Residuals(control.get("input", ()), control.get("output", ())),
             rope=RopeOptions(**options["rope_options"]) if options.get("rope_options") else RopeOptions(),
-            hooks=_hooks(options),
+            hooks=_hooks(options, self.engine.spec.config),
         )
         return self.engine(inputs)
 
@@ -159,12 +159,15 @@ def _broadcast_mask(mask: Tensor | None) -> Tensor | None:
     return mask[None, None] if mask.ndim == 2 else mask[:, None]
 
 
-def _hooks(options: dict[str, Any]) -> Hooks:
+def _hooks(options: dict[str, Any], config: Flux1Config) -> Hooks:
     embedding = [_embedding_hook(patch, options) for patch in options.get("patches", {}).get("post_input", ())]
     around = {}
-    for (kind, index), patch in options.get("patches_replace", {}).get("dit", {}).items():
-        if kind in ("double_block", "single_block"):
-            around[kind.removesuffix("_block"), index] = _block_hook(patch, kind, index, options)
+    totals = {"double_block": config.depth, "single_block": config.depth_single}
+    for (name, index), patch in options.get("patches_replace", {}).get("dit", {}).items():
+        if name in totals:
+            kind = name.removesuffix("_block")
+            known = {**options, "block_type": kind, "block_index": index, "total_blocks": totals[name]}
+            around[kind, index] = _block_hook(patch, known)
     return Hooks(embedding, around)
 
 
@@ -178,7 +181,7 @@ def _embedding_hook(patch: Callable, options: dict[str, Any]) -> EmbeddingHook:
     return hook
 
 
-def _block_hook(patch: Callable, kind: str, index: int, options: dict[str, Any]) -> BlockHook:
+def _block_hook(patch: Callable, options: dict[str, Any]) -> BlockHook:
     """Let a `patches_replace["dit"]` function run around one block, with the arguments of ComfyUI's model."""
 
     def hook(state: BlockState, run: Callable[[BlockState], BlockState]) -> BlockState:
@@ -190,7 +193,7 @@ def _block_hook(patch: Callable, kind: str, index: int, options: dict[str, Any])
             "vec": state.conditioning,
             "pe": state.rotary,
             "attn_mask": state.mask,
-            "transformer_options": {**options, "block_type": kind.removesuffix("_block"), "block_index": index},
+            "transformer_options": options,
         }
         if state.encoder_hidden_states is not None:
             args["txt"] = state.encoder_hidden_states

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from accel.lora.device import DeviceLoras
 from accel.lora.slots import LoraSlots
 from benchmarks import flux_loras, peers
 from benchmarks.cold_files import ColdFiles
-from benchmarks.report import BenchmarkError, Goal, Variant, interleave
+from benchmarks.report import BenchmarkError, Goal, OtherLoad, Variant, interleave
 from benchmarks.swap import LORA_COUNT, Switch, peer_variants
 from harness.paths import REPO
 
@@ -91,6 +92,17 @@ def test_swap_prints_figures_goals_and_what_stood_in_for_what(finished):
     notes = " ".join(figures["notes"])
     for word in ("stands in for the device", "meta device", "13 of 32 weights", "cold file"):
         assert word in notes
+
+
+@pytest.mark.skipif(not Path("/proc/stat").is_file(), reason="only Linux tells what other processes use")
+def test_load_by_others_is_told_from_own():
+    code = "import time; end = time.monotonic() + 1.0\nwhile time.monotonic() < end: pass"
+    load = OtherLoad()
+    busy = subprocess.Popen([sys.executable, "-c", code])
+    while busy.poll() is None and load.share() == 0.0:  # busy, and not yet waited for: counts as another's
+        pass
+    assert load.share() > 0.0
+    busy.wait()
 
 
 def test_machine_is_described(finished):

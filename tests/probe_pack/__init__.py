@@ -16,6 +16,8 @@ import torch
 from aiohttp import web
 from server import PromptServer
 
+from .recompiles import ProbeErrorOnRecompile, ProbeRecompile
+
 CATEGORY = "test"
 gate = threading.Event()
 _serials = {}  # id of an engine -> (weak reference, serial number)
@@ -230,5 +232,6 @@ class ProbeAttentionMask:
 
 NODE_CLASS_MAPPINGS = {
     node.__name__: node
-    for node in (ProbeGate, ProbeConditioning, ProbeBlockPatch, ProbePostInputPatch, ProbeWrapper, ProbeAttentionMask)
+    for node in (ProbeGate, ProbeConditioning, ProbeBlockPatch, ProbePostInputPatch, ProbeWrapper, ProbeAttentionMask,
+                 ProbeErrorOnRecompile, ProbeRecompile)
 }

@@ -1,0 +1,74 @@
+"""Fifty queued prompts with random LoRAs, stacks, strengths, sizes and prompts, where a recompile is an error."""
+
+import random
+
+import pytest
+
+from harness.graphs import Picture, graph, latents, node, relative_distance
+
+WORDS = "a red circle on a blue square beside two green stars under the yellow moon"
+LORAS = {
+    "rank4.safetensors": {"format": "kohya", "rank": 4},
+    "rank8.safetensors": {"format": "kohya", "rank": 8, "alpha": 4.0, "seed": 1},
+    "rank17.safetensors": {"format": "diffusers", "rank": 17, "seed": 2},
+    "rank64.safetensors": {"format": "native", "rank": 64, "seed": 3},
+    "mixed.safetensors": {"format": "diffusers", "rank": lambda module: 4 + len(module) % 9, "seed": 4},
+}
+
+
+def random_picture(rng: random.Random, stock: bool = False) -> Picture:
+    stack = rng.sample(sorted(LORAS), rng.randint(0, 3))
+    return Picture(
+        loras=[(name, rng.choice([-0.8, 0.0, 0.35, 0.7, 1.0, 1.6])) for name in stack],
+        prompt=" ".join(rng.choices(WORDS.split(), k=rng.choice([3, 30, 90, 200]))),
+        negative="blurry",
+        seed=rng.randrange(2**32),
+        steps=2,
+        cfg=rng.choice([1.0, 3.0]),
+        width=rng.choice([64, 72, 96, 256]),
+        height=rng.choice([64, 104, 128, 256]),
+        batch=rng.choice([1, 1, 2]),
+        compile="regional",
+        stock=stock,
+    )
+
+
+@pytest.fixture(scope="module")
+def warm(start_comfy):
+    """A server whose engine has drawn one picture, and in which any further compile is an error from then on."""
+    with start_comfy() as comfy:
+        for name, options in LORAS.items():
+            comfy.lora(name, **options)
+        comfy.run({"probe": node("ProbeRecompile", size=3)})
+        comfy.sample(Picture(compile="regional"))
+        assert comfy.engine()["compile_count"] == 2
+        comfy.run({"set": node("ProbeErrorOnRecompile")})
+        yield comfy
+
+
+def test_control_recompiles_are_errors_in_this_server(warm):
+    result = warm.client.run({"probe": node("ProbeRecompile", size=5)})
+    assert result.status == "error"
+    assert "Recompil" in result.error.exception_message
+
+
+def test_fifty_random_prompts(warm):
+    rng = random.Random(20261122)
+    pictures = [random_picture(rng) for _ in range(50)]
+    pending = [(picture, warm.client.queue(graph(picture))) for picture in pictures]
+    for number, (picture, prompt_id) in enumerate(pending):
+        result = warm.client.wait(prompt_id)
+        assert result.status == "success", f"prompt {number} {picture}: {result.error}"
+        assert latents(warm.client, result).isfinite().all()
+    engine = warm.engine()
+    assert (engine["compile_count"], engine["recompile_count"], engine["load_count"]) == (2, 0, 1)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_random_picture_of_that_kind_equals_stock(warm, seed):
+    """So that the fifty were not fast for doing something else."""
+    picture = random_picture(random.Random(seed))
+    comparison = warm.compare(picture)
+    assert comparison.distance < 1e-4
+    if picture.loras:
+        assert relative_distance(warm.sample(Picture(**{**vars(picture), "loras": ()})), comparison.ours) > 0.01
