@@ -18,10 +18,11 @@ from .errors import EngineStateError
 from .files import FileIdentity
 from .hardware import resolve_dtype
 from .lora.device import DeviceLoras
-from .lora.file import LoraWeights, read_lora
+from .lora.file import read_lora
 from .lora.pool import ByteLru
 from .lora.slots import LoraSlots
 from .lora.stack import FlatLora, LoraStack, flatten
+from .lora.weights import LoraWeights
 from .settings import EngineSettings
 from .spec import ModelSpec
 

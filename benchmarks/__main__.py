@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark that the command line names; print its table, write its JSON."""
     options = _parser().parse_args(arguments)
     if options.json is not None and not options.json.absolute().parent.is_dir():
-        print(f"error: --json {options.json}: there is no folder {options.json.parent}. Make it first.", file=sys.stderr)
+        print(f"error: --json {options.json}: there is no folder {options.json.parent}.", file=sys.stderr)
         return 2
 
     from .report import BenchmarkError, print_report, write_json  # imports torch: not for --help
@@ -45,9 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BenchmarkError as error:
         print(f"error: {options.name}: {error}", file=sys.stderr)
         return 1
-    print_report(report)
     if options.json is not None:
-        write_json(report, options.json)
+        write_json(report, options.json)  # first: printing fails when stdout is a pipe that was closed
+    print_report(report)
     return 0
 
 

@@ -47,7 +47,7 @@ class ColdFiles:
 
     def describe(self) -> str:
         """How cold the files were, for the notes."""
-        how = "dropped from the page cache by posix_fadvise(DONTNEED)" if self.can_drop else "NOT dropped from the cache"
+        how = "dropped from memory by posix_fadvise(DONTNEED)" if self.can_drop else "NOT dropped from the page cache"
         if not self._disk_shares:
             return f"Each cold file is new, fsynced and {how}; this system does not tell what came from the disk."
         return (

@@ -68,7 +68,7 @@ class RandomLora:
 def meta_model(config: Flux1Config) -> nn.Module:
     """The diffusers transformer as the engine builds it, on the meta device, bf16."""
     with torch.device("meta"):
-        return Flux1().build(config).to(DTYPE).eval().requires_grad_(False)
+        return nn.Module.to(Flux1().build(config), DTYPE).eval().requires_grad_(False)
 
 
 def spec_of(config: Flux1Config) -> ModelSpec:
@@ -109,13 +109,16 @@ def block_linears(layout: Layout) -> Iterator[tuple[str, int, int]]:
                 yield part.module, part.rows, linear.in_features
 
 
-def check_bound(variant: str, model: nn.Module, adapter: str, expected: Pairs) -> None:
+def check_bound(variant: str, model: nn.Module, adapter: str, expected: Pairs) -> tuple[Tensor, ...]:
     """Make sure that the model's LoRA layers hold exactly these tensors, and that no other layer holds any.
+
+    Returns:
+        The Parameters of `expected`'s layers.
 
     Raises:
         BenchmarkError: a value differs in one bit, or a layer outside `expected` is not zero.
     """
-    seen = 0
+    seen: list[Tensor] = []
     for module, layer in model.named_modules():
         if adapter not in getattr(layer, "lora_A", ()):
             continue
@@ -124,12 +127,13 @@ def check_bound(variant: str, model: nn.Module, adapter: str, expected: Pairs) -
             if any(tensor.any() for tensor in bound):
                 raise BenchmarkError(f"{variant}: {module} is not part of the LoRA, but is not zero after the switch.")
             continue
-        seen += 1
+        seen += bound
         for role, tensor, wanted in zip("AB", bound, expected[module], strict=True):
             if not same_bits(tensor, wanted):
                 raise BenchmarkError(f"{variant}: lora_{role} of {module} is not the tensor that was asked for.")
-    if seen != len(expected):
-        raise BenchmarkError(f"{variant}: the model has {seen} of the {len(expected)} layers of the LoRA.")
+    if len(seen) != 2 * len(expected):
+        raise BenchmarkError(f"{variant}: the model has {len(seen) // 2} of the {len(expected)} layers of the LoRA.")
+    return tuple(seen)
 
 
 def same_bits(tensor: Tensor, wanted: Tensor) -> bool:

@@ -1,12 +1,13 @@
 """The hotswap of PEFT and of diffusers, over the same LoRA tensors and the same base on the meta device.
 
-Neither is prepared for `torch.compile` (`enable_lora_hotswap`): its scaling tensors would make them slower, and with one
-rank and one scaling for all LoRAs it is not needed. Both get their tensors in memory, already under the right keys.
+Neither is prepared for `torch.compile` (`enable_lora_hotswap`): its scaling tensors would make them slower, and where
+all LoRAs have one rank and one scaling it is not needed. Both find their tensors in memory, under the right keys.
 """
 
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from accel.families.flux1 import Flux1Config
 
@@ -20,14 +21,12 @@ class PeftHotswap:
 
     def __init__(self, config: Flux1Config, first: RandomLora) -> None:
         """Load `first`, as a user does before the first switch."""
-        from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+        from peft import LoraConfig, inject_adapter_in_model
 
         self._model = meta_model(config)
         self._config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=list(first.pairs))
         inject_adapter_in_model(self._config, self._model, ADAPTER, low_cpu_mem_usage=True)
-        # Copies: on a meta model the tensors themselves become the parameters, and a swap overwrites parameters.
-        tensors = {key: tensor.clone() for key, tensor in first.state_dict().items()}
-        set_peft_model_state_dict(self._model, tensors, ADAPTER, low_cpu_mem_usage=True)
+        _materialize(self._model, first)
         self.check(first)
 
     def prepare(self, lora: RandomLora) -> None:
@@ -52,8 +51,8 @@ class DiffusersHotswap:
     def __init__(self, config: Flux1Config, first: RandomLora) -> None:
         """Load `first`, as a user does before the first switch."""
         self._model = meta_model(config)
-        tensors = {key: tensor.clone() for key, tensor in first.state_dict(KEY_PREFIX).items()}
-        self._load(tensors, hotswap=False, low_cpu_mem_usage=True)
+        self._load(first.state_dict(KEY_PREFIX), hotswap=False, low_cpu_mem_usage=True)
+        _materialize(self._model, first)
         self.check(first)
 
     def prepare(self, lora: RandomLora) -> None:
@@ -70,3 +69,11 @@ class DiffusersHotswap:
 
     def _load(self, tensors: dict[str, torch.Tensor], **options: bool) -> None:
         self._model.load_lora_adapter(tensors, prefix=KEY_PREFIX.rstrip("."), adapter_name=ADAPTER, **options)
+
+
+def _materialize(model: nn.Module, lora: RandomLora) -> None:
+    """Give the LoRA layers memory: both libraries move them to where the base weights are, the meta device."""
+    for module, pair in lora.pairs.items():
+        layer = model.get_submodule(module)
+        for half, tensor in zip((layer.lora_A, layer.lora_B), pair, strict=True):
+            half[ADAPTER].weight = nn.Parameter(tensor.clone(), requires_grad=False)

@@ -145,6 +145,38 @@ def _ram_gib() -> float | None:
     return round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1)
 
 
+class OtherLoad:
+    """How busy other processes kept the CPUs: on a machine that was not quiet, figures are too high."""
+
+    def __init__(self) -> None:
+        """Start counting."""
+        self._start = _cpu_seconds()
+
+    def share(self) -> float | None:
+        """Share of all CPU time that others used since; None where the system does not tell.
+
+        Call it when the benchmark's own child processes have ended: only then does their time count as own.
+        """
+        now = _cpu_seconds()
+        if now is None or self._start is None:
+            return None
+        (busy, all_), (busy_before, all_before) = now, self._start
+        return max(0.0, (busy - busy_before) / (all_ - all_before)) if all_ > all_before else None
+
+
+def _cpu_seconds() -> tuple[float, float] | None:
+    """(seconds that others were busy, seconds in all) since the machine started, summed over its CPUs (Linux)."""
+    try:
+        first = Path("/proc/stat").read_text(encoding="ascii").splitlines()[0]
+    except OSError:
+        return None
+    # user nice system idle iowait irq softirq steal; what follows is part of user and nice.
+    ticks = [int(field) / os.sysconf("SC_CLK_TCK") for field in first.split()[1:9]]
+    own = os.times()
+    own_s = own.user + own.system + own.children_user + own.children_system
+    return sum(ticks) - ticks[3] - ticks[4] - own_s, sum(ticks)
+
+
 def spread(samples: Sequence[float]) -> str:
     """The range of the middle half of the samples, for a remark."""
     if len(samples) < 2:

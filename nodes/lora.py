@@ -10,7 +10,7 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..accel.errors import SettingsError
-from ..accel.lora.file import LoraWeights
+from ..accel.lora.weights import LoraWeights
 from .files import CATEGORY, find_file, fingerprint
 from .patcher import AcceleratedModelPatcher
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable
 from typing import Any
 
+import comfy.ldm.flux.model
 import comfy.model_base
+import comfy.ops
 import comfy.patcher_extension
 import comfy.supported_models
 import torch
@@ -16,6 +19,7 @@ from ..accel.engine import Engine
 from ..accel.families.flux1 import AXES_DIM, PATCH_SIZE, Flux1Config, Flux1Inputs
 from ..accel.families.flux1.forward import BlockHook, BlockState, EmbeddingHook, Hooks, Residuals
 from ..accel.families.flux1.positions import RopeOptions
+from .native_lora import NativeLoras
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +36,12 @@ class AcceleratedFlux(comfy.model_base.Flux):
         config = _model_config(engine)
         kind = comfy.model_base.ModelType.FLUX if engine.spec.config.guidance else comfy.model_base.ModelType.FLOW
         super().__init__(config, model_type=kind)
-        self.diffusion_model = TransformerAdapter(engine)
+        self.diffusion_model = TransformerAdapter(engine, _skeleton(config.unet_config, engine.dtype))
+        self.native_loras = NativeLoras(engine.spec.family.layout(engine.spec.config))
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Names and shapes of ComfyUI's own FLUX model, without data: loader nodes match LoRA keys against them."""
+        return self.diffusion_model.skeleton.state_dict(prefix="diffusion_model.")
 
     def _apply_model(self, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **kwargs):
         # A ControlNet with a VAE reloads models in the middle of sampling, without pre_run.
@@ -48,12 +57,25 @@ class TransformerAdapter(nn.Module):
 
     patch_size = PATCH_SIZE
 
-    def __init__(self, engine: Engine) -> None:
-        """Hide the engine from nn.Module, so that ComfyUI's walks over modules, `.to` and state dicts do not see it."""
+    def __init__(self, engine: Engine, skeleton: nn.Module) -> None:
+        """Hide the engine from nn.Module, so that ComfyUI's walks over modules and `.to` do not see it.
+
+        Args:
+            engine: what computes.
+            skeleton: ComfyUI's own model of these sizes without data, for whoever looks for its attributes.
+        """
         super().__init__()
         object.__setattr__(self, "engine", engine)
+        object.__setattr__(self, "skeleton", skeleton)
         self.dtype = engine.dtype
         self._warned: set[str] = set()
+
+    def __getattr__(self, name: str) -> Any:
+        """Answer for what ComfyUI's model has, such as `img_in` or `params`."""
+        skeleton = self.__dict__.get("skeleton")
+        if skeleton is None:
+            return super().__getattr__(name)
+        return getattr(skeleton, name)
 
     def forward(
         self,
@@ -146,6 +168,15 @@ def _model_config(engine: Engine) -> Any:
     model_config = kind(sizes)
     model_config.set_inference_dtype(engine.dtype, None)
     return model_config
+
+
+def _skeleton(sizes: dict[str, Any], dtype: torch.dtype) -> nn.Module:
+    # Versions of ComfyUI differ in the fields that they know.
+    known = {field.name for field in dataclasses.fields(comfy.ldm.flux.model.FluxParams)}
+    params = {name: value for name, value in sizes.items() if name in known}
+    return comfy.ldm.flux.model.Flux(
+        **params, dtype=dtype, device="meta", operations=comfy.ops.disable_weight_init
+    ).requires_grad_(False)
 
 
 def _on(x: Tensor, values: Tensor | None) -> Tensor | None:

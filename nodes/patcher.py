@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+import uuid
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,11 +13,16 @@ import torch
 
 from ..accel.engine import Engine, SwapReport
 from ..accel.errors import SettingsError
-from ..accel.lora.file import LoraWeights
 from ..accel.lora.stack import LoraStack
+from ..accel.lora.weights import LoraWeights
 from .progress import show_text
 
 log = logging.getLogger(__name__)
+
+MERGING = (
+    "The accelerated FLUX model cannot be merged with another. Merge with ComfyUI's Load Diffusion Model, save the "
+    "result, and load that file here."
+)
 
 
 @dataclass
@@ -64,6 +70,24 @@ class AcceleratedModelPatcher(comfy.model_patcher.ModelPatcher):
         copy = self.clone()
         copy.lora_stack = self.lora_stack.with_lora(weights, strength)
         return copy
+
+    def add_patches(self, patches: Any, strength_patch: float = 1.0, strength_model: float = 1.0) -> list[Any]:
+        """Put a LoRA from any of ComfyUI's loaders on this clone's stack, where ComfyUI would merge it.
+
+        Returns:
+            The keys that were taken.
+
+        Raises:
+            SettingsError: the weights themselves should be scaled, as model merging does.
+            LoraError: see `NativeLoras.read`.
+        """
+        if strength_model != 1.0:
+            raise SettingsError(MERGING)
+        weights, keys = self.model.native_loras.read(patches)
+        if weights is not None:
+            self.lora_stack = self.lora_stack.with_lora(weights, strength_patch)
+            self.patches_uuid = uuid.uuid4()
+        return keys
 
     # Memory: ComfyUI asks for sizes, and says when to load and when to give way.
 
@@ -148,12 +172,6 @@ class AcceleratedModelPatcher(comfy.model_patcher.ModelPatcher):
 
     # What cannot be done to an engine, with what to do instead.
 
-    def add_patches(self, patches: Any, strength_patch: float = 1.0, strength_model: float = 1.0) -> list[str]:
-        """Refuse to merge."""
-        raise SettingsError(
-            "The accelerated FLUX model does not merge patches into its weights. Use Hotswap LoRA instead of this node."
-        )
-
     def add_hook_patches(self, *args: Any, **kwargs: Any) -> None:
         """Refuse weight hooks."""
         raise SettingsError(
@@ -163,10 +181,7 @@ class AcceleratedModelPatcher(comfy.model_patcher.ModelPatcher):
 
     def get_key_patches(self, filter_prefix: str | None = None) -> dict[str, Any]:
         """Refuse merging of models."""
-        raise SettingsError(
-            "The accelerated FLUX model cannot be merged with another. Merge with ComfyUI's Load Diffusion Model, save "
-            "the result, and load that file here."
-        )
+        raise SettingsError(MERGING)
 
     def state_dict_for_saving(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Refuse saving."""
@@ -190,3 +205,22 @@ class AcceleratedModelPatcher(comfy.model_patcher.ModelPatcher):
             )
             return
         super().add_wrapper_with_key(wrapper_type, key, wrapper)
+
+    def set_injections(self, key: str, injections: Any) -> None:
+        """Take any injection but that of the bypass loader, which replaces the forward of modules that do not run."""
+        if key == "bypass_lora":
+            raise SettingsError(
+                "Load LoRA (Bypass) does not work on the accelerated FLUX model, and is not needed: Load LoRA and "
+                "Hotswap LoRA leave its weights untouched. Use one of them."
+            )
+        super().set_injections(key, injections)
+
+    def add_object_patch(self, name: str, obj: Any) -> None:
+        """Take any object patch, and warn of those on parts of the transformer, which compute nothing here."""
+        if name.startswith("diffusion_model."):
+            log.warning(
+                "Flux Hotswap: a node replaces %s, which has no effect on the accelerated model. For this effect use "
+                "ComfyUI's Load Diffusion Model.",
+                name,
+            )
+        super().add_object_patch(name, obj)

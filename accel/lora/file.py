@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from ..errors import LoraError
-from ..files import FileIdentity, TensorFile, TensorInfo, open_tensors, read_header
-from ..layout import LoraTarget, swap_halves
+from ..files import TensorFile, TensorInfo, open_tensors, read_header
+from ..layout import LoraTarget
 from ..spec import ModelSpec
+from .weights import LoraLayer, LoraWeights, check_finite, split
 
 # The last part of a key -> what it is. sd-scripts and LyCORIS write down/up, PEFT writes A/B.
 ROLES: Mapping[str, str] = {
@@ -36,54 +37,6 @@ OTHER_MODELS: Mapping[str, str] = {
     "transformer.transformer_blocks.0.img_mod.": "Qwen-Image",
 }
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
-
-
-@dataclass(frozen=True)
-class LoraLayer:
-    """A low-rank change of one linear: weight + scale · B @ A.
-
-    Attributes:
-        module: the diffusers linear.
-        lora_A: (rank, in_features) on the CPU, in the file's dtype.
-        lora_B: (out_features, rank), likewise.
-        scale: alpha / rank; 1 where the file has no alpha.
-    """
-
-    module: str
-    lora_A: Tensor
-    lora_B: Tensor
-    scale: float
-
-    @property
-    def rank(self) -> int:
-        """Columns of lora_B."""
-        return self.lora_B.shape[1]
-
-
-@dataclass(frozen=True)
-class LoraWeights:
-    """A LoRA file's weights over one model's linears. Immutable; shared by everything that uses the file.
-
-    Attributes:
-        identity: the file's state when it was read.
-        layers: one or more per linear that it changes.
-        text_encoder_keys: keys that belong to CLIP or T5, which the transformer does not use.
-    """
-
-    identity: FileIdentity
-    layers: tuple[LoraLayer, ...]
-    text_encoder_keys: tuple[str, ...]
-
-    @property
-    def name(self) -> str:
-        """The file's name."""
-        return self.identity.name
-
-    @property
-    def bytes(self) -> int:
-        """Memory that the weights hold; lora_A of a fused linear serves several layers and counts once."""
-        tensors = {id(tensor): tensor for layer in self.layers for tensor in (layer.lora_A, layer.lora_B)}
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 @dataclass(frozen=True)
@@ -180,24 +133,13 @@ def _read_pair(file: TensorFile, handle, name: str, pair: _Pair) -> list[LoraLay
     if "alpha" in pair.keys:
         alpha = float(_read_finite(file, handle, pair.keys["alpha"]))
         scale = alpha / pair.rank
-    if pair.target.swap_halves:
-        lora_B = swap_halves(lora_B)
-    return [
-        LoraLayer(part.module, lora_A, lora_B[part.start : part.start + part.rows], scale)
-        for part in pair.target.parts
-    ]
+    return split(pair.target, lora_A, lora_B, scale)
 
 
 def _read_finite(file: TensorFile, handle, key: str) -> Tensor:
     # A copy: the handle's tensors map the file, and a mapped file that shrinks kills the process.
     tensor = handle.get_tensor(key).clone()
-    # float8 has no isfinite; every float8 value is exact in bfloat16.
-    values = tensor.to(torch.bfloat16) if tensor.dtype.itemsize == 1 else tensor
-    if not torch.isfinite(values).all():
-        raise LoraError(
-            f"LoRA '{file.name}': '{key}' holds NaN or infinity. Its training diverged or the file is damaged: choose "
-            "another file or an earlier checkpoint."
-        )
+    check_finite(f"'{file.name}': '{key}'", tensor)
     return tensor
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..errors import LoraError
 from ..files import FileIdentity
-from .file import LoraLayer, LoraWeights
+from .weights import LoraLayer, LoraWeights, all_finite
 
 # GEMMs on a GPU want sizes in multiples of 16 bytes; 16 columns serve every dtype down to float8.
 RANK_ALIGNMENT = 16
@@ -121,10 +121,10 @@ def flatten(entries: Sequence[StackEntry], dtype: torch.dtype, pin: bool) -> Fla
             if place.a_start not in filled:
                 filled.add(place.a_start)
                 lora_A = buffer[place.a_start :][: math.prod(place.a_shape)].view(place.a_shape)
-                _fill(lora_A, [layer.lora_A for layer, _ in layers], dim=0)
+                _fill(lora_A, layers)
             lora_B = buffer[place.b_start :][: math.prod(place.b_shape)].view(place.b_shape)
-            _fill(lora_B, [layer.lora_B.float() * (strength * layer.scale) for layer, strength in layers], dim=1)
-        if not torch.isfinite(buffer).all():
+            _fill_scaled(lora_B, layers)
+        if not all_finite(buffer):
             names = " + ".join(f"'{entry.weights.name}' × {entry.strength:g}" for entry in entries)
             raise LoraError(f"LoRA {names} overflows {dtype}: lower the strength, or choose another dtype.")
     return FlatLora(buffer, placed)
@@ -160,8 +160,19 @@ def _place(
     return placed, end
 
 
-def _fill(target: Tensor, parts: Sequence[Tensor], dim: int) -> None:
+def _fill(target: Tensor, layers: Sequence[tuple[LoraLayer, float]]) -> None:
     start = 0
-    for part in parts:
-        target.narrow(dim, start, part.shape[dim]).copy_(part)
-        start += part.shape[dim]
+    for layer, _ in layers:
+        target[start : start + layer.rank].copy_(layer.lora_A)
+        start += layer.rank
+
+
+def _fill_scaled(target: Tensor, layers: Sequence[tuple[LoraLayer, float]]) -> None:
+    """Write strength · scale · B, rounded once, without a temporary where the kernel computes in float32 by itself."""
+    start = 0
+    for layer, strength in layers:
+        lora_B = layer.lora_B
+        if lora_B.dtype not in (target.dtype, torch.float32):
+            lora_B = lora_B.float()
+        torch.mul(lora_B, strength * layer.scale, out=target.narrow(1, start, layer.rank))
+        start += layer.rank

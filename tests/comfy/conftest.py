@@ -142,8 +142,11 @@ class Comfy:
         """Ask for memory back, and wait until the server's loop has done it: it does so at once when idle."""
         self.client.free(unload_models=unload_models, free_memory=free_memory)
         deadline = time.monotonic() + 20
-        while any(engine["loaded"] for engine in self.engines()["held"]):
-            assert time.monotonic() < deadline, f"/free did not unload the engine: {self.engines()}"
+        while True:
+            state = self.engines()
+            if not any(engine["loaded"] for engine in state["held"]) and not any(state["weight_bytes"].values()):
+                return
+            assert time.monotonic() < deadline, f"/free did not give the weights back: {state}"
             time.sleep(0.05)
 
 
@@ -161,11 +164,12 @@ def _running(models_cache: Path, base: Path, comfy_args: tuple[str, ...], versio
         target = base / "models" / source.relative_to(models_cache)
         target.parent.mkdir(parents=True, exist_ok=True)
         _link(source, target)
-    # Tiny tensors gain nothing from threads, and lose seconds to them when other programs run.
-    env = {"OMP_NUM_THREADS": "1"}
-    with ComfyServer(base, packs=[PROBE_PACK], comfy_args=comfy_args, version=version, env=env) as server:
-        with server.client() as client:
-            yield Comfy(server, client)
+    # Tiny tensors gain nothing from threads, and lose seconds to them when other programs run. The threshold makes
+    # glibc give freed tensors back to the system, or memory that was released would still count as the process's.
+    env = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "1048576"}
+    server = ComfyServer(base, packs=[PROBE_PACK], comfy_args=comfy_args, version=version, env=env)
+    with server, server.client() as client:
+        yield Comfy(server, client)
 
 
 def _link(source: Path, target: Path) -> None:

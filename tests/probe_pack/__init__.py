@@ -87,9 +87,12 @@ async def interrupt_at_total(request):
     """Press Cancel, as it were, at the first report of progress that counts up to `total`."""
     total = (await request.json())["total"]
     original = comfy.utils.PROGRESS_BAR_HOOK
+    pressed = False
 
     def hook(value, bar_total, *args, **kwargs):
-        if bar_total == total and value < total:
+        nonlocal pressed
+        if not pressed and bar_total == total and value < total:
+            pressed = True
             comfy.utils.set_progress_bar_global_hook(original)
             comfy.model_management.interrupt_current_processing(True)
         return original(value, bar_total, *args, **kwargs)
@@ -99,7 +102,7 @@ async def interrupt_at_total(request):
 
 
 class ProbeGate:
-    """Hands its model on when /probe/open is called."""
+    """Hands its latent on when /probe/open is called."""
 
     RETURN_TYPES, FUNCTION, CATEGORY = ("LATENT",), "execute", CATEGORY
 

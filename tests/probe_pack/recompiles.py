@@ -19,7 +19,7 @@ class ProbeErrorOnRecompile:
 
 
 class ProbeRecompile:
-    """Compiles a function for one size, then calls it with a larger one: an error once ProbeErrorOnRecompile has run."""
+    """Compiles a function for one size, then calls it with another: an error after ProbeErrorOnRecompile."""
 
     RETURN_TYPES, FUNCTION, OUTPUT_NODE, CATEGORY = (), "execute", True, "test"
 

@@ -23,8 +23,9 @@ REFERENCE_METHODS = ("offset", "index", "uxo")
 
 @dataclass(frozen=True)
 class RopeOptions:
-    """Scales and shifts of the position axes: t (image index), y, x."""
+    """Scales and shifts of the position axes: t (image index), y, x. ComfyUI's FLUX takes no notice of scale_t."""
 
+    scale_t: float = 1.0
     scale_y: float = 1.0
     scale_x: float = 1.0
     shift_t: float = 0.0

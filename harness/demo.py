@@ -1,0 +1,238 @@
+"""`python -m harness.demo`: a real ComfyUI with this pack draws one prompt with LoRA A, LoRA B, A + B and none.
+
+It queues the bundled two-LoRA workflow, adapted to small generated files (`adapt`), saves the images and a contact
+sheet, and prints one table. It fails if a prompt fails or a LoRA made anything recompile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import io
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from harness.assets import write_all
+from harness.client import Client, ComfyError, Event, PromptResult
+from harness.comfyui import FetchError
+from harness.demo_report import DemoFailed, DemoPrompt, Row, contact_sheet, read_report, readable, table
+from harness.graphs import Graph, node
+from harness.paths import CACHE, REPO
+from harness.server import ComfyServer, ServerFailed
+
+WORKFLOW = REPO / "workflows" / "api" / "flux_hotswap_two_loras.json"
+MODEL = "tiny-flux-dev-bf16.safetensors"
+TEXT_ENCODER = "tiny-clip-l.safetensors"
+VAE = "tiny-taesd.safetensors"
+LORA_A, LORA_B = "demo-a.safetensors", "demo-b.safetensors"
+ASSETS = (
+    f"diffusion_models/{MODEL}",
+    f"text_encoders/{TEXT_ENCODER}",
+    f"vae/{VAE}",
+    f"loras/{LORA_A}",
+    f"loras/{LORA_B}",
+)
+SIZE_PX = 256
+STEPS = 8
+SEED = 7
+
+Say = Callable[[str], None]
+
+PROMPTS = (
+    DemoPrompt("LoRA A", ((LORA_A, 1.0),), "1_lora_a.png"),
+    DemoPrompt("LoRA B", ((LORA_B, 1.0),), "2_lora_b.png"),
+    DemoPrompt("A + B", ((LORA_A, 0.7), (LORA_B, 0.9)), "3_lora_a_and_b.png"),
+    DemoPrompt("none", (), "4_no_lora.png"),
+)
+CONTACT_SHEET = "contact_sheet.png"
+BASE = CACHE / "demo"
+"""ComfyUI's folders: models, and the server's log."""
+KERNELS = CACHE / "inductor"
+
+_EXPLANATION = """\
+The first prompt also loads the model and compiles it; a second run takes kernels from the cache.
+swap ms is all that a change of LoRAs costs: cold prepares a stack for the first time, hot finds it in memory (see it
+with `--rounds 2`)."""
+
+
+def adapt(graph: Mapping[str, Any], loras: Sequence[tuple[str, float]]) -> Graph:
+    """Make the bundled workflow run with the small generated files.
+
+    Four things change, everything else stays as users get it:
+    - file names, and DualCLIPLoader becomes a CLIPLoader: the small model is conditioned by a CLIP-L alone;
+    - 256×256 pixels, 8 steps and a fixed seed;
+    - files and strengths of the Hotswap LoRA nodes, in the order of the chain;
+    - Hotswap LoRA nodes left over are bypassed as Ctrl+B in the frontend does: what used their MODEL or CLIP gets their
+      `model` or `clip`.
+
+    Args:
+        graph: `workflows/api/flux_hotswap_two_loras.json`; not changed.
+        loras: (file, strength), first applied first.
+    Raises:
+        ValueError: more LoRAs than nodes.
+    """
+    adapted = copy.deepcopy(dict(graph))
+    settings = {
+        "FluxAccelLoader": {"model_name": MODEL},
+        "VAELoader": {"vae_name": VAE},
+        "EmptySD3LatentImage": {"width": SIZE_PX, "height": SIZE_PX},
+        "KSampler": {"seed": SEED, "steps": STEPS},
+    }
+    for node_id, entry in adapted.items():
+        entry["inputs"].update(settings.get(entry["class_type"], {}))
+        if entry["class_type"] == "DualCLIPLoader":
+            adapted[node_id] = node("CLIPLoader", clip_name=TEXT_ENCODER, type="stable_diffusion")
+    chain = _lora_chain(adapted)
+    if len(loras) > len(chain):
+        raise ValueError(f"{len(loras)} LoRAs, but the workflow has {len(chain)} Hotswap LoRA nodes.")
+    for node_id, (file, strength) in zip(chain, loras, strict=False):
+        adapted[node_id]["inputs"].update(lora_name=file, strength=strength)
+    for node_id in reversed(chain[len(loras) :]):
+        _bypass(adapted, node_id)
+    return adapted
+
+
+def _lora_chain(graph: Graph) -> list[str]:
+    """Ids of the Hotswap LoRA nodes, the one next to the loader first."""
+    chain: list[str] = []
+    (source,) = (key for key, entry in graph.items() if entry["class_type"] == "FluxAccelLoader")
+    while source is not None:
+        source = next(
+            (
+                key
+                for key, entry in graph.items()
+                if entry["class_type"] == "FluxHotswapLora" and entry["inputs"]["model"][0] == source
+            ),
+            None,
+        )
+        if source is not None:
+            chain.append(source)
+    return chain
+
+
+def _bypass(graph: Graph, node_id: str) -> None:
+    removed = graph.pop(node_id)["inputs"]
+    instead = {0: removed["model"], 1: removed.get("clip")}
+    for entry in graph.values():
+        for name, value in entry["inputs"].items():
+            if isinstance(value, list) and value[0] == node_id:
+                entry["inputs"][name] = instead[value[1]]
+
+
+def run(output: Path, say: Say, rounds: int = 1) -> list[Row]:
+    """Queue every prompt, save the images and the contact sheet.
+
+    Args:
+        output: folder of the images, made if missing. Those of an earlier run are replaced one by one.
+        say: called with each line of progress.
+        rounds: how often to queue all prompts; from the second time on, images are named `round2_…`.
+
+    Returns:
+        One row per queued prompt, in order.
+
+    Raises:
+        ComfyError: a prompt was rejected, failed, or the server ended.
+        DemoFailed: see `read_report`.
+        FetchError: there is no ComfyUI.
+        OSError: the cache or `output` cannot be written.
+        ServerFailed: ComfyUI did not start.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    workflow = json.loads(WORKFLOW.read_text(encoding="utf-8"))
+    say(f"Writing the model files, small and random, made from a seed: {readable(BASE / 'models')}")
+    write_all(BASE / "models", ASSETS, lambda line: say(f"  {line}"))
+    shutil.rmtree(BASE / "output", ignore_errors=True)  # ComfyUI's own copies; ours go to `output`
+    state = "some from earlier runs" if KERNELS.is_dir() else "none yet, the first prompt will take a minute"
+    say(f"Compiled kernels in {readable(KERNELS)}: {state}")
+    say("Starting ComfyUI with this pack")
+    # --cache-classic: nodes run again unless the prompt before was the same, so a second round samples too.
+    with ComfyServer(BASE, comfy_args=["--cache-classic"], env={"TORCHINDUCTOR_CACHE_DIR": str(KERNELS)}) as server:
+        say(f"  ComfyUI {server.version} runs on {server.url}; its log: {readable(BASE / 'comfyui.log')}")
+        with server.client() as client:
+            rows = [
+                _draw(server, client, workflow, prompt, output, prefix, say)
+                for prefix in ["", *(f"round{number}_" for number in range(2, rounds + 1))]
+                for prompt in PROMPTS
+            ]
+    text = next(entry["inputs"]["text"] for entry in workflow.values() if entry["class_type"] == "CLIPTextEncode")
+    _save(contact_sheet(rows, f"“{text}”, seed {SEED}, {STEPS} steps, tiny random model"), output / CONTACT_SHEET)
+    return rows
+
+
+def _draw(
+    server: ComfyServer, client: Client, workflow: Graph, prompt: DemoPrompt, output: Path, prefix: str, say: Say
+) -> Row:
+    say(f"Queueing '{prompt.name}': {prompt.lora_text}")
+    mark = server.mark()
+    result = client.run(adapt(workflow, prompt.loras), on_event=_narrate(say), check=True)
+    report = read_report(server.log_since(mark))
+    image = _first_image(client, result)
+    path = output / (prefix + prompt.file_name)
+    _save(image, path)
+    return Row(prompt, result.seconds, report, path)
+
+
+def _narrate(say: Say) -> Callable[[Event], None]:
+    """Repeat what the nodes show below themselves, except the summary that ends up in the table."""
+
+    def on_event(event: Event) -> None:
+        if event.type == "progress_text" and not event.data["text"].startswith("LoRAs "):
+            say(f"  {event.data['text']}")
+
+    return on_event
+
+
+def _first_image(client: Client, result: PromptResult) -> Image.Image:
+    for shown in result.outputs.values():
+        for image in shown.get("images", ()):
+            return Image.open(io.BytesIO(client.view(**image))).convert("RGB")
+    raise DemoFailed(f"Prompt {result.prompt_id} succeeded but gave no image; its outputs are {result.outputs}.")
+
+
+def _save(image: Image.Image, path: Path) -> None:
+    """Write a PNG whole or not at all, so that an interrupted run leaves no half image."""
+    partial = path.with_suffix(".partial")
+    image.save(partial, format="PNG")
+    os.replace(partial, path)
+
+
+def _check(rows: Sequence[Row]) -> None:
+    recompiled = [f"'{row.prompt.name}': {row.report.recompiles}" for row in rows if row.report.recompiles]
+    if recompiled:
+        raise DemoFailed(f"Prompts made the model recompile ({', '.join(recompiled)}), expected 0 for all.")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the demo; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m harness.demo", description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=REPO / "demo-output", help="folder of the images")
+    parser.add_argument("--rounds", type=int, default=1, help="how often to queue the four prompts (default 1)")
+    options = parser.parse_args(arguments)
+    if options.rounds < 1:
+        parser.error(f"--rounds is {options.rounds}, expected 1 or more")
+    try:
+        rows = run(options.output, lambda line: print(f"[demo] {line}", flush=True), options.rounds)
+        print(f"\n{table(rows)}\n\n{_EXPLANATION}")
+        print(f"Contact sheet: {readable(options.output / CONTACT_SHEET)}", flush=True)
+        _check(rows)
+    except (DemoFailed, ComfyError) as error:
+        print(f"error: {error}\nThe server's whole log: {BASE / 'comfyui.log'}", file=sys.stderr)
+        return 1
+    except (FetchError, OSError, ServerFailed) as error:  # OSError: folders, and the time-out of a prompt
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nInterrupted; the server was ended. Run the same command again.", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

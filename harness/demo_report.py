@@ -1,0 +1,154 @@
+"""What the demo reports: figures from the server's log, one table, and a contact sheet."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+COLUMNS = 4
+_SUMMARY = re.compile(
+    r"Flux Hotswap: LoRAs (?P<loras>.*) \| swap (?P<swap_ms>[\d.]+) ms \((?P<source>[^)]*)\) \| "
+    r"compiled (?P<compiled>\d+) \| recompiles (?P<recompiles>\d+) \| sampling"
+)
+_COMPILED = re.compile(r"Flux Hotswap: compiled the .* blocks in ([\d.]+) s")
+
+
+
+class DemoFailed(RuntimeError):
+    """The demo did not show what it should; the message says what happened instead."""
+
+
+@dataclass(frozen=True)
+class DemoPrompt:
+    """One prompt of the demo.
+
+    Attributes:
+        name: what the table calls it.
+        loras: (file, strength) of each LoRA, first applied first; at most as many as the workflow has nodes for.
+        file_name: of its image.
+    """
+
+    name: str
+    loras: tuple[tuple[str, float], ...]
+    file_name: str
+
+    @property
+    def lora_text(self) -> str:
+        """Files and strengths, for people."""
+        return " + ".join(f"{Path(file).stem} ({strength:g})" for file, strength in self.loras) or "no LoRA"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the pack's log says about one sampling.
+
+    Attributes:
+        loras: the stack that was bound.
+        swap_ms: time to bind it.
+        source: where its weights came from.
+        recompiles: compiles of what had been compiled before.
+        compile_s: time of first compiles, zero after the first prompt.
+    """
+
+    loras: str
+    swap_ms: float
+    source: str
+    recompiles: int
+    compile_s: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    prompt: DemoPrompt
+    seconds: float
+    report: Report
+    image: Path
+
+
+def read_report(log: str) -> Report:
+    """Read the pack's lines in a part of the server's log.
+
+    Raises:
+        DemoFailed: it does not hold exactly one sampling.
+    """
+    found = list(_SUMMARY.finditer(log))
+    if len(found) != 1:
+        raise DemoFailed(
+            f"Expected one line 'Flux Hotswap: LoRAs … | swap … ms' in the server's log, found {len(found)}. "
+            f"The log says:\n{log.rstrip()}"
+        )
+    (line,) = found
+    return Report(
+        loras=line["loras"],
+        swap_ms=float(line["swap_ms"]),
+        source=line["source"],
+        recompiles=int(line["recompiles"]),
+        compile_s=sum(map(float, _COMPILED.findall(log))),
+    )
+
+
+def contact_sheet(rows: Sequence[Row], subtitle: str) -> Image.Image:
+    """Draw all images in lines of `COLUMNS`, each with its LoRAs, strengths and figures.
+
+    Args:
+        rows: their images are files of one size.
+        subtitle: a line below the title, such as the prompt's text.
+    """
+    images = [Image.open(row.image) for row in rows]
+    (width, height), gap, head, label = images[0].size, 16, 62, 62
+    title, small = ImageFont.load_default(17), ImageFont.load_default(13)
+    lines = -(-len(rows) // COLUMNS)
+    size = (gap + COLUMNS * (width + gap), head + lines * (height + label + gap))
+    sheet = Image.new("RGB", size, (250, 250, 250))
+    draw = ImageDraw.Draw(sheet)
+    draw.text((gap, 10), "Flux Hotswap: one prompt, one seed, one model; only the LoRAs change", "black", title)
+    draw.text((gap, 36), subtitle, "dimgray", small)
+    for index, (row, image) in enumerate(zip(rows, images, strict=True)):
+        x, y = gap + index % COLUMNS * (width + gap), head + index // COLUMNS * (height + label + gap)
+        sheet.paste(image, (x, y))
+        draw.text((x, y + height + 4), row.prompt.name, "black", title)
+        draw.text((x, y + height + 26), row.prompt.lora_text, "black", small)
+        figures = f"swap {row.report.swap_ms:.2f} ms ({row.report.source}), recompiles {row.report.recompiles}"
+        draw.text((x, y + height + 43), figures, "dimgray", small)
+        image.close()
+    return sheet
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The figures as text, one line per prompt."""
+    head = ("prompt", "LoRAs", "seconds", "of it compile s", "swap ms", "", "recompiles", "image file")
+    lines = [
+        (
+            row.prompt.name,
+            row.prompt.lora_text,
+            f"{row.seconds:.2f}",
+            f"{row.report.compile_s:.1f}" if row.report.compile_s else "–",
+            f"{row.report.swap_ms:.2f}",
+            row.report.source,
+            str(row.report.recompiles),
+            readable(row.image),
+        )
+        for row in rows
+    ]
+    widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
+    left = {0, 1, 5, len(head) - 1}
+
+    def line(cells: Sequence[str]) -> str:
+        aligned = (c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True)))
+        return "  ".join(aligned).rstrip()
+
+    return "\n".join([line(head), line(["-" * width for width in widths]), *map(line, lines)])
+
+
+def readable(path: Path) -> str:
+    """The path for people: relative to the working directory where it is inside."""
+    try:
+        return str(path.resolve().relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
