@@ -129,7 +129,7 @@ def tensor_digest(name: str, tensor: Tensor) -> str:
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """Whether a tensor holds neither NaN nor infinity; in 5 % of the time of `isfinite().all()` for bfloat16 on a CPU."""
+    """Whether a tensor holds neither NaN nor infinity; 20 times as fast as `isfinite().all()` for bfloat16 on a CPU."""
     # float8 has no aminmax; every float8 value is exact in bfloat16.
     values = tensor.to(torch.bfloat16) if tensor.dtype.itemsize == 1 else tensor
     if not values.numel():

@@ -270,7 +270,6 @@ def test_hotswap_lora_on_another_model(comfy, undisturbed):
 @pytest.mark.parametrize(
     ("class_type", "inputs", "words"),
     [
-        ("LoraLoaderModelOnly", {"lora_name": "good.safetensors", "strength_model": 1.0}, ["Hotswap LoRA"]),
         ("ModelSave", {"filename_prefix": "saved"}, ["cannot be saved", "tiny-flux-dev-fp32.safetensors"]),
         ("ModelMergeSimple", {"model2": ["p1_model", 0], "ratio": 0.5}, ["cannot be merged", "Load Diffusion Model"]),
     ],

@@ -16,6 +16,7 @@ import torch
 from aiohttp import web
 from server import PromptServer
 
+from .power_lora_loader import ProbePowerLoraLoader
 from .recompiles import ProbeErrorOnRecompile, ProbeRecompile
 
 CATEGORY = "test"
@@ -236,5 +237,5 @@ class ProbeAttentionMask:
 NODE_CLASS_MAPPINGS = {
     node.__name__: node
     for node in (ProbeGate, ProbeConditioning, ProbeBlockPatch, ProbePostInputPatch, ProbeWrapper, ProbeAttentionMask,
-                 ProbeErrorOnRecompile, ProbeRecompile)
+                 ProbeErrorOnRecompile, ProbePowerLoraLoader, ProbeRecompile)
 }
