@@ -66,6 +66,97 @@ def test_formats_that_say_the_same_read_the_same(tmp_path, spec):
             torch.testing.assert_close(other[module], change, rtol=1e-5, atol=1e-7)
 
 
+ORIGINAL = {
+    "black-forest-labs": ("{name}", "lora_A", "lora_B"),
+    "fal": ("base_model.model.{name}", "lora_A", "lora_B"),
+    "PEFT with an adapter's name": ("diffusion_model.{name}", "lora_A.default", "lora_B.default"),
+    "diffusion_model with down and up": ("diffusion_model.{name}", "lora_down", "lora_up"),
+}
+SPLIT = {
+    "DiffSynth": ("{name}", "lora_A", "lora_B"),
+    "diffusers before PEFT": ("transformer.{name}", "lora.down", "lora.up"),
+    "OneTrainer": ("lora_transformer_{underscored}", "lora_down", "lora_up"),
+    "LyCORIS": ("lycoris_{underscored}", "lora_down", "lora_up"),
+}
+
+
+def renamed(tensors, prefix, spelling):
+    """The same tensors under another trainer's names."""
+    pattern, down, up = spelling
+    out = {}
+    for key, tensor in tensors.items():
+        name, role = key.removeprefix(prefix).rsplit(".lora_", 1)
+        name = pattern.format(name=name, underscored=name.replace(".", "_"))
+        out[f"{name}.{down if role == 'A.weight' else up}.weight"] = tensor
+    return out
+
+
+@pytest.mark.parametrize("spelling", SPLIT.values(), ids=SPLIT)
+def test_other_spellings_of_diffusers_names_read_the_same(tmp_path, spec, spelling):
+    tensors = lora_state_dict("diffusers", rank=3)
+    save_file(tensors, tmp_path / "known.safetensors")
+    save_file(renamed(tensors, "transformer.", spelling), tmp_path / "other.safetensors")
+    assert_same_change(tmp_path, spec)
+
+
+@pytest.mark.parametrize("spelling", ORIGINAL.values(), ids=ORIGINAL)
+def test_other_spellings_of_original_names_read_the_same(tmp_path, spec, spelling):
+    tensors = lora_state_dict("native", rank=3)
+    save_file(tensors, tmp_path / "known.safetensors")
+    save_file(renamed(tensors, "diffusion_model.", spelling), tmp_path / "other.safetensors")
+    assert_same_change(tmp_path, spec)
+
+
+def test_xlabs_names_read_as_the_layers_that_they_patch(tmp_path, spec):
+    modules = {
+        "double_blocks.1.img_attn.qkv": "double_blocks.1.processor.qkv_lora1",
+        "double_blocks.1.txt_attn.qkv": "double_blocks.1.processor.qkv_lora2",
+        "double_blocks.0.img_attn.proj": "double_blocks.0.processor.proj_lora1",
+        "double_blocks.0.txt_attn.proj": "double_blocks.0.processor.proj_lora2",
+        "single_blocks.1.linear2": "single_blocks.1.processor.proj_lora",
+    }
+    tensors = lora_state_dict("native", rank=3, targets=lambda module: module in modules)
+    xlabs = {}
+    for known, other in modules.items():
+        xlabs[f"{other}.down.weight"] = tensors[f"diffusion_model.{known}.lora_A.weight"]
+        xlabs[f"{other}.up.weight"] = tensors[f"diffusion_model.{known}.lora_B.weight"]
+    # q, k and v of a single block, without the MLP half of its first linear
+    down, up = torch.randn(3, 256), torch.randn(768, 3)
+    single = "single_blocks.0.processor.qkv_lora"
+    xlabs |= {f"{single}.down.weight": down, f"{single}.up.weight": up}
+    for module, rows in zip(("to_q", "to_k", "to_v"), up.chunk(3), strict=True):
+        prefix = f"transformer.single_transformer_blocks.0.attn.{module}"
+        tensors |= {f"{prefix}.lora_A.weight": down.clone(), f"{prefix}.lora_B.weight": rows.clone()}
+    save_file(tensors, tmp_path / "known.safetensors")
+    save_file(xlabs, tmp_path / "other.safetensors")
+    assert_same_change(tmp_path, spec)
+
+
+def assert_same_change(folder, spec):
+    known, other = (deltas(read_lora(str(folder / f"{name}.safetensors"), spec)) for name in ("known", "other"))
+    assert known.keys() == other.keys()
+    for module, change in known.items():
+        assert torch.equal(other[module], change), module
+
+
+KINDS = {
+    "DoRA": ("dora_scale", "DoRA"),
+    "LoKr": ("lokr_w1", "LoKr"),
+    "LoHa": ("hada_w1_a", "LoHa"),
+    "bias": ("lora_B.bias", "control LoRA"),
+    "difference": ("diff_b", "difference of biases"),
+}
+
+
+@pytest.mark.parametrize(("suffix", "word"), KINDS.values(), ids=KINDS)
+def test_other_kinds_are_refused_by_name(tmp_path, spec, suffix, word):
+    layer = "diffusion_model.double_blocks.0.img_attn.proj"
+    tensors = {**lora_state_dict("native"), f"{layer}.{suffix}": torch.ones(4, 4)}
+    save_file(tensors, tmp_path / "kind.safetensors")
+    with pytest.raises(LoraError, match=rf"'kind\.safetensors'.*{word}.*choose a file without"):
+        read_lora(str(tmp_path / "kind.safetensors"), spec)
+
+
 def test_text_encoder_keys_are_set_aside_not_lost(tmp_path, spec):
     tensors = {**lora_state_dict("kohya"), **clip_l_lora_state_dict("kohya")}
     save_file(tensors, tmp_path / "both.safetensors")
@@ -84,7 +175,7 @@ REFUSED = {
     "lora_missing_up": ["no lora_up / lora_B", "incomplete"],
     "lora_unknown_key": ["have no place", "choose a file"],
     "lora_no_pairs": ["'lora_no_pairs.safetensors'"],
-    "sdxl_lora": ["is not for FLUX.1", "Stable Diffusion XL", "Expected names like"],
+    "sdxl_lora": ["does not fit FLUX.1", "Stable Diffusion XL", "Expected names like"],
 }
 
 

@@ -15,12 +15,18 @@ from ..layout import LoraTarget
 from ..spec import ModelSpec
 from .weights import LoraLayer, LoraWeights, check_finite, split
 
-# The last part of a key -> what it is. sd-scripts and LyCORIS write down/up, PEFT writes A/B.
+# The last part of a key -> what it is. The first that fits counts, so longer ones stand before their own endings.
 ROLES: Mapping[str, str] = {
-    ".lora_down.weight": "A",
+    ".lora_down.weight": "A",  # sd-scripts, LyCORIS, OneTrainer
     ".lora_up.weight": "B",
-    ".lora_A.weight": "A",
+    ".lora_A.default.weight": "A",  # PEFT, saved with its adapter's name
+    ".lora_B.default.weight": "B",
+    ".lora_A.weight": "A",  # PEFT, diffusers, ai-toolkit
     ".lora_B.weight": "B",
+    ".lora.down.weight": "A",  # diffusers before PEFT
+    ".lora.up.weight": "B",
+    ".down.weight": "A",  # XLabs
+    ".up.weight": "B",
     ".alpha": "alpha",
 }
 TEXT_ENCODER_PREFIXES = ("lora_te", "text_encoder", "clip_l.", "t5xxl.")
@@ -35,6 +41,20 @@ OTHER_MODELS: Mapping[str, str] = {
     "diffusion_model.blocks.": "Wan",
     "diffusion_model.layers.": "Z-Image or Lumina",
     "transformer.transformer_blocks.0.img_mod.": "Qwen-Image",
+}
+# Kinds of change that are no low-rank pair, by a part of their keys, for the message only.
+OTHER_KINDS: Mapping[str, str] = {
+    ".dora_scale": "DoRA",
+    ".lora_magnitude_vector": "DoRA",
+    ".lokr_": "LoKr",
+    ".hada_": "LoHa",
+    ".oft_": "OFT",
+    ".lora_mid": "LoCon with a middle matrix",
+    ".lora_B.bias": "a bias, as in BFL's control LoRAs",
+    ".diff_b": "a difference of biases",
+    ".diff": "a difference of whole weights",
+    ".set_weight": "whole weights",
+    "_norm": "a norm",
 }
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -150,6 +170,13 @@ def _hint(file: TensorFile) -> str:
     return ""
 
 
+def _kind(key: str) -> str:
+    for part, kind in OTHER_KINDS.items():
+        if part in key:
+            return f" ({kind}, which is not supported)"
+    return ""
+
+
 def _unknown_message(
     file: TensorFile, spec: ModelSpec, unknown: list[str], some_fit: bool, text_encoder: list[str]
 ) -> str:
@@ -159,15 +186,16 @@ def _unknown_message(
             f"LoRA '{file.name}' changes only text encoders ({len(text_encoder)} keys), expected keys for a {model} "
             "transformer. Load it with ComfyUI's Load LoRA node on the CLIP."
         )
-    first = f"'{unknown[0]}'"
+    first = f"'{unknown[0]}'{_kind(unknown[0])}"
     if some_fit:
         return (
             f"LoRA '{file.name}': {len(unknown)} of {len(file.tensors)} keys have no place in this {model} model, such "
-            f"as {first}. Applying only the rest would not be this LoRA: choose a file without them{_hint(file)}."
+            f"as {first}. Applying only the rest would not be this LoRA: choose a file without "
+            f"them{_hint(file)}."
         )
     return (
-        f"LoRA '{file.name}' is not for {model}{_hint(file)}: none of its {len(file.tensors)} keys has a place in the "
-        f"model, such as {first}. Expected names like lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight, "
+        f"LoRA '{file.name}' does not fit {model}{_hint(file)}: none of its {len(file.tensors)} keys has a place in "
+        f"the model, such as {first}. Expected names like lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight, "
         "transformer.transformer_blocks.0.attn.to_q.lora_A.weight or "
         "diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight."
     )
