@@ -77,7 +77,7 @@ class Comfy:
 
     def run(self, nodes: Graph) -> PromptResult:
         """Run a graph that must succeed."""
-        return self.client.run(nodes, check=True)
+        return self.client.run(nodes, timeout=120, check=True)
 
     def sample(self, picture: Picture, edit: Edit | None = None) -> torch.Tensor:
         """The final latent of one picture, alone in its prompt."""
@@ -115,9 +115,9 @@ class Comfy:
 
     # What happens inside the server.
 
-    def engines(self) -> dict:
-        """See `engines` in tests/probe_pack."""
-        return json.loads(http_request(f"{self.server.url}/probe/engines"))
+    def engines(self, collect: bool = False) -> dict:
+        """See `engines` in tests/probe_pack; `collect` takes out the garbage first, when nothing runs."""
+        return json.loads(http_request(f"{self.server.url}/probe/engines{'?collect=1' if collect else ''}"))
 
     def engine(self) -> dict:
         """The one engine that the registry holds."""
@@ -139,7 +139,7 @@ class Comfy:
         return psutil.Process(self.server.pid).memory_info().rss
 
     def free(self, *, unload_models: bool, free_memory: bool) -> None:
-        """Ask for memory back, and wait until the server's loop has done it: it does so at once when idle."""
+        """Ask for memory back, and wait until the loaded weights are gone: ComfyUI collects garbage itself then."""
         self.client.free(unload_models=unload_models, free_memory=free_memory)
         deadline = time.monotonic() + 20
         while True:

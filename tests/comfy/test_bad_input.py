@@ -30,8 +30,8 @@ WRONG_LORAS = {
     "lora_missing_up": ("'lora_unet_single_blocks_0_linear1' has", "no lora_up / lora_B matrix", "get it again"),
     "lora_unknown_key": (
         "2 of 74 keys have no place", "lora_unet_double_blocks_0_img_attn_gate", "choose a file without them"),
-    "lora_no_pairs": ("not for FLUX.1", "emb_params", "Expected names like"),
-    "sdxl_lora": ("not for FLUX.1", "Stable Diffusion XL", "Expected names like"),
+    "lora_no_pairs": ("does not fit FLUX.1", "emb_params", "Expected names like"),
+    "sdxl_lora": ("does not fit FLUX.1", "Stable Diffusion XL", "Expected names like"),
 }
 WRONG_CHECKPOINTS = {
     "sdxl_checkpoint": ("a Stable Diffusion or SDXL checkpoint", "expected a FLUX.1", "Choose a file such as"),

@@ -133,7 +133,7 @@ def test_another_model_evicts_the_old_one(comfy, change):
     comfy.sample(replace(DEV, **change))
     new = comfy.engine()
     assert new["serial"] != old["serial"]
-    state = comfy.engines()
+    state = comfy.engines(collect=True)
     assert old["serial"] not in state["alive"]
     assert state["weight_bytes"][str(old["serial"])] == 0
 

@@ -177,7 +177,7 @@ def test_schnell(comfy, model, guidance):
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("cfg", [1.0, 3.0])
 def test_batch_and_cfg(comfy, precision, loras, batch, cfg):
-    """In bf16, cfg 3 is near the limit: it multiplies the rounding, of which stock ComfyUI, in float32 here, has none."""
+    """In bf16, cfg 3 is near the limit: it multiplies rounding, of which stock ComfyUI, in float32 here, has none."""
     base = replace(BY_PRECISION[precision], batch=batch, cfg=cfg, negative="blurry, ugly")
     drawn = comfy.compare(replace(base, loras=[(loras[2], 0.8)]), plain=base)
     assert drawn.ours.shape[0] == batch

@@ -67,7 +67,8 @@ async def engines(request):
     """The registry's engines, and which engines and weights that were ever seen here still exist."""
     registry = _registry()
     held = [_describe(key, root) for key, root in zip(registry.keys(), registry.values(), strict=True)]
-    gc.collect()
+    if request.query.get("collect"):  # only while no prompt runs: models that ComfyUI looks at must not go meanwhile
+        gc.collect()
     alive = [serial for reference, serial in _serials.values() if reference() is not None]
     return web.json_response({
         "held": held,
