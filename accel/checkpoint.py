@@ -13,6 +13,7 @@ from .families import FAMILIES
 from .files import TensorFile, TensorInfo, open_tensors, read_header
 from .layout import FusedLinear, swap_halves
 from .spec import ModelSpec
+from .tensors import all_finite
 
 Progress = Callable[[int, int], None]
 
@@ -86,7 +87,7 @@ def load_model(spec: ModelSpec, dtype: torch.dtype, device: torch.device, on_pro
             def read(key: str) -> Tensor:
                 nonlocal done
                 tensor = handle.get_tensor(key).to(device=device, dtype=dtype, copy=True)
-                if not torch.isfinite(tensor).all():
+                if not all_finite(tensor):
                     raise CheckpointError(
                         f"'{spec.file.name}': '{key}' holds NaN or infinity in {dtype}. The file is damaged, or its "
                         "values do not fit this dtype: get it again, or choose another dtype."

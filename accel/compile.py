@@ -15,8 +15,11 @@ from typing import Any, Protocol
 
 import torch
 import torch._dynamo
+import torch._inductor.exc
 import torch.fx.experimental._config
 from torch import Tensor, nn
+
+from .errors import SettingsError
 
 # Private names, in force only around our own calls, all checked by tests/test_engine.py:
 # a LoRA's rank is a parameter's size, and parameters' sizes are constants unless the first two say otherwise. With duck
@@ -74,7 +77,14 @@ class RegionCompiler:
                 self._observer.compiling(name)
             _mark_batch(args)
             before, start = self.count, time.perf_counter()
-            result = compiled(block, *args)
+            try:
+                result = compiled(block, *args)
+            except (torch._dynamo.exc.BackendCompilerFailed, torch._inductor.exc.InductorError) as exc:
+                raise SettingsError(
+                    f"torch.compile could not compile the {name} blocks on this machine ({_first_line(exc)}). Set "
+                    "'compile' to 'off' in Accelerated Flux Loader, or install what the compiler needs: a C++ compiler "
+                    "on a CPU, Triton on a GPU (triton-windows on Windows)."
+                ) from exc
             if self.count != before:
                 self.recompiles += known
                 known = True
@@ -108,6 +118,10 @@ def mark_weights_static(model: nn.Module) -> None:
     """
     for parameter in model.parameters():
         torch._dynamo.mark_static(parameter)
+
+
+def _first_line(exc: BaseException) -> str:
+    return next((line.strip() for line in str(exc).splitlines() if line.strip()), type(exc).__name__)
 
 
 @functools.cache

@@ -371,6 +371,19 @@ def test_unknown_settings_are_refused(name):
         dataclasses.replace(EngineSettings(), **{name: "bogus"})
 
 
+def test_a_machine_without_a_compiler_is_told_what_to_do(spec):
+    from torch._inductor.utils import fresh_cache
+
+    engine = Engine(spec, EngineSettings(compile="regional"))
+    engine.load()
+    with (
+        fresh_cache(),
+        torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}),
+        pytest.raises(SettingsError, match=r"could not compile the double blocks.*'off'.*C\+\+ compiler"),
+    ):
+        engine(make_inputs())
+
+
 def test_process_wide_settings_are_left_alone(compiled):
     before = (
         torch._dynamo.config.force_parameter_static_shapes,

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ..errors import LoraError
 from ..files import FileIdentity
-from .weights import LoraLayer, LoraWeights, all_finite
+from ..tensors import all_finite
+from .weights import LoraLayer, LoraWeights
 
 # GEMMs on a GPU want sizes in multiples of 16 bytes; 16 columns serve every dtype down to float8.
 RANK_ALIGNMENT = 16

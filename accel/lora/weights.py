@@ -12,6 +12,7 @@ from torch import Tensor
 from ..errors import LoraError
 from ..files import FileIdentity
 from ..layout import LoraTarget, swap_halves
+from ..tensors import all_finite
 
 
 @dataclass(frozen=True)
@@ -126,16 +127,6 @@ def tensor_digest(name: str, tensor: Tensor) -> str:
     content = hashlib.blake2b(f"{tensor.dtype} {tuple(tensor.shape)}".encode(), digest_size=16)
     content.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
     return content.hexdigest()
-
-
-def all_finite(tensor: Tensor) -> bool:
-    """Whether a tensor holds neither NaN nor infinity; 20 times as fast as `isfinite().all()` for bfloat16 on a CPU."""
-    # float8 has no aminmax; every float8 value is exact in bfloat16.
-    values = tensor.to(torch.bfloat16) if tensor.dtype.itemsize == 1 else tensor
-    if not values.numel():
-        return True
-    low, high = torch.aminmax(values)  # NaN comes out of both
-    return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
 def check_finite(name: str, tensor: Tensor) -> None:
