@@ -6,7 +6,7 @@ from itertools import permutations
 import pytest
 import torch
 
-from harness.graphs import Picture, graph, latents, relative_distance
+from harness.graphs import Picture, graph, latents, node, relative_distance
 from harness.lora_files import in_attention
 
 BASE = Picture(model="tiny-flux-dev-fp32.safetensors")
@@ -103,3 +103,24 @@ def test_two_checkpoints_in_one_prompt(comfy, branches):
     comfy.sample(replace(BASE, seed=1000))
     expected = [comfy.sample(picture) for picture in pictures]
     assert [torch.equal(ours, alone) for ours, alone in zip(together, expected, strict=True)] == [True] * 3
+
+
+@pytest.mark.parametrize("order", [("shifted", "plain"), ("plain", "shifted")], ids=" then ".join)
+def test_another_schedule_in_one_branch_stays_there(comfy, branches, order):
+    """ModelSamplingFlux patches an object of the model that both branches share."""
+    expected = {}
+    for seed, name in ((61, "plain"), (62, "shifted")):
+        expected[name] = comfy.sample(replace(branches["A"], seed=seed), edit=shift if name == "shifted" else None)
+    unshifted = comfy.sample(replace(branches["A"], seed=62))
+    assert relative_distance(expected["shifted"], unshifted) >= VISIBLE
+    comfy.sample(replace(BASE, seed=1000))
+    nodes = graph(*(replace(branches["A"], seed={"plain": 61, "shifted": 62}[name]) for name in order))
+    shift(nodes, f"p{order.index('shifted')}_")
+    assert_same(together(comfy, nodes, order), expected)
+
+
+def shift(nodes, prefix):
+    sampler = nodes[prefix + "sample"]["inputs"]
+    nodes[prefix + "shift"] = node(
+        "ModelSamplingFlux", model=sampler["model"], max_shift=1.6, base_shift=0.3, width=512, height=512)
+    sampler["model"] = [prefix + "shift", 0]
