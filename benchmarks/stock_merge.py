@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from accel.families.flux1 import Flux1Config
-from harness.assets import TinyFluxConfig, flux_linears
 from harness.comfyui import fetch, resolve_version
+from harness.tiny_models import TinyFluxConfig, flux_linears
 
 from .flux_loras import DTYPE, KEY_PREFIX, STRENGTH, RandomLora
 from .report import BenchmarkError

@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .assets import TinyFluxConfig, seeded_normal, tiny_flux_state_dict, write_tensors
 from .lora_files import lora_state_dict
+from .tensor_files import write_tensors
+from .tiny_models import TinyFluxConfig, seeded_normal, tiny_flux_state_dict
 
 Writer = Callable[[Path], Path]
 

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from .assets import TinyFluxConfig, flux_linears, linear_gain, seeded_normal, tiny_flux_state_dict
 from .lora_files import FORMATS
+from .tiny_models import TinyFluxConfig, flux_linears, linear_gain, seeded_normal, tiny_flux_state_dict
 
 _NORMS = {
     "img_attn.norm.query_norm": "norm_q", "img_attn.norm.key_norm": "norm_k",

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .assets import TinyFluxConfig, flux_linears, linear_gain, seeded_normal, write_tensors
+from .tensor_files import write_tensors
+from .tiny_models import TinyFluxConfig, flux_linears, linear_gain, seeded_normal
 
 Rank = int | Mapping[str, int] | Callable[[str], int]
 

@@ -9,8 +9,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from harness import assets, broken_files, lora_files
-from harness.assets import TinyFluxConfig
+from harness import assets, broken_files, lora_files, tensor_files, tiny_models
+from harness.tiny_models import TinyFluxConfig
 
 TINY = TinyFluxConfig()
 QUICK = [name for name in assets.assets() if "clip" not in name]
@@ -61,13 +61,13 @@ def test_second_run_writes_nothing_and_a_damaged_file_is_replaced(tmp_path: Path
 
 def test_other_stamp_is_not_current(models: dict[str, Path]) -> None:
     name = "loras/demo-a.safetensors"
-    assert assets.is_current(models[name], assets.assets()[name].stamp)
-    assert not assets.is_current(models[name], "another")
+    assert tensor_files.is_current(models[name], assets.assets()[name].stamp)
+    assert not tensor_files.is_current(models[name], "another")
 
 
 @pytest.mark.parametrize("write", broken_files.UNREADABLE, ids=lambda write: write.__name__)
 def test_unreadable_file_is_not_current(write: broken_files.Writer, tmp_path: Path) -> None:
-    assert not assets.is_current(write(tmp_path / "broken.safetensors"), "any")
+    assert not tensor_files.is_current(write(tmp_path / "broken.safetensors"), "any")
 
 
 def test_unknown_asset_is_named(tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def test_flux_layout(models: dict[str, Path]) -> None:
 
 def test_flux_sizes_follow_the_config() -> None:
     config = TinyFluxConfig(hidden=384, depth=1, depth_single=3, context=512, in_channels=384)
-    tensors = assets.tiny_flux_state_dict(config, seed=3)
+    tensors = tiny_models.tiny_flux_state_dict(config, seed=3)
     assert tensors["img_in.weight"].shape == (384, 384)
     assert tensors["final_layer.linear.weight"].shape == (64, 384)
     assert "single_blocks.2.linear1.weight" in tensors
@@ -111,10 +111,10 @@ def test_flux_sizes_follow_the_config() -> None:
 
 
 def test_tensors_have_streams_of_their_own() -> None:
-    dev = assets.tiny_flux_state_dict(TINY, seed=5)
-    schnell = assets.tiny_flux_state_dict(replace(TINY, guidance=False), seed=5)
+    dev = tiny_models.tiny_flux_state_dict(TINY, seed=5)
+    schnell = tiny_models.tiny_flux_state_dict(replace(TINY, guidance=False), seed=5)
     assert all(torch.equal(tensor, dev[name]) for name, tensor in schnell.items())
-    assert not torch.equal(dev["txt_in.weight"], assets.tiny_flux_state_dict(TINY, seed=6)["txt_in.weight"])
+    assert not torch.equal(dev["txt_in.weight"], tiny_models.tiny_flux_state_dict(TINY, seed=6)["txt_in.weight"])
 
 
 def test_taesd_layout(models: dict[str, Path]) -> None:
@@ -130,7 +130,7 @@ def test_taesd_layout(models: dict[str, Path]) -> None:
 
 
 def test_clip_l_layout() -> None:
-    tensors = assets.tiny_clip_l_state_dict()
+    tensors = tiny_models.tiny_clip_l_state_dict()
     assert tensors["text_model.embeddings.token_embedding.weight"].shape == (49408, 768)
     assert tensors["text_model.embeddings.position_embedding.weight"].shape == (77, 768)
     assert tensors["text_model.encoder.layers.11.mlp.fc2.weight"].shape == (768, 3072)
@@ -169,7 +169,7 @@ def test_lora_names_and_shapes(format: str, expected: dict[str, tuple[int, ...]]
 @pytest.mark.parametrize("rank", [1, 8, 17])
 def test_lora_is_low_rank_and_its_size_does_not_depend_on_rank_or_alpha(rank: int, alpha: float | None) -> None:
     tensors = lora_files.lora_state_dict("kohya", rank=rank, alpha=alpha, scale=0.3)
-    weights = assets.tiny_flux_state_dict(TINY)
+    weights = tiny_models.tiny_flux_state_dict(TINY)
     for module in ("double_blocks.0.img_attn.qkv", "double_blocks.1.txt_mod.lin", "single_blocks.0.linear2"):
         change = delta(tensors, f"lora_unet_{module.replace('.', '_')}", "kohya")
         assert torch.linalg.matrix_rank(change) == rank
@@ -181,7 +181,7 @@ def test_tied_formats_change_the_weights_alike() -> None:
     native = lora_files.lora_state_dict("native", **arguments)
     kohya = lora_files.lora_state_dict("kohya", **arguments)
     diffusers = lora_files.lora_state_dict("diffusers", **arguments)
-    for module in assets.flux_linears(TINY):
+    for module in tiny_models.flux_linears(TINY):
         fused = delta(native, f"diffusion_model.{module}", "native")
         assert torch.equal(fused, delta(kohya, f"lora_unet_{module.replace('.', '_')}", "kohya"))
         for part in lora_files.FORMATS["diffusers"].parts(module, TINY):
@@ -199,7 +199,7 @@ def test_mixed_ranks_and_targets() -> None:
     by_name = lora_files.lora_state_dict(
         "native", targets=lora_files.in_attention, rank=lambda module: 7 if module.startswith("double") else 13)
     prefixes = {prefix_of(key).removeprefix("diffusion_model.") for key in by_name}
-    assert prefixes == {module for module in assets.flux_linears(TINY) if lora_files.in_attention(module)}
+    assert prefixes == {module for module in tiny_models.flux_linears(TINY) if lora_files.in_attention(module)}
     assert by_name["diffusion_model.double_blocks.1.txt_attn.proj.lora_A.weight"].shape == (7, 256)
     assert by_name["diffusion_model.single_blocks.1.linear2.lora_A.weight"].shape == (13, 1280)
     one = lora_files.lora_state_dict("native", targets=lambda module: module == "img_in", rank={"img_in": 3})
@@ -273,7 +273,7 @@ def test_wrong_loras_are_what_they_claim(tmp_path: Path) -> None:
 
 def test_wrong_checkpoints_are_what_they_claim(tmp_path: Path) -> None:
     loaded = {write.__name__: load_file(write(tmp_path / write.__name__)) for write in broken_files.WRONG_CHECKPOINTS}
-    good = assets.tiny_flux_state_dict(TINY)
+    good = tiny_models.tiny_flux_state_dict(TINY)
     missing = good.keys() - loaded["flux_missing_block"].keys()
     assert missing == {name for name in good if name.startswith("single_blocks.0.")}
     assert good.keys() - loaded["flux_missing_tensor"].keys() == {"double_blocks.1.txt_mlp.2.bias"}
@@ -285,7 +285,7 @@ def test_wrong_checkpoints_are_what_they_claim(tmp_path: Path) -> None:
 
 
 def test_velocity_layers_are_not_near_zero() -> None:
-    tensors = assets.tiny_flux_state_dict(TINY)
-    for module, (_, in_features) in assets.flux_linears(TINY).items():
+    tensors = tiny_models.tiny_flux_state_dict(TINY)
+    for module, (_, in_features) in tiny_models.flux_linears(TINY).items():
         gain = float(tensors[f"{module}.weight"].std()) * math.sqrt(in_features)
         assert 0.3 < gain < 4.0, module

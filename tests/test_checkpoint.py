@@ -11,8 +11,9 @@ from accel.checkpoint import inspect_checkpoint, load_model
 from accel.errors import CheckpointError, FileError
 from accel.families.flux1 import Flux1Config
 from harness import broken_files
-from harness.assets import TinyFluxConfig, tiny_flux_state_dict, write_tensors
 from harness.paths import REPO
+from harness.tensor_files import write_tensors
+from harness.tiny_models import TinyFluxConfig, tiny_flux_state_dict
 
 CPU = torch.device("cpu")
 

@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 from playwright.sync_api import expect, sync_playwright
 
-from harness.assets import write_tensors
 from harness.client import PromptLost, http_request
 from harness.paths import REPO, require_chromium
 from harness.server import PACK_NAME, ComfyServer
+from harness.tensor_files import write_tensors
 
 WORKFLOWS = REPO / "workflows"
 NAMES = ("flux_hotswap_text_to_image", "flux_hotswap_two_loras")

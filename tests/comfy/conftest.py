@@ -14,7 +14,7 @@ import psutil
 import pytest
 import torch
 
-from harness import assets, lora_files
+from harness import assets, lora_files, tensor_files, tiny_models
 from harness.client import Client, PromptResult, http_request
 from harness.graphs import Graph, Picture, graph, latents, relative_distance
 from harness.paths import CACHE, REPO
@@ -64,13 +64,13 @@ class Comfy:
 
     def tensors(self, folder: str, name: str, tensors: dict[str, torch.Tensor]) -> str:
         """Write (or replace) a safetensors file in one of the server's model folders, and return its name."""
-        assets.write_tensors(self.model_file(folder, name), tensors)
+        tensor_files.write_tensors(self.model_file(folder, name), tensors)
         return name
 
     def checkpoint(self, name: str, seed: int = 0, dtype: torch.dtype = torch.float32, **sizes: object) -> str:
         """Write a FLUX checkpoint and return its name."""
-        config = assets.TinyFluxConfig(**sizes)
-        tensors = assets.tiny_flux_state_dict(config, seed)
+        config = tiny_models.TinyFluxConfig(**sizes)
+        tensors = tiny_models.tiny_flux_state_dict(config, seed)
         return self.tensors("diffusion_models", name, {key: value.to(dtype) for key, value in tensors.items()})
 
     # Pictures.

@@ -106,8 +106,8 @@ def test_two_checkpoints_in_one_prompt(comfy, branches):
 
 
 @pytest.mark.parametrize("order", [("shifted", "plain"), ("plain", "shifted")], ids=" then ".join)
-def test_another_schedule_in_one_branch_stays_there(comfy, branches, order):
-    """ModelSamplingFlux patches an object of the model that both branches share."""
+def test_another_sampling_in_one_branch_stays_there(comfy, branches, order):
+    """ModelSamplingContinuousEDM replaces an object of the model that both branches share."""
     expected = {}
     for seed, name in ((61, "plain"), (62, "shifted")):
         expected[name] = comfy.sample(replace(branches["A"], seed=seed), edit=shift if name == "shifted" else None)
@@ -122,5 +122,5 @@ def test_another_schedule_in_one_branch_stays_there(comfy, branches, order):
 def shift(nodes, prefix):
     sampler = nodes[prefix + "sample"]["inputs"]
     nodes[prefix + "shift"] = node(
-        "ModelSamplingFlux", model=sampler["model"], max_shift=1.6, base_shift=0.3, width=512, height=512)
+        "ModelSamplingContinuousEDM", model=sampler["model"], sampling="edm", sigma_max=2.0, sigma_min=0.05)
     sampler["model"] = [prefix + "shift", 0]

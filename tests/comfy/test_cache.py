@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from harness import assets
+from harness import tiny_models
 from harness.graphs import Picture, graph, latents, relative_distance
 
 DEV = Picture(model="tiny-flux-dev-fp32.safetensors")
@@ -104,7 +104,7 @@ def test_a_lora_under_its_old_name_after_another_was_there(comfy):
 @pytest.mark.parametrize("free_memory", [False, True], ids=["unload_models", "unload_models and free_memory"])
 def test_free_releases_the_memory(comfy, free_memory):
     model = comfy.checkpoint("wide.safetensors", seed=70, **WIDE)
-    lora = comfy.lora("wide.safetensors", config=assets.TinyFluxConfig(**WIDE), seed=70)
+    lora = comfy.lora("wide.safetensors", config=tiny_models.TinyFluxConfig(**WIDE), seed=70)
     picture = replace(DEV, model=model, loras=[(lora, 0.8)], steps=2)
     before = comfy.sample(picture)
     engine = comfy.engine()
@@ -176,7 +176,7 @@ def test_interrupted_while_loading(comfy):
     engine = comfy.engine()
     comfy.free(unload_models=True, free_memory=True)
 
-    tensors = len(assets.tiny_flux_state_dict(assets.TinyFluxConfig()))
+    tensors = len(tiny_models.tiny_flux_state_dict(tiny_models.TinyFluxConfig()))
     interrupt(comfy, picture, total=tensors)
     state = comfy.engines()
     assert not state["held"][0]["loaded"]

@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from harness.assets import TinyFluxConfig
 from harness.controlnet_files import instantx_controlnet, xlabs_controlnet
 from harness.graphs import Picture, graph, latents, node, relative_distance
 from harness.lora_files import FORMATS, clip_l_lora_state_dict, in_attention, in_blocks, lora_state_dict
+from harness.tiny_models import TinyFluxConfig
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 0.03}
 VISIBLE = 0.05
@@ -317,9 +317,16 @@ def test_model_sampling_flux(comfy, loras):
     assert_equal(comfy.compare(picture, plain=picture, edit=edit))
 
 
+def test_model_sampling_of_another_kind(comfy, loras):
+    """Unlike ModelSamplingFlux, this changes what the model itself does with its sampling object."""
+    edit = change_model("ModelSamplingContinuousEDM", sampling="edm", sigma_max=2.0, sigma_min=0.05)
+    picture = replace(DEV, loras=[(loras[0], 0.8)])
+    assert_equal(comfy.compare(picture, plain=picture, edit=edit))
+
+
 def test_model_sampling_does_not_leak_to_the_next_prompt(comfy):
     before = comfy.sample(DEV)
-    edit = change_model("ModelSamplingFlux", max_shift=1.6, base_shift=0.3, width=512, height=512)
+    edit = change_model("ModelSamplingContinuousEDM", sampling="edm", sigma_max=2.0, sigma_min=0.05)
     assert relative_distance(comfy.sample(DEV, edit=edit), before) >= VISIBLE
     assert torch.equal(comfy.sample(replace(DEV, loras=[])), before)
     assert torch.equal(comfy.sample(replace(DEV, batch=1, negative="again")), before)
