@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -45,7 +46,8 @@ class AcceleratedFlux(comfy.model_base.Flux):
 
     def _apply_model(self, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **kwargs):
         # A ControlNet with a VAE reloads models in the middle of sampling, without pre_run.
-        self.current_patcher.ensure_applied()
+        if self.current_patcher is not None:
+            self.current_patcher.ensure_applied()
         # super() casts every condition to the model's dtype, and guidance is multiplied by 1000 afterwards: 3.5 would
         # become 3504 in bfloat16. It travels beside the others, in float32.
         options = {**(transformer_options or {}), GUIDANCE: kwargs.pop("guidance", None)}
@@ -110,6 +112,9 @@ class TransformerAdapter(nn.Module):
         **kwargs: Any,
     ) -> Tensor:
         options = transformer_options or {}
+        if ref_latents:
+            tokens = [math.ceil(latent.shape[-2] / 2) * math.ceil(latent.shape[-1] / 2) for latent in ref_latents]
+            options = {**options, "reference_image_num_tokens": tokens}
         self._warn_about_unsupported(options)
         control = control or {}
         dtype = self.dtype
@@ -217,25 +222,35 @@ def _block_hook(patch: Callable, options: dict[str, Any]) -> BlockHook:
 
     def hook(state: BlockState, run: Callable[[BlockState], BlockState]) -> BlockState:
         def original_block(args: dict[str, Any]) -> dict[str, Tensor]:
-            return _as_output(run(_as_state(args)))
+            return _as_output(run(_with(state, args)))
 
+        known = options
+        if state.encoder_hidden_states is None:
+            known = {**options, "img_slice": [state.text_tokens, state.hidden_states.shape[1]]}
         args = {
             "img": state.hidden_states,
             "vec": state.conditioning,
             "pe": state.rotary,
             "attn_mask": state.mask,
-            "transformer_options": options,
+            "transformer_options": known,
         }
         if state.encoder_hidden_states is not None:
             args["txt"] = state.encoder_hidden_states
         out = patch(args, {"original_block": original_block})
-        return _as_state({**args, **out})
+        return _with(state, {**args, **out})
 
     return hook
 
 
-def _as_state(args: dict[str, Any]) -> BlockState:
-    return BlockState(args["img"], args.get("txt"), args["vec"], args["pe"], args.get("attn_mask"))
+def _with(state: BlockState, args: dict[str, Any]) -> BlockState:
+    return dataclasses.replace(
+        state,
+        hidden_states=args["img"],
+        encoder_hidden_states=args.get("txt"),
+        conditioning=args["vec"],
+        rotary=args["pe"],
+        mask=args.get("attn_mask"),
+    )
 
 
 def _as_output(state: BlockState) -> dict[str, Tensor]:

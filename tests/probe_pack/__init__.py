@@ -161,7 +161,8 @@ class ProbeBlockPatch:
                 return extra["original_block"](args)
             if change == "read_options":
                 options = args["transformer_options"]
-                facts = (options["block_index"], options["total_blocks"], options["block_type"] == "single")
+                facts = (options["block_index"], options["total_blocks"], options["block_type"] == "single",
+                         *options.get("img_slice", ()), *options.get("reference_image_num_tokens", ()))
                 factor = 1.0 + 0.03 * sum(float(fact) * (place + 1) for place, fact in enumerate(facts))
             else:
                 factor = 1.25

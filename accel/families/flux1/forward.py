@@ -32,6 +32,7 @@ class BlockState:
         conditioning: (B, H) embedding of timestep, guidance and pooled text, before its activation.
         rotary: see `positions.rotary_table`.
         mask: attention mask or None.
+        text_tokens: T.
     """
 
     hidden_states: Tensor
@@ -39,6 +40,7 @@ class BlockState:
     conditioning: Tensor
     rotary: Tensor
     mask: Tensor | None
+    text_tokens: int
 
 
 BlockHook = Callable[[BlockState, Callable[[BlockState], BlockState]], BlockState]
@@ -140,10 +142,16 @@ class Flux1Forward:
         else:
             rotary = self._rotary.get(placement, latent.device)
 
-        state = BlockState(hidden_states, encoder_hidden_states, conditioning, rotary, inputs.attention_mask)
+        state = BlockState(
+            hidden_states,
+            encoder_hidden_states,
+            conditioning,
+            rotary,
+            inputs.attention_mask,
+            encoder_hidden_states.shape[1],
+        )
         state = self._run_blocks(state, inputs.residuals, hooks)
-        text_tokens = state.hidden_states.shape[1] - hidden_states.shape[1]
-        tokens = state.hidden_states[:, text_tokens : text_tokens + image_tokens]
+        tokens = state.hidden_states[:, state.text_tokens : state.text_tokens + image_tokens]
         velocity = model.proj_out(model.norm_out(tokens, conditioning))
         return unpack(velocity, image_grid.rows, image_grid.columns)[..., : latent.shape[2], : latent.shape[3]]
 
@@ -181,7 +189,7 @@ class Flux1Forward:
 
         text_tokens = state.encoder_hidden_states.shape[1]
         joined = torch.cat([state.encoder_hidden_states, state.hidden_states], dim=1)
-        state = replace(state, hidden_states=joined, encoder_hidden_states=None)
+        state = replace(state, hidden_states=joined, encoder_hidden_states=None, text_tokens=text_tokens)
         for index, block in enumerate(self._model.single_transformer_blocks):
 
             def single(state: BlockState, block: nn.Module = block) -> BlockState:
