@@ -10,14 +10,13 @@ from torch import Tensor, nn
 
 from .errors import CheckpointError
 from .families import FAMILIES
-from .files import TensorFile, TensorInfo, open_tensors, read_header
+from .files import FLOAT_DTYPES, TensorFile, TensorInfo, open_tensors, read_header
 from .layout import FusedLinear, swap_halves
 from .spec import ModelSpec
 from .tensors import all_finite
 
 Progress = Callable[[int, int], None]
 
-FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 # Names that other files are known by, for the message only.
 OTHER_MODELS: Mapping[str, str] = {
     "model.diffusion_model.input_blocks.": "a Stable Diffusion or SDXL checkpoint",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LoraError
-from ..files import TensorFile, TensorInfo, open_tensors, read_header
+from ..files import FLOAT_DTYPES, TensorFile, TensorInfo, open_tensors, read_header
 from ..layout import LoraTarget
 from ..spec import ModelSpec
 from .weights import LoraLayer, LoraWeights, check_finite, split
@@ -56,7 +56,6 @@ OTHER_KINDS: Mapping[str, str] = {
     ".set_weight": "whole weights",
     "_norm": "a norm",
 }
-FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,7 @@ def read_lora(path: str, spec: ModelSpec) -> LoraWeights:
     file = read_header(path)
     pairs, text_encoder_keys = _recognise(file, spec)
     with torch.inference_mode(False), torch.no_grad(), open_tensors(file) as handle:
-        layers = [layer for name, pair in pairs.items() for layer in _read_pair(file, handle, name, pair)]
+        layers = [layer for pair in pairs.values() for layer in _read_pair(file, handle, pair)]
     return LoraWeights(file.identity, tuple(layers), text_encoder_keys)
 
 
@@ -129,7 +128,7 @@ def _check_pair(file: TensorFile, name: str, target: LoraTarget, keys: Mapping[s
                 f"LoRA '{file.name}': '{key}' is {info.shape}, expected {expected}: this file is for a model of "
                 f"another size or kind{_hint(file)}."
             )
-        if info.dtype not in FLOATS:
+        if info.dtype not in FLOAT_DTYPES:
             raise LoraError(f"LoRA '{file.name}': '{key}' is stored as {info.dtype}, expected a float type.")
     rank = lora_A.shape[0]
     if rank < 1 or lora_B.shape[1] != rank:
@@ -147,7 +146,7 @@ def _check_alpha(file: TensorFile, keys: Mapping[str, str]) -> None:
         raise LoraError(f"LoRA '{file.name}': '{keys['alpha']}' has shape {alpha.shape}, expected one number.")
 
 
-def _read_pair(file: TensorFile, handle, name: str, pair: _Pair) -> list[LoraLayer]:
+def _read_pair(file: TensorFile, handle, pair: _Pair) -> list[LoraLayer]:
     lora_A, lora_B = (_read_finite(file, handle, pair.keys[role]) for role in "AB")
     scale = 1.0
     if "alpha" in pair.keys:
