@@ -273,12 +273,12 @@ def test_device_buffers_are_reused_and_the_bound_one_is_not_overwritten(eager, l
     for _ in range(3):
         for stack, flat, reference in zip(stacks, flats, expected, strict=True):
             before = pool._bound
-            kept = None if before is None else pool._residents[before].buffer.clone()
+            kept = None if before is None else pool._residents[before].flat.buffer.clone()
             pool.put(stack.key, flat)
             if before is not None:
-                assert torch.equal(pool._residents[before].buffer, kept)
+                assert torch.equal(pool._residents[before].flat.buffer, kept)
             pool.bind(stack.key)
-            buffers.add(pool._residents[stack.key].buffer.data_ptr())
+            buffers.add(pool._residents[stack.key].flat.buffer.data_ptr())
             assert torch.equal(eager(inputs), reference)
     # rank11 and rank11b are of different formats, so of two layouts and sizes; reuse needs at most one more buffer.
     assert len(buffers) <= 3

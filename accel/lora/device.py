@@ -7,23 +7,21 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from .slots import Bindings, LoraSlots
 from .stack import FlatLora
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Resident:
-    """A device buffer and what it holds now."""
+    """A stack in a device buffer, which may be larger than the stack, and its Parameters."""
 
-    buffer: Tensor
     flat: FlatLora
     bindings: Bindings
 
     @property
     def bytes(self) -> int:
-        return self.buffer.numel() * self.buffer.element_size()
+        return self.flat.bytes
 
 
 class DeviceLoras:
@@ -64,19 +62,19 @@ class DeviceLoras:
         """Bring a stack to the device; the least recently used ones make room."""
         victim = self._make_room(flat.bytes)
         if self._share_host:
-            self._residents[key] = _Resident(flat.buffer, flat, self._slots.bindings(flat))
+            self._residents[key] = _Resident(flat, self._slots.bindings(flat))
             return
         with torch.inference_mode(False), torch.no_grad():
             if victim is None:
                 buffer = torch.empty_like(flat.buffer, device=self._device)
             else:
-                buffer = victim.buffer
+                buffer = victim.flat.buffer
             # On a GPU the copy runs while the Parameters are made; what binds them runs behind it in the stream.
             buffer[: flat.buffer.numel()].copy_(flat.buffer, non_blocking=True)
         same_layout = victim is not None and victim.flat.placed == flat.placed
         on_device = FlatLora(buffer, flat.placed)
         bindings = victim.bindings if same_layout else self._slots.bindings(on_device)
-        self._residents[key] = _Resident(buffer, on_device, bindings)
+        self._residents[key] = _Resident(on_device, bindings)
 
     def bind(self, key: Hashable) -> None:
         """Make the model compute with a stack that `put` brought here."""
