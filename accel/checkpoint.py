@@ -1,12 +1,13 @@
-"""From a checkpoint file to a diffusers model: recognise it by its header, then load it tensor by tensor."""
+"""Checkpoint files: recognised by their header, then read tensor by tensor."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .errors import CheckpointError
 from .families import FAMILIES
@@ -14,8 +15,6 @@ from .files import FLOAT_DTYPES, TensorFile, TensorInfo, open_tensors, read_head
 from .layout import FusedLinear, swap_halves
 from .spec import ModelSpec
 from .tensors import all_finite
-
-Progress = Callable[[int, int], None]
 
 # Names that other files are known by, for the message only.
 OTHER_MODELS: Mapping[str, str] = {
@@ -33,6 +32,23 @@ OTHER_MODELS: Mapping[str, str] = {
     "model.diffusion_model.double_blocks.": "an all-in-one FLUX checkpoint",
     "transformer_blocks.": "a checkpoint in the diffusers layout",
 }
+
+
+@dataclass(frozen=True)
+class LinearWeights:
+    """One linear of the model: its diffusers name, weight (out_features, in_features) and bias (out_features,)."""
+
+    module: str
+    weight: Tensor
+    bias: Tensor
+
+
+@dataclass(frozen=True)
+class VectorWeights:
+    """A parameter that is no linear's, such as the scale of an RMS norm: its full diffusers name and value (size,)."""
+
+    parameter: str
+    value: Tensor
 
 
 def inspect_checkpoint(path: str) -> ModelSpec:
@@ -58,71 +74,49 @@ def inspect_checkpoint(path: str) -> ModelSpec:
     )
 
 
-def load_model(spec: ModelSpec, dtype: torch.dtype, device: torch.device, on_progress: Progress) -> nn.Module:
-    """Read the weights into a new diffusers model, one tensor at a time.
+def read_weights(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> Iterator[LinearWeights | VectorWeights]:
+    """Read a checkpoint tensor by tensor, as the model's modules want it.
 
     Args:
         spec: what `inspect_checkpoint` gave.
-        dtype: dtype of all parameters.
+        dtype: what the tensors are converted to.
         device: where they go.
-        on_progress: called with (tensors read, tensors in all).
 
-    Returns:
-        The model in eval mode; its parameters do not require gradients, and are no inference tensors.
+    Yields:
+        Every linear and every vector of the layout once; nothing of the file stays in memory behind them.
 
     Raises:
         FileError: the file is gone or was changed since it was inspected.
         CheckpointError: a tensor holds NaN or infinity.
     """
     layout = spec.family.layout(spec.config)
-    # Parameters made under inference_mode could not be rebound outside it.
-    with torch.inference_mode(False), torch.no_grad():
-        with torch.device("meta"):
-            model = spec.family.build(spec.config).eval().requires_grad_(False)
-        total = len(spec.file.tensors)
-        done = 0
-        with open_tensors(spec.file) as handle:
+    with open_tensors(spec.file) as handle:
 
-            def read(key: str) -> Tensor:
-                nonlocal done
-                tensor = handle.get_tensor(key).to(device=device, dtype=dtype, copy=True)
-                if not all_finite(tensor):
-                    raise CheckpointError(
-                        f"'{spec.file.name}': '{key}' holds NaN or infinity in {dtype}. The file is damaged, or its "
-                        "values do not fit this dtype: get it again, or choose another dtype."
-                    )
-                done += 1
-                on_progress(done, total)
-                return tensor
+        def read(key: str) -> Tensor:
+            tensor = handle.get_tensor(key).to(device=device, dtype=dtype, copy=True)
+            if not all_finite(tensor):
+                raise CheckpointError(
+                    f"'{spec.file.name}': '{key}' holds NaN or infinity in {dtype}. The file is damaged, or its "
+                    "values do not fit this dtype: get it again, or choose another dtype."
+                )
+            return tensor
 
-            for linear in layout.linears:
-                _assign_linear(model, linear, read(f"{linear.name}.weight"), read(f"{linear.name}.bias"))
-            for vector in layout.vectors:
-                _assign(model, vector.parameter, read(vector.name))
-    left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    if left:
-        raise CheckpointError(f"'{spec.file.name}': no tensor for {', '.join(left[:3])}: a wrong layout.")
-    return model
+        for linear in layout.linears:
+            yield from _split(linear, read(f"{linear.name}.weight"), read(f"{linear.name}.bias"))
+        for vector in layout.vectors:
+            yield VectorWeights(vector.parameter, read(vector.name))
 
 
-def _assign_linear(model: nn.Module, linear: FusedLinear, weight: Tensor, bias: Tensor) -> None:
+def _split(linear: FusedLinear, weight: Tensor, bias: Tensor) -> Iterator[LinearWeights]:
     if linear.swap_halves:
         weight, bias = swap_halves(weight), swap_halves(bias)
+    alone = len(linear.parts) == 1
     for part in linear.parts:
         rows = slice(part.start, part.start + part.rows)
-        alone = len(linear.parts) == 1
         # A view would keep the fused tensor alive as long as any of its parts.
-        _assign(model, f"{part.module}.weight", weight[rows] if alone else weight[rows].clone())
-        _assign(model, f"{part.module}.bias", bias[rows] if alone else bias[rows].clone())
-
-
-def _assign(model: nn.Module, parameter: str, tensor: Tensor) -> None:
-    module_name, _, name = parameter.rpartition(".")
-    module = model.get_submodule(module_name)
-    expected = tuple(module._parameters[name].shape)
-    if expected != tuple(tensor.shape):
-        raise CheckpointError(f"{parameter} is {tuple(tensor.shape)}, diffusers expects {expected}.")
-    module._parameters[name] = nn.Parameter(tensor, requires_grad=False)
+        yield LinearWeights(
+            part.module, weight[rows] if alone else weight[rows].clone(), bias[rows] if alone else bias[rows].clone()
+        )
 
 
 def _check_complete(file: TensorFile, expected: Mapping[str, tuple[int, ...]]) -> None:

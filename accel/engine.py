@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention import resolve_attention
-from .checkpoint import load_model
+from .build import load_model
 from .compile import CompileObserver, RegionCompiler, mark_weights_static
 from .errors import EngineStateError
 from .files import FileIdentity

@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from accel.checkpoint import inspect_checkpoint, load_model
+from accel.build import load_model
+from accel.checkpoint import inspect_checkpoint
 from accel.errors import CheckpointError, FileError
 from accel.families.flux1 import Flux1Config
 from harness import broken_files
