@@ -118,7 +118,8 @@ def _linears(
     lora_B: Sequence[Tensor],
     mixing: Sequence[Tensor],
 ) -> list[Tensor]:
-    rows = x.reshape(-1, x.shape[-1])
+    # The kernel reads rows that follow each other.
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
     return _run(x, [_Product(rows, weight, None, x.dtype) for weight in weights], biases, lora_A, lora_B, mixing)
 
 
