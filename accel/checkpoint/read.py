@@ -12,10 +12,12 @@ from ..errors import CheckpointError
 from ..layout import FusedLinear
 from ..spec import ModelSpec
 from ..tensors import all_finite
+from .decode import decode
 from .source import Rows
 
-# Values that are converted, scaled and checked at a time: on a CPU what a core's cache holds, else few large copies.
-CPU_CHUNK = 2**19
+# Values that are converted, scaled and checked at a time: few enough for a CPU's caches and for little memory, enough
+# that starting threads costs nothing.
+CPU_CHUNK = 2**22
 DEVICE_CHUNK = 2**24
 
 
@@ -93,7 +95,8 @@ class _Reader:
             for start in range(begin, end, step):
                 stop = min(start + step, end)
                 part = out[done : done + stop - start]
-                self._copy(source[start:stop], scale, slice(start, stop), part)
+                factor = scale if scale is None or not scale.dim() else scale[start:stop]
+                decode(source[start:stop].to(self._device), factor, part)
                 # A chunk is still in a CPU's cache; on a device every check waits for it.
                 if self._device.type == "cpu":
                     self._check(part, stored.key)
@@ -102,15 +105,8 @@ class _Reader:
             self._check(out, stored.key)
         return out
 
-    def _copy(self, values: Tensor, scale: Tensor | None, rows: slice, out: Tensor) -> None:
-        if scale is None:
-            out.copy_(values)
-            return
-        factor = scale if scale.numel() == 1 else scale[rows].unsqueeze(1)
-        out.copy_(values.to(torch.float32).mul_(factor))
-
     def _scale(self, key: str) -> Tensor:
-        """One scale, (), or one for each row, (rows,); float32, on the CPU."""
+        """One scale, (), or one for each row, (rows, 1); float32."""
         stored = self._rows(key)
         # A scalar cannot be sliced, and a tensor of the file is one already.
         scale = (stored if isinstance(stored, Tensor) else stored[:]).to(torch.float32, copy=True).flatten()
@@ -119,7 +115,7 @@ class _Reader:
                 f"'{self._spec.file.name}': the scale '{key}' holds zero, NaN, infinity or a negative number, expected "
                 "positive ones. The file is damaged: get it again."
             )
-        return scale.reshape(()) if scale.numel() == 1 else scale
+        return scale.reshape(() if scale.numel() == 1 else (-1, 1)).to(self._device)
 
     def _check(self, values: Tensor, key: str) -> None:
         if not all_finite(values):
