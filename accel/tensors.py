@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """Whether a tensor holds neither NaN nor infinity; 100 times as fast as `isfinite().all()` for bfloat16 on a CPU."""
+    """Whether a tensor holds neither NaN nor infinity; far faster than `isfinite().all()` on a CPU."""
     # float8 has no aminmax; every float8 value is exact in bfloat16.
     values = tensor.to(torch.bfloat16) if tensor.dtype.itemsize == 1 else tensor
     if not values.numel():

@@ -151,9 +151,7 @@ def test_the_index_itself_can_be_chosen(tmp_path, tensors):
 def error_of(path) -> str:
     """What inspecting, or else reading, says."""
     with pytest.raises(AccelError) as caught:
-        spec = inspect_checkpoint(path)
-        for _ in read_weights(spec, torch.bfloat16, CPU):
-            pass
+        list(read_weights(inspect_checkpoint(path), torch.bfloat16, CPU))
     assert isinstance(caught.value, (CheckpointError, FileError))
     return str(caught.value)
 
@@ -456,8 +454,9 @@ def test_a_gguf_file_that_is_none(tmp_path):
 
 
 def test_a_gguf_file_under_another_name(gguf_path, tensors):
-    path = gguf_path.rename(gguf_path.with_suffix(".safetensors"))
-    assert parameters(path).keys() == dict(kinds.diffusers_model(tensors, CONFIG, torch.float32).named_parameters()).keys()
+    before = parameters(gguf_path)
+    after = parameters(gguf_path.rename(gguf_path.with_suffix(".safetensors")))
+    assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
 def test_a_gguf_type_that_the_package_cannot_read(tmp_path, tensors):

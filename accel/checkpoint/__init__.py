@@ -1,9 +1,9 @@
 """Checkpoints: found on disk, recognised by their headers, then read tensor by tensor.
 
 ```
-path → locate → SafetensorsCheckpoint (one file or shards) | GgufCheckpoint      names, shapes, types
-     → recognise (prefix, layout, scales) → ModelSpec                            what each name of the model is stored as
-     → read_weights                                                              one tensor after another, dequantized
+path → locate → SafetensorsCheckpoint (one file or shards) | GgufCheckpoint    names, shapes, types
+     → recognise (prefix, layout, scales) → ModelSpec                          where each tensor of the model lies
+     → read_weights                                                            one tensor after another, dequantized
 ```
 """
 

@@ -1,7 +1,7 @@
 """A checkpoint in a GGUF file, dequantized row by row through the `gguf` package.
 
 Sources: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md for the format, city96/ComfyUI-GGUF for what FLUX
-files hold: the original tensor names, `general.architecture` "flux", and `comfy.gguf.orig_shape.*` for reshaped tensors.
+files hold: the original tensor names, `general.architecture` "flux", `comfy.gguf.orig_shape.*` for reshaped tensors.
 """
 
 from __future__ import annotations
@@ -140,8 +140,8 @@ def read_gguf(located: Located) -> GgufCheckpoint:
         tensors = {tensor.name: _describe(tensor, fields, name) for tensor in reader.tensors}
     except DAMAGE as exc:
         raise FileError(
-            f"'{name}' is truncated or damaged: the gguf package cannot read its {identity.size_bytes:,} bytes ({exc}). "
-            "Its download or copy did not finish: get it again."
+            f"'{name}' is truncated or damaged: the gguf package cannot read its {identity.size_bytes:,} bytes "
+            f"({exc}). Its download or copy did not finish: get it again."
         ) from exc
     _check_kinds(tensors, gguf, name)
     architecture = fields.get("general.architecture")

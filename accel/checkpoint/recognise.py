@@ -73,8 +73,8 @@ def _is_gguf(located: Located) -> bool:
 def _refuse_others(file: Checkpoint) -> None:
     if is_lora(file.tensors):
         raise CheckpointError(
-            f"'{file.name}' is a LoRA, expected a FLUX.1 transformer. Put it into models/loras and choose it in Hotswap "
-            "LoRA; choose a file such as flux1-dev.safetensors here."
+            f"'{file.name}' is a LoRA, expected a FLUX.1 transformer. Put it into models/loras and choose it in "
+            "Hotswap LoRA; choose a file such as flux1-dev.safetensors here."
         )
     names = [key.removeprefix(prefix) for prefix in PREFIXES for key in file.tensors if key.startswith(prefix)]
     relative = first_match(RELATIVES, names)
@@ -156,8 +156,8 @@ def _check_class(located: Located) -> None:
     known = {family.diffusers_class for family in FAMILIES}
     if found is not None and found not in known:
         raise CheckpointError(
-            f"'{located.name}': its config.json is of a {found}, expected {' or '.join(sorted(known))}: this is another "
-            "model. Choose the folder of a FLUX.1 model."
+            f"'{located.name}': its config.json is of a {found}, expected {' or '.join(sorted(known))}: this is "
+            "another model. Choose the folder of a FLUX.1 model."
         )
 
 

@@ -4,8 +4,8 @@ Two forms, told by ComfyUI's `convert_old_quants` (comfy/utils.py) and `_load_qu
 
 ```
 old   scaled_fp8 (a marker)   X.weight float8   X.scale_weight ()          X.scale_input ()
-new   X.comfy_quant (JSON bytes), or `_quantization_metadata` of the file: {"layers": {"X": {"format": "float8_e4m3fn"}}}
-                              X.weight float8   X.weight_scale () or (rows, 1)   X.input_scale ()
+new   X.comfy_quant           X.weight float8   X.weight_scale () or (rows, 1)   X.input_scale ()
+      (JSON bytes, {"format": "float8_e4m3fn"}; or `_quantization_metadata` of the file: {"layers": {"X": …}})
 ```
 A weight is `stored * scale`. Input scales serve matrix products in fp8 that the file's author calibrated, and are not
 needed to have the weights.

@@ -123,8 +123,8 @@ def recognise(tensors: Mapping[str, TensorInfo], file_name: str, names: Names = 
     mlp_dim, _ = _matrix(tensors, f"{names.double}.0.{names.mlp}", name)
     if hidden_size % HEAD_DIM:
         raise CheckpointError(
-            f"'{name}': {names.image}.weight has {hidden_size} rows, expected a multiple of {HEAD_DIM} (FLUX.1 heads are "
-            f"{HEAD_DIM} wide). This is not a FLUX.1 checkpoint."
+            f"'{name}': {names.image}.weight has {hidden_size} rows, expected a multiple of {HEAD_DIM} (FLUX.1 heads "
+            f"are {HEAD_DIM} wide). This is not a FLUX.1 checkpoint."
         )
     if in_channels not in VARIANT_BY_IN_CHANNELS:
         raise CheckpointError(
