@@ -78,7 +78,7 @@ def fingerprint_model(name: str) -> tuple[int, int]:
 def _unlisted(folder: str) -> Iterator[str]:
     for base in _bases(folder):
         files, _ = folder_paths.recursive_search(base, excluded_dir_names=[".git"])
-        yield from (name for name in files if name.endswith((GGUF_SUFFIX, INDEX_SUFFIX)))
+        yield from (name for name in files if name.lower().endswith((GGUF_SUFFIX, INDEX_SUFFIX)))
         yield from _diffusers_folders(files)
 
 

@@ -183,6 +183,14 @@ def test_bad_scales(tmp_path, tensors, kind):
         assert word in message
 
 
+def test_a_vector_has_no_scale_per_row(tmp_path, tensors):
+    folder = kinds.diffusers_folder(tmp_path / "model", tensors, CONFIG).path
+    name = "transformer_blocks.0.attn.norm_q"
+    edit(folder / "diffusion_pytorch_model.safetensors",
+         lambda stored: stored.update({f"{name}.weight_scale": torch.ones(128)}))
+    assert f"'{name}.weight_scale' is torch.float32 of shape (128,)" in error_of(folder)
+
+
 def test_a_scale_without_its_weight(tmp_path, tensors):
     path = kinds.scaled_fp8(tmp_path / "scaled.safetensors", tensors, "marker").path
     message = error_of(edit(path, lambda stored: stored.update({"nowhere.scale_weight": torch.ones(())})))
@@ -457,6 +465,11 @@ def test_a_gguf_file_under_another_name(gguf_path, tensors):
     before = parameters(gguf_path)
     after = parameters(gguf_path.rename(gguf_path.with_suffix(".safetensors")))
     assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_a_gguf_file_without_tensors(tmp_path):
+    path = kinds.gguf(tmp_path / "model.gguf", {}).path
+    assert "'model.gguf' holds no tensors" in error_of(path)
 
 
 def test_a_gguf_type_that_the_package_cannot_read(tmp_path, tensors):

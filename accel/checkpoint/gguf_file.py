@@ -143,6 +143,8 @@ def read_gguf(located: Located) -> GgufCheckpoint:
             f"'{name}' is truncated or damaged: the gguf package cannot read its {identity.size_bytes:,} bytes "
             f"({exc}). Its download or copy did not finish: get it again."
         ) from exc
+    if not tensors:
+        raise FileError(f"'{name}' holds no tensors. Choose another file.")
     _check_kinds(tensors, gguf, name)
     architecture = fields.get("general.architecture")
     # stable-diffusion.cpp writes none; then the names of the tensors must do.

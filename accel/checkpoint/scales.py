@@ -134,7 +134,7 @@ def _check_scale(file: Checkpoint, prefix: str, name: str, info: TensorInfo, wei
             f"'{file.name}': '{prefix}{name}' is a scale without a weight beside it. The file is incomplete: get it "
             "again."
         )
-    rows = weight.shape[0] if weight.shape else 1
+    rows = weight.shape[0] if len(weight.shape) == 2 else 1
     allowed = ((), (1,), (1, 1), (rows,), (rows, 1))
     if info.shape not in allowed or info.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise CheckpointError(
