@@ -1,4 +1,4 @@
-"""The engines and text encoders that stay alive between prompts: the one piece of process-wide state of this package."""
+"""Engines and text encoders that stay alive between prompts: the one piece of process-wide state of this package."""
 
 from __future__ import annotations
 

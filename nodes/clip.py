@@ -118,6 +118,8 @@ class FluxClip(comfy.sd.CLIP):
         )
 
     def _key(self, part: str, tokens: Any) -> Hashable:
+        if part == "l" and self.cond_stage_model.clip_l is None:
+            return part, None  # zeros, whatever the tokens
         prefix = PARTS[part]
         patched = any(key.startswith(prefix) for key in self.patcher.patches)
         # Every change of the patches makes another uuid; a clone keeps it.

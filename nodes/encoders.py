@@ -184,7 +184,7 @@ class EncodersPatcher(comfy.model_patcher.ModelPatcher):
     def set_injections(self, key: str, injections: Any) -> None:
         """Take any injection but, when quantized, that of the bypass loader."""
         if key == "bypass_lora":
-            self.refuse_quantized("used with Load LoRA (Bypass)", "Use Load LoRA: it leaves quantized weights untouched")
+            self.refuse_quantized("used with Load LoRA (Bypass)", "Use Load LoRA: it writes into no weight")
         super().set_injections(key, injections)
 
     def refuse_quantized(self, what: str, instead: str = "Load the T5 with quantization 'none'") -> None:

@@ -92,11 +92,10 @@ class Nf4:
 
     def dequantize(self, parts: Parts, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
         """See `WeightFormat`."""
-        from bitsandbytes.functional import dequantize_4bit
+        from bitsandbytes.functional import QuantState, dequantize_4bit
 
-        weight = parts["weight"]
-        out = torch.empty(shape, dtype=dtype, device=weight.device)
-        return dequantize_4bit(weight, absmax=parts["absmax"], out=out, blocksize=NF4_BLOCK, quant_type="nf4")
+        state = QuantState(parts["absmax"], shape=shape, blocksize=NF4_BLOCK, quant_type="nf4", dtype=dtype)
+        return dequantize_4bit(parts["weight"], state)
 
 
 class WeightOnlyLinear(nn.Module):
@@ -115,6 +114,7 @@ class WeightOnlyLinear(nn.Module):
         self.in_features = in_features
         self.out_features = out_features
         self.weight_format = weight_format
+        self.register_parameter("bias", None)  # ComfyUI asks every layer for one
         for name, (shape, dtype) in weight_format.shapes((out_features, in_features)).items():
             empty = torch.empty(shape, dtype=dtype, device="meta")
             self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
@@ -133,7 +133,7 @@ class WeightOnlyLinear(nn.Module):
 
     def dequantize(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """The stored weight (out_features, in_features), a new tensor on `device`."""
-        parts = {name: parameter.to(device) for name, parameter in self._parameters.items()}
+        parts = {name: parameter.to(device) for name, parameter in self.named_parameters(recurse=False)}
         return self.weight_format.dequantize(parts, (self.out_features, self.in_features), dtype)
 
     def forward(self, x: Tensor) -> Tensor:
