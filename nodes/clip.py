@@ -102,6 +102,11 @@ class FluxClip(comfy.sd.CLIP):
         self.patcher.refuse_quantized("saved", "Copy the file, or load the T5 with quantization 'none'")
         return super().state_dict_for_saving()
 
+    def get_key_patches(self) -> dict[str, Any]:
+        """What merging nodes ask for, when the T5 is not quantized."""
+        self.patcher.refuse_quantized("merged")
+        return super().get_key_patches()
+
     def _prepare(self, tokens: dict[str, Any]) -> None:
         """Load, and set the encoders' options as comfy.sd.CLIP does. `projected_pooled` is off for FLUX anyway."""
         self.cond_stage_model.reset_clip_options()

@@ -176,11 +176,6 @@ class EncodersPatcher(comfy.model_patcher.ModelPatcher):
             )
         return super().add_hook_patches(hook, patches, *args, **kwargs)
 
-    def get_key_patches(self, filter_prefix: str | None = None) -> Any:
-        """Refuse merging when quantized."""
-        self.refuse_quantized("merged")
-        return super().get_key_patches(filter_prefix)
-
     def set_injections(self, key: str, injections: Any) -> None:
         """Take any injection but, when quantized, that of the bypass loader."""
         if key == "bypass_lora":
