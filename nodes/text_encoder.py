@@ -7,7 +7,6 @@ import folder_paths
 import torch
 from comfy_api.latest import io
 
-from ..accel.files import FileIdentity
 from ..accel.registry import TEXT_ENCODERS
 from ..accel.text_encoder.modes import MODES, check_mode, choose_mode, has_bitsandbytes
 from ..accel.text_encoder.spec import EncoderSpec, check_not_swapped, clip_spec, t5_spec
@@ -68,12 +67,11 @@ class FluxTextEncoderLoader(io.ComfyNode):
         load_device = comfy.model_management.text_encoder_device()
         check_mode(quantization, load_device)
         paths = [None if name == NONE else find_file(FOLDER, name) for name in (t5_name, clip_l_name)]
-        identities = tuple(path and FileIdentity.of(path) for path in paths)
+        t5_file, clip_file = (path and read_weight_file(path) for path in paths)
+        check_not_swapped(t5_file, clip_file)
+        t5, clip = t5_spec(t5_file), clip_file and clip_spec(clip_file)
 
         def build() -> FluxClip:
-            t5_file, clip_file = (path and read_weight_file(path) for path in paths)
-            check_not_swapped(t5_file, clip_file)
-            t5, clip = t5_spec(t5_file), clip_file and clip_spec(clip_file)
             return FluxClip(
                 t5,
                 clip,
@@ -83,6 +81,7 @@ class FluxTextEncoderLoader(io.ComfyNode):
                 folder_paths.get_folder_paths("embeddings"),
             )
 
+        identities = (t5_file.identity, clip_file and clip_file.identity)
         root = TEXT_ENCODERS.get_or_build((identities, quantization, str(load_device)), build)
         return io.NodeOutput(root.clone())
 
