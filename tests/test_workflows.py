@@ -106,7 +106,12 @@ class Frontend:
 
     def show_help(self, node_type):
         self.page.evaluate(
-            "type => app.canvas.selectNode(app.graph.nodes.find(node => node.type === type))", node_type
+            """type => {
+                let node = app.graph.nodes.find(node => node.type === type);
+                if (!node) app.graph.add(node = LiteGraph.createNode(type));
+                app.canvas.selectNode(node);
+            }""",
+            node_type,
         )
         self.page.get_by_test_id("info-button").click()
         return self.page.locator(".node-help-content")

@@ -8,7 +8,7 @@ from harness import text_encoder_files as files
 from harness.client import http_request
 from harness.graphs import Graph, latents, node, relative_distance
 from harness.lora_files import clip_l_lora_state_dict, lora_state_dict
-from harness.tiny_models import TinyT5Config, tiny_clip_l_state_dict, tiny_t5_state_dict
+from harness.tiny_models import TinyFluxConfig, TinyT5Config, tiny_clip_l_state_dict, tiny_t5_state_dict
 
 PROMPT = "a red circle on a blue square"
 MODEL = "text-width-128.safetensors"
@@ -21,7 +21,8 @@ def assets(comfy):
     comfy.checkpoint(MODEL, context=128)
     tensors = tiny_t5_state_dict()
     files.write_formats(comfy.server.models / "text_encoders", tensors)
-    both = {**lora_state_dict("kohya", rank=4), **clip_l_lora_state_dict("kohya", rank=4)}
+    width = TinyFluxConfig(context=128)
+    both = {**lora_state_dict("kohya", width, rank=4), **clip_l_lora_state_dict("kohya", rank=4)}
     comfy.tensors("loras", "model-and-text.safetensors", both)
 
 
@@ -40,7 +41,8 @@ def text_graph(t5="t5-fp16.safetensors", clip="tiny-clip-l.safetensors", quantiz
     if stock:
         nodes[prefix + "model"] = node("UNETLoader", unet_name=MODEL, weight_dtype="default")
     else:
-        nodes[prefix + "model"] = node("FluxAccelLoader", model_name=MODEL, dtype="auto", attention="auto", compile="off")
+        settings = {"dtype": "auto", "attention": "auto", "compile": "off"}
+        nodes[prefix + "model"] = node("FluxAccelLoader", model_name=MODEL, **settings)
     model, text_encoder = link("model"), link("text")
     if lora is not None:
         strength = "strength" if lora == "FluxHotswapLora" else "strength_model"
