@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..accel.errors import SettingsError
 from ..accel.text_encoder.linear import WeightOnlyLinear
-from ..accel.text_encoder.load import EncoderWeights
+from ..accel.text_encoder.load import EncoderWeights, trim_heap
 from ..accel.text_encoder.spec import EncoderSpec
 from .progress import NodeObserver, show_text
 
@@ -88,11 +88,13 @@ class FluxEncoders(nn.Module):
                 report.bytes / 1e9,
                 self.mode if weights.quantized else "none",
             )
+        trim_heap()
 
     def clear(self) -> None:
         """Give the memory back. The next `fill` reads the files again."""
         for weights in self.weights.values():
             weights.clear()
+        trim_heap()
 
     def set_clip_options(self, options: dict[str, Any]) -> None:
         """As ComfyUI's text encoders have it."""
