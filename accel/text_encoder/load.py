@@ -132,7 +132,7 @@ class EncoderWeights:
 
 
 def trim_heap() -> None:
-    """Have the C library give freed memory back to the system: glibc keeps tensors of less than 32 MB, most of nf4's."""
+    """Have the C library give freed memory back: glibc keeps tensors of less than 32 MB, which most of nf4's are."""
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
         if trim is not None:
