@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ..quantize.bitsandbytes_modes import Nf4Linear
 from .stack import HEAD_BYTES, RANK_ALIGNMENT, FlatLora
 
 ADAPTER = "slot"
@@ -33,9 +34,11 @@ class LoraSlots:
             device: where the transformer is.
         """
         from peft import LoraConfig, inject_adapter_in_model  # takes seconds to import
+        from peft.tuners.lora import Linear
 
         sizes = {name: _sizes(model.get_submodule(name)) for name in modules}
         config = LoraConfig(r=RANK_ALIGNMENT, lora_alpha=RANK_ALIGNMENT, target_modules=list(modules))
+        config._register_custom_module({Nf4Linear: Linear})
         inject_adapter_in_model(config, model, ADAPTER, low_cpu_mem_usage=True)
         model.eval()
         self.modules = tuple(modules)
