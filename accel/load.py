@@ -51,7 +51,7 @@ def load_quantized(
     name = str(dtype).removeprefix("torch.")
     key = CacheKey(spec.file.identity, mode.name, name, device.type, libraries)
     try:
-        cached = open_cached(cache, key, on_progress)
+        cached = open_cached(cache, key, _scaled(on_progress, count_parts(spec)))
         if cached is not None:
             model = _restore(spec, cached, device)
             notice(f"{mode.name}: {cached.bytes / 1e9:.2f} GB from the cache, {key.file_name}", False)
@@ -68,6 +68,12 @@ def load_quantized(
         raise
     writer.finish(model)
     return model
+
+
+def _scaled(on_progress: Progress, parts: int) -> Progress:
+    """Tell the share of a check as that many of a load's parts, so that a bar is as long either way."""
+    on_progress(1, parts)
+    return lambda done, total: on_progress(max(1, parts * done // total), parts)
 
 
 def _restore(spec: ModelSpec, cached: CachedModel, device: torch.device) -> nn.Module:
