@@ -27,7 +27,7 @@ class EngineKey:
     @classmethod
     def of(cls, file: FileIdentity, settings: EngineSettings) -> EngineKey:
         """Key of a checkpoint with settings under the installed libraries."""
-        libraries = tuple(f"{name} {version(name)}" for name in ("torch", "diffusers", "peft"))
+        libraries = tuple(f"{name} {version(name)}" for name in ("torch", "diffusers"))
         mode = find_mode(settings.quantization.mode)
         return cls(file, settings, libraries if mode is None else (*libraries, *mode.libraries))
 

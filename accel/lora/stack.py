@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -84,15 +84,20 @@ class FlatLora:
     Attributes:
         buffer: (elements,) of the transformer's dtype, on the host or the device.
         placed: module -> its place. Linears of one fused layer share their lora_A.
+        mixing: module -> (blocks, b, b), the blocks of a block-diagonal matrix that the base linear's output, without
+            its bias, is multiplied by before the LoRA is added.
+        vectors: parameter -> (size,), what takes the place of the model's own.
     """
 
     buffer: Tensor
     placed: Mapping[str, Placed]
+    mixing: Mapping[str, Tensor] = field(default_factory=dict)
+    vectors: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def bytes(self) -> int:
-        """Size of the buffer."""
-        return self.buffer.numel() * self.buffer.element_size()
+        """Size of all tensors."""
+        return sum(tensor.nbytes for tensor in (self.buffer, *self.mixing.values(), *self.vectors.values()))
 
 
 def flatten(entries: Sequence[StackEntry], dtype: torch.dtype, pin: bool) -> FlatLora:
