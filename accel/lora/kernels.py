@@ -34,7 +34,7 @@ class Config(NamedTuple):
     stages: int
 
 
-# Within 99 KiB of shared memory (Ada) for bfloat16 and float8; each is the best of some shapes in Triton's own tutorial.
+# Each within 99 KiB of shared memory for ranks up to 16, as Ada has; a GPU without room for one does without it.
 CONFIGS = (Config(128, 128, 64, 4, 3), Config(128, 256, 32, 8, 3), Config(64, 128, 64, 4, 3))
 
 
@@ -98,7 +98,7 @@ def fused_linear(
     scales: tuple[Tensor, Tensor] | None,
     config: Config,
 ) -> Tensor:
-    """x · Wᵀ (· scales) + hidden · Bᵀ + bias, each read once, the result written once.
+    """Compute x · Wᵀ (· scales) + hidden · Bᵀ + bias, each read once, the result written once.
 
     Args:
         x: (M, K), bfloat16, float16 or, with scales, float8_e4m3fn.
