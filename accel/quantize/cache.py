@@ -105,14 +105,17 @@ def open_cached(cache: QuantizedCache, key: CacheKey, on_progress: Callable[[int
     """
     path = Path(cache.folder) / key.file_name
     try:
-        with open(path, "rb") as stream:
+        stream = open(path, "rb")  # noqa: SIM115 - closed below, whatever is in it
+    except OSError:  # none, or out of reach: then writing will say so
+        return None
+    try:
+        with stream:
             header, start = _read_header(stream, key)
             _check_data(path, start, header["__metadata__"], on_progress)
             mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
-    except FileNotFoundError:
-        return None
     except (OSError, ValueError, KeyError, TypeError, DamagedCacheError) as exc:
-        path.unlink(missing_ok=True)
+        with suppress(OSError):
+            path.unlink()
         raise DamagedCacheError(f"'{path.name}' is damaged ({exc})") from exc
     with suppress(OSError):
         os.utime(path)  # used now: others are older
