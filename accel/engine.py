@@ -12,17 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from .attention import resolve_attention
-from .build import load_model
+from .build import load_model, model_bytes
 from .compile import CompileObserver, RegionCompiler, mark_weights_static
 from .errors import EngineStateError
 from .files import FileIdentity
 from .hardware import resolve_dtype
+from .load import load_quantized
 from .lora.device import DeviceLoras
 from .lora.file import read_lora
 from .lora.pool import ByteLru
 from .lora.slots import LoraSlots
 from .lora.stack import FlatLora, LoraStack, flatten
 from .lora.weights import LoraWeights
+from .quantize import check, find_mode
 from .settings import EngineSettings
 from .spec import ModelSpec
 
@@ -38,11 +40,17 @@ class Observer(CompileObserver, Protocol):
     def loading(self, done: int, total: int) -> None:
         """`done` of `total` tensors are read."""
 
+    def notice(self, text: str, warning: bool) -> None:
+        """Something that a user should know, such as what was quantized."""
+
 
 class Silent:
     """An observer that ignores everything."""
 
     def loading(self, done: int, total: int) -> None:
+        """Ignore."""
+
+    def notice(self, text: str, warning: bool) -> None:
         """Ignore."""
 
     def compiling(self, region: str) -> None:
@@ -95,7 +103,11 @@ class Engine:
         self.settings = settings
         self.device = torch.device(settings.device)
         self.dtype = resolve_dtype(settings.dtype, spec.stored_dtype, self.device)
-        self.bytes = spec.parameter_count * self.dtype.itemsize
+        self._mode = find_mode(settings.quantization.mode)
+        if self._mode is not None:
+            check(self._mode, self.device)
+            self.dtype = self._mode.compute_dtype(self.dtype, self.device, explicit=settings.dtype != "auto")
+        self.bytes = model_bytes(spec, self.dtype, self._mode)
         self.load_count = 0
         self._observer = observer or Silent()
         self._compiler = RegionCompiler(settings.compile, self._observer)
@@ -161,13 +173,26 @@ class Engine:
             self._files.clear()
 
     def _assemble(self) -> None:
-        model = load_model(self.spec, self.dtype, self.device, self._observer.loading)
+        model = self._read_model()
         mark_weights_static(model)
         layout = self.spec.family.layout(self.spec.config)
         modules = [part.module for linear in layout.linears for part in linear.parts]
         self._slots = LoraSlots(model, modules, self.dtype, self.device)
         self._model = model
         self.load_count += 1
+
+    def _read_model(self) -> nn.Module:
+        mode, observer = self._mode, self._observer
+        if mode is None:
+            return load_model(self.spec, self.dtype, self.device, observer.loading)
+        if mode.needs_compile and self.settings.compile == "off":
+            observer.notice(
+                f"{mode.name} without compiling is slower than no quantization: set 'compile' to 'regional', or choose "
+                "a weight-only mode.",
+                True,
+            )
+        cache = self.settings.quantization.cache
+        return load_quantized(self.spec, self.dtype, self.device, mode, cache, observer.loading, observer.notice)
 
     def read_lora(self, path: str) -> LoraWeights:
         """Read and check a LoRA file for this model; from memory while the file is unchanged.

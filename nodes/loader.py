@@ -9,11 +9,12 @@ from ..accel.attention import BACKENDS
 from ..accel.checkpoint import inspect_checkpoint
 from ..accel.engine import Engine
 from ..accel.registry import ENGINES, EngineKey
-from ..accel.settings import COMPILE_MODES, DTYPES, EngineSettings
+from ..accel.settings import COMPILE_MODES, DTYPES, EngineSettings, Quantization
 from .files import CATEGORY, find_model, fingerprint_model, model_files
 from .model import AcceleratedFlux
 from .patcher import AcceleratedModelPatcher
 from .progress import NodeObserver
+from .quantize import FluxQuantization
 
 
 class FluxAccelLoader(io.ComfyNode):
@@ -54,21 +55,34 @@ class FluxAccelLoader(io.ComfyNode):
                     tooltip="regional: compile each block type once; the first image takes a minute longer, every "
                     "later one is faster, whatever LoRA, size or prompt. off: start at once, run slower.",
                 ),
+                FluxQuantization.Input(
+                    "quantization",
+                    optional=True,
+                    tooltip="From Quantize Transformer. Without it the weights keep their precision.",
+                ),
             ],
             outputs=[io.Model.Output()],
         )
 
     @classmethod
-    def fingerprint_inputs(cls, model_name: str, **_: str) -> tuple[int, int]:
+    def fingerprint_inputs(cls, model_name: str, **_: object) -> tuple[int, int]:
         """Run again when the file changes."""
         return fingerprint_model(model_name)
 
     @classmethod
-    def execute(cls, model_name: str, dtype: str, attention: str, compile: str) -> io.NodeOutput:
+    def execute(
+        cls, model_name: str, dtype: str, attention: str, compile: str, quantization: Quantization | None = None
+    ) -> io.NodeOutput:
         """Read the header, and hand out a clone of the model that lives in the registry."""
         spec = inspect_checkpoint(find_model(model_name))
         device = comfy.model_management.get_torch_device()
-        settings = EngineSettings(dtype=dtype, attention=attention, compile=compile, device=str(device))
+        settings = EngineSettings(
+            dtype=dtype,
+            attention=attention,
+            compile=compile,
+            device=str(device),
+            quantization=quantization or Quantization(),
+        )
 
         def build() -> AcceleratedModelPatcher:
             engine = Engine(spec, settings, NodeObserver())

@@ -47,6 +47,18 @@ class Flux1:
         """See `lora_names.lora_aliases`."""
         return lora_aliases(checkpoint_layout(config))
 
+    def quantizable(self, module: str) -> bool:
+        """Whether a linear of the diffusers model may be stored in fewer bits: those inside the blocks.
+
+        The embedders, the norms and the final layer stay. They are 0.5 % of FLUX.1's weights, so there is nothing to
+        gain; but every token, every block's conditioning and every pixel pass through them once, unaveraged.
+        """
+        return module.startswith(("transformer_blocks.", "single_transformer_blocks."))
+
+    def per_picture(self, module: str) -> bool:
+        """Whether a linear of a block runs once per picture, not on every token: the modulations."""
+        return self.quantizable(module) and module.endswith((".norm1.linear", ".norm1_context.linear", ".norm.linear"))
+
     def build(self, config: Flux1Config) -> nn.Module:
         """Make the diffusers model; inside `torch.device("meta")` it costs no memory."""
         from diffusers import FluxTransformer2DModel  # takes seconds to import: only when a model is built
