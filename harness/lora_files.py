@@ -114,7 +114,7 @@ def _diffusers_parts(module: str, config: TinyFluxConfig, prefix: str = "transfo
 
 
 def _underscored(prefix: str) -> Callable[[str, TinyFluxConfig], tuple[Part, ...]]:
-    """diffusers' names with underscores, behind a prefix."""
+    """Diffusers' names with underscores, behind a prefix."""
 
     def parts(module: str, config: TinyFluxConfig) -> tuple[Part, ...]:
         return tuple(

@@ -6,6 +6,7 @@ copies, as `ModelPatcher.patch_weight_to_device` calls it on a CPU.
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import sys
 from collections.abc import Sequence
@@ -69,6 +70,7 @@ def _serve(connection: Connection, comfyui: Path) -> None:
     import comfy.cli_args
 
     comfy.cli_args.args.cpu = True  # read when comfy.model_management is imported
+    logging.getLogger().addHandler(_Raise(logging.ERROR))
     models: dict[str, Any] = {}
     while True:
         try:
@@ -80,6 +82,13 @@ def _serve(connection: Connection, comfyui: Path) -> None:
             connection.send(None)
         except Exception as error:
             connection.send(f"{type(error).__name__}: {error}")
+
+
+class _Raise(logging.Handler):
+    """ComfyUI logs a patch that fails, and goes on without it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        raise ValueError(record.getMessage())
 
 
 def _merge(models: dict[str, Any], checkpoint: str, loras: Sequence[tuple[str, float]]) -> dict[str, Tensor]:

@@ -89,8 +89,8 @@ class NativeLoras:
         values = {role: value for role, value in zip(roles, patch.weights, strict=True) if value is not None}
         if "reshape_weight" in values:
             raise LoraError(
-                f"LoRA: '{name}' has a reshaped weight, as BFL's control LoRAs have: the model's input has another width "
-                f"then, which a compiled model cannot take on. {INSTEAD}"
+                f"LoRA: '{name}' has a reshaped weight, as BFL's control LoRAs have: the model's input has another "
+                f"width then, which a compiled model cannot take on. {INSTEAD}"
             )
         return LinearPatch(name, _target(key, linear), values)
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from io import RawIOBase
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import FileError
 from ..files import DTYPES, FileIdentity, TensorFile
+from .buffers import HostBuffers
 
-# Pieces in which reading and checking overlap: few enough to cost nothing, small enough to be in the cache still.
+# Pieces that are checked while the next one is read: small enough to be in the cache still.
 CHUNK_BYTES = 2**22
 # Bytes that nobody asked for are read along when they are fewer than this: one long read is faster than two.
 GAP_BYTES = 2**16
@@ -60,12 +62,13 @@ class _Piece:
         return self.start + self.length
 
 
-def read_tensors(file: TensorFile, keys: Iterable[str]) -> BulkRead:
+def read_tensors(file: TensorFile, keys: Iterable[str], buffers: HostBuffers | None = None) -> BulkRead:
     """Read tensors, and find out how large their elements are.
 
     Args:
         file: whose header was read before.
         keys: of tensors in it.
+        buffers: where memory comes from; None takes it from the system.
 
     Raises:
         FileError: the file is gone, shorter, or changed since its header was read.
@@ -74,57 +77,63 @@ def read_tensors(file: TensorFile, keys: Iterable[str]) -> BulkRead:
     if now != file.identity:
         raise FileError(f"'{file.name}' was changed after it was read. Queue the prompt again to use the new file.")
     places, pieces, size = _plan(_places(file, set(keys)))
-    buffer = torch.empty(size, dtype=torch.uint8)
+    buffer = torch.empty(size, dtype=torch.uint8) if buffers is None else buffers.take(size)
     views = {place.key: _view(buffer, place) for place in places}
-    check = _PeakCheck(buffer, places)
-    if len(pieces) == 1:
-        _read(file, pieces[0], buffer)
-    else:
-        with ThreadPoolExecutor(1) as thread:
-            reads = [thread.submit(_read, file, piece, buffer) for piece in pieces]
-            for read, piece in zip(reads, pieces, strict=True):
-                read.result()
-                check.advance(piece.end)
-    check.advance(size)
-    return BulkRead(views, check.peak)
+    memory, spans = buffer.numpy(), _spans(places)
+    with open(file.identity.path, "rb", buffering=0) as stream, ThreadPoolExecutor(1) as thread:
+        # One after the other, by one handle: the system then reads ahead of them.
+        reads = [thread.submit(_read, file, stream, piece, memory) for piece in pieces]
+        peak = 0.0
+        for piece, read in zip(pieces, reads, strict=True):
+            read.result()
+            peak = float(np.max([peak, max_magnitude(memory, spans, piece.start, piece.end)]))
+    return BulkRead(views, peak)
 
 
-class _PeakCheck:
-    """Follows the reads through the buffer, and looks at every element of a float type once."""
+# Size of an element -> the integers that order magnitudes as their bits do.
+_INTEGERS = {1: (np.int8, np.uint8), 2: (np.int16, np.uint16), 4: (np.int32, np.uint32)}
 
-    def __init__(self, buffer: Tensor, places: Iterable[_Place]) -> None:
-        self.peak = 0.0
-        self._buffer = buffer
-        # Neighbours of one dtype are looked at together: a LoRA has a thousand small tensors.
-        self._spans: list[list] = []
-        for place in places:
-            if not place.dtype.is_floating_point or place.start % place.dtype.itemsize or not place.length:
-                continue
-            last = self._spans[-1] if self._spans else None
-            if last is not None and last[0] is place.dtype and last[2] == place.start:
-                last[2] += place.length
-            else:
-                self._spans.append([place.dtype, place.start, place.start + place.length])
-        self._next = 0
 
-    def advance(self, end: int) -> None:
-        """Look at everything before `end` that was not looked at yet."""
-        while self._next < len(self._spans):
-            dtype, start, stop = self._spans[self._next]
-            reached = min(stop, end - (end - start) % dtype.itemsize)
-            if reached > start:
-                self._look(self._buffer[start:reached].view(dtype))
-                self._spans[self._next][1] = reached
-            if reached < stop:
-                return
-            self._next += 1
+def max_magnitude(memory: np.ndarray, spans: list[tuple[torch.dtype, int, int]], start: int, end: int) -> float:
+    """The largest magnitude of the float elements whose bytes begin in a part of a buffer; NaN counts as larger still.
 
-    def _look(self, values: Tensor) -> None:
-        if values.dtype.itemsize == 1:  # float8 has no aminmax; every value of it is exact in bfloat16
-            values = values.to(torch.bfloat16)
-        low, high = (float(bound) for bound in torch.aminmax(values))  # NaN comes out of both
-        peak = max(-low, high) if low == low else math.nan
-        self.peak = peak if peak != peak else max(self.peak, peak) if self.peak == self.peak else math.nan
+    Compares bits: those of positive floats grow with the value, infinity and NaN above all. numpy needs no other
+    threads for it, as torch does, and leaves the interpreter free.
+
+    Args:
+        memory: (bytes,) uint8.
+        spans: dtype, first byte and byte behind the last of neighbours of one dtype, in order.
+        start: first byte of the part; a multiple of every element's size.
+        end: byte behind the last.
+    """
+    peak = 0.0
+    for dtype, first, last in spans:
+        low, high = max(first, start), min(last, end)
+        if low >= high or not dtype.is_floating_point:
+            continue
+        if dtype.itemsize not in _INTEGERS:  # float64, which only an alpha is
+            values = np.abs(memory[low:high].view(np.float64))
+            peak = float(np.max([peak, values.max()]))
+            continue
+        signed, unsigned = _INTEGERS[dtype.itemsize]
+        sign = 1 << (8 * dtype.itemsize - 1)
+        positive = int(memory[low:high].view(signed).max())
+        largest = int(memory[low:high].view(unsigned).max())
+        bits = max(positive, largest - sign if largest >= sign else 0, 0)
+        value = torch.from_numpy(np.array([bits], dtype=unsigned).view(signed)).view(dtype)
+        peak = float(np.max([peak, float(value)]))
+    return peak
+
+
+def _spans(places: Iterable[_Place]) -> list[tuple[torch.dtype, int, int]]:
+    """Neighbours of one dtype together: a LoRA has a thousand small tensors."""
+    spans: list[tuple[torch.dtype, int, int]] = []
+    for place in places:
+        if spans and spans[-1][0] is place.dtype and spans[-1][2] == place.start:
+            spans[-1] = (place.dtype, spans[-1][1], place.start + place.length)
+        else:
+            spans.append((place.dtype, place.start, place.start + place.length))
+    return spans
 
 
 def _places(file: TensorFile, keys: set[str]) -> list[_Place]:
@@ -135,9 +144,8 @@ def _places(file: TensorFile, keys: set[str]) -> list[_Place]:
     places = []
     for key in keys:
         start, end = header[key]["data_offsets"]
-        places.append(
-            _Place(key, DTYPES[header[key]["dtype"]], tuple(header[key]["shape"]), 8 + header_bytes + start, end - start)
-        )
+        dtype, shape = DTYPES[header[key]["dtype"]], tuple(header[key]["shape"])
+        places.append(_Place(key, dtype, shape, 8 + header_bytes + start, end - start))
     return sorted(places, key=lambda place: place.file_start)
 
 
@@ -153,8 +161,7 @@ def _plan(places: list[_Place]) -> tuple[list[_Place], list[_Piece], int]:
         first, last, start = runs[-1]
         runs[-1][1] = max(last, end)
         size = start + runs[-1][1] - first
-        placed.append(_Place(place.key, place.dtype, place.shape, place.file_start, place.length,
-                             start + place.file_start - first))
+        placed.append(replace(place, start=start + place.file_start - first))
     pieces = [
         _Piece(first + offset, min(CHUNK_BYTES, last - first - offset), start + offset)
         for first, last, start in runs
@@ -163,16 +170,15 @@ def _plan(places: list[_Place]) -> tuple[list[_Place], list[_Piece], int]:
     return placed, pieces, size
 
 
-def _read(file: TensorFile, piece: _Piece, buffer: Tensor) -> None:
-    memory = memoryview(buffer.numpy())
+def _read(file: TensorFile, stream: RawIOBase, piece: _Piece, memory: np.ndarray) -> None:
+    target = memoryview(memory)
     done = 0
-    with open(file.identity.path, "rb", buffering=0) as stream:
-        stream.seek(piece.file_start)
-        while done < piece.length:
-            count = stream.readinto(memory[piece.start + done : piece.end])
-            if not count:
-                raise FileError(f"'{file.name}' became shorter while it was read. Get it again, and queue once more.")
-            done += count
+    stream.seek(piece.file_start)
+    while done < piece.length:
+        count = stream.readinto(target[piece.start + done : piece.end])
+        if not count:
+            raise FileError(f"'{file.name}' became shorter while it was read. Get it again, and queue once more.")
+        done += count
 
 
 def _view(buffer: Tensor, place: _Place) -> Tensor:

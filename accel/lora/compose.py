@@ -110,8 +110,8 @@ def _mix(name: str, turned: Tensor, state: Composed) -> Composed:
     size = math.lcm(turned.shape[1], state.mixing.shape[1])
     if size > MAX_BLOCK:
         raise LoraError(
-            f"LoRAs: '{name}' is rotated in blocks of {state.mixing.shape[1]} and of {turned.shape[1]} rows, whose common "
-            f"size is {size}, expected at most {MAX_BLOCK}. Use one of these OFT files at a time."
+            f"LoRAs: '{name}' is rotated in blocks of {state.mixing.shape[1]} and of {turned.shape[1]} rows, whose "
+            f"common size is {size}, expected at most {MAX_BLOCK}. Use one of these OFT files at a time."
         )
     return Composed(torch.bmm(_widen(turned, size), _widen(state.mixing, size)), state.lora_A, lora_B)
 
@@ -131,8 +131,8 @@ def _widen(mixing: Tensor, size: int) -> Tensor:
 def _diagonal(name: str, gain: Tensor) -> Tensor:
     if not bool(torch.isfinite(gain).all()):
         raise LoraError(
-            f"LoRAs: a DoRA on '{name}' divides by the length of a row that is 0. Use ComfyUI's Load Diffusion Model for "
-            "this stack."
+            f"LoRAs: a DoRA on '{name}' divides by the length of a row that is 0. Use ComfyUI's Load Diffusion Model "
+            "for this stack."
         )
     return gain[:, None, None]
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..files import TensorFile, read_header
 from ..spec import ModelSpec
+from .buffers import HostBuffers
 from .bulk import read_tensors
 from .factor_cache import FactorCache
 from .keys import FileKeys, account, name_format
@@ -30,6 +31,7 @@ def read_lora(
     spec: ModelSpec,
     cache_dir: str | os.PathLike[str] | None = None,
     tolerance: Tolerance = Tolerance(),
+    buffers: HostBuffers | None = None,
 ) -> LoraWeights:
     """Read a LoRA for a model. Nothing is returned unless every key, shape, rank and value is right.
 
@@ -38,6 +40,7 @@ def read_lora(
         spec: the model that it must fit.
         cache_dir: where matrices that are slow to compute are kept; None computes them each time.
         tolerance: how far a LoHa or LoKr of high rank may be cut.
+        buffers: where memory comes from; None takes it from the system, which is slower.
 
     Returns:
         Weights on the CPU, unscaled; ordinary matrices in the file's dtype.
@@ -54,7 +57,7 @@ def read_lora(
         cut = [change for change in keys.changes if change.approximated(tolerance)]
         cache = FactorCache(cache_dir, file.identity, tolerance) if cut and cache_dir is not None else None
         factors = cache.load(cut) if cache is not None else None
-        values, peak = _read(file, keys, factors or {})
+        values, peak = _read(file, keys, factors or {}, buffers)
         if factors is None:
             factors = {change.name: product_factors(change, values[change.name], tolerance) for change in cut}
             if cache is not None:
@@ -129,7 +132,7 @@ def make_report(
 
 
 def _read(
-    file: TensorFile, keys: FileKeys, known: Mapping[str, Factors]
+    file: TensorFile, keys: FileKeys, known: Mapping[str, Factors], buffers: HostBuffers | None
 ) -> tuple[dict[str, dict[str, Tensor]], float]:
     """Name of a change -> role -> values; those of norms by their key under the name "". And the largest element."""
     wanted = [vector.key for vector in keys.vectors]
@@ -137,7 +140,7 @@ def _read(
         for role, piece in change.pieces.items():
             if change.name not in known or role in ("alpha", "dora_scale", "diff_b"):
                 wanted.append(piece.key)
-    bulk = read_tensors(file, wanted)
+    bulk = read_tensors(file, wanted, buffers)
     if not math.isfinite(bulk.peak):
         for key, tensor in bulk.tensors.items():
             if tensor.dtype.is_floating_point:

@@ -208,8 +208,8 @@ def _check_control(file: TensorFile, names: Mapping[str, LoraTarget], modules: M
         shape, expected = pieces["A"].shape, names[name].in_features
         if len(shape) == 2 and shape[1] != expected and shape[1] % 64 == 0 and shape[1] in (2 * expected, 6 * expected):
             raise LoraError(
-                f"LoRA '{file.name}': '{pieces['A'].key}' is {shape}, expected (rank, {expected}): it is a control LoRA "
-                f"(BFL's Canny, Depth or Fill), which widens the model's input from {expected} to {shape[1]} channels. "
+                f"LoRA '{file.name}': '{pieces['A'].key}' is {shape}, expected (rank, {expected}): it is a control "
+                f"LoRA (BFL's Canny, Depth or Fill), which widens the model's input from {expected} to {shape[1]} channels. "
                 f"A compiled model keeps its shape: choose the whole control model instead. {INSTEAD}"
             )
 
@@ -238,7 +238,8 @@ def _unknown_message(
         )
     return (
         f"LoRA '{file.name}' does not fit {model}{_hint(file)}: none of its {len(file.tensors)} keys has a place in "
-        f"the model, such as '{unknown[0]}'. Expected names like lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight, "
+        f"the model, such as '{unknown[0]}'. Expected names like "
+        "lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight, "
         "transformer.transformer_blocks.0.attn.to_q.lora_A.weight or "
         "diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight."
     )

@@ -94,7 +94,6 @@ class Converted:
     Attributes:
         layers: changes of linears.
         vectors: changes of biases.
-        factors: the low-rank matrices of the whole target, where they were computed.
     """
 
     layers: tuple[LoraLayer | RotationLayer, ...]
@@ -204,7 +203,9 @@ def _kind(source: str, name: str, pieces: Mapping[str, Piece]) -> str:
     if "diff_b" in pieces and not {"alpha", "dora_scale"} & pieces.keys():
         return "bias"
     keys = ", ".join(f"'{piece.key}'" for piece in pieces.values())
-    raise LoraError(f"{source}: {keys} of '{name}' scale a change that is not there. The file is incomplete: get it again.")
+    raise LoraError(
+        f"{source}: {keys} of '{name}' scale a change that is not there. The file is incomplete: get it again."
+    )
 
 
 class _Shapes:
@@ -237,14 +238,15 @@ class _Shapes:
     def vector(self, role: str, size: int) -> None:
         """Raise unless a tensor has so many elements in one dimension."""
         shape = self._shape(role)
-        self.expect(role, [length for length in shape if length != 1] in ([size], []) and _numel(shape) == size,
-                    f"({size},)")
+        self.expect(role, size in shape and _numel(shape) == size, f"({size},)")
 
     def need(self, role: str, word: str) -> None:
         """Raise unless a role is there."""
         if role not in self.pieces:
             keys = ", ".join(piece.key for piece in self.pieces.values())
-            raise LoraError(f"{self.source}: there is {keys} but no {word} matrix. The file is incomplete: get it again.")
+            raise LoraError(
+                f"{self.source}: there is {keys} but no {word} matrix. The file is incomplete: get it again."
+            )
 
     def _shape(self, role: str) -> tuple[int, ...]:
         return self.pieces[role].shape
@@ -388,7 +390,7 @@ def _kron_side(values: Mapping[str, Tensor], role: str) -> Factors:
         return lowrank.whole(values[role].flatten(1))
     left, right = values[f"{role}_a"], values[f"{role}_b"]
     if role == "lokr_w2" and "lokr_t2" in values:
-        left, right = left.T, values["lokr_t2"].flatten(1) @ right
+        left, right = left.T.contiguous(), values["lokr_t2"].flatten(1) @ right
     return Factors(right, left)
 
 

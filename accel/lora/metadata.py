@@ -87,8 +87,8 @@ def adapter_config(file: TensorFile) -> AdapterConfig | None:
         )
     except (ValueError, TypeError, AttributeError) as exc:
         raise LoraError(
-            f"{source}: its {KEY} is not a configuration of PEFT ({exc}), so its scale is not known. Get the file again, "
-            "or save it without this metadata."
+            f"{source}: its {KEY} is not a configuration of PEFT ({exc}), so its scale is not known. Get the file "
+            "again, or save it without this metadata."
         ) from exc
 
 

@@ -122,7 +122,7 @@ def _tensor(value: Tensor | float) -> Tensor:
 def _norm(patch: NormPatch) -> VectorLayer:
     if patch.value.numel() != patch.vector.size:
         raise LoraError(
-            f"{SOURCE}: '{patch.name}' is changed by {tuple(patch.value.shape)}, expected ({patch.vector.size},): it is "
-            "for a model of another size or kind. Choose a LoRA for this model."
+            f"{SOURCE}: '{patch.name}' is changed by {tuple(patch.value.shape)}, expected ({patch.vector.size},): "
+            "it is for a model of another size or kind. Choose a LoRA for this model."
         )
     return VectorLayer(patch.vector.parameter, to_float(patch.value.detach().cpu()).flatten(), 1.0, patch.replaces)

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..errors import LoraError
 from ..files import FileIdentity
 from ..tensors import all_finite
+from .buffers import HostBuffers
 from .compose import BaseWeights, Composed, compose, is_plain
 from .weights import LoraLayer, LoraWeights, RotationLayer, VectorLayer, to_float
 
@@ -145,7 +146,11 @@ Layers = list[tuple[LoraLayer | RotationLayer, float]]
 
 
 def flatten(
-    entries: Sequence[StackEntry], dtype: torch.dtype, pin: bool, base: BaseWeights | None = None
+    entries: Sequence[StackEntry],
+    dtype: torch.dtype,
+    pin: bool,
+    base: BaseWeights | None = None,
+    buffers: HostBuffers | None = None,
 ) -> FlatLora:
     """Concatenate, scale and cast a stack into one flat host buffer.
 
@@ -154,6 +159,7 @@ def flatten(
         dtype: the transformer's dtype.
         pin: whether to use page-locked memory, from which a copy to a CUDA device is asynchronous and twice as fast.
         base: the model's weights, for DoRA and for changes of biases and norms.
+        buffers: where memory comes from that is not page-locked; None takes it from the system, which is slower.
 
     Returns:
         The buffer on the CPU; ranks are rounded up to `RANK_ALIGNMENT` with zeros.
@@ -184,7 +190,7 @@ def flatten(
                     (LoraLayer(module, layer.lora_A, lora_B, 1.0), 1.0)
                     for layer, lora_B in zip(low_rank, columns, strict=True)
                 ]
-        buffer, placed = _flat_buffer(composed, dtype, pin)
+        buffer, placed = flat_buffer(composed, dtype, pin, buffers)
         vectors = {name: _store(value, dtype, pin) for name, value in _vectors(entries, base).items()}
         if not (
             ((not mixing and _fits(entries, dtype)) or all_finite(buffer))
@@ -195,9 +201,15 @@ def flatten(
     return FlatLora(buffer, placed, mixing, vectors)
 
 
-def _flat_buffer(by_module: Mapping[str, Layers], dtype: torch.dtype, pin: bool) -> tuple[Tensor, dict[str, Placed]]:
+def flat_buffer(
+    by_module: Mapping[str, Layers], dtype: torch.dtype, pin: bool, buffers: HostBuffers | None = None
+) -> tuple[Tensor, dict[str, Placed]]:
+    """Write low-rank layers, module by module, into one buffer; see `flatten`."""
     placed, elements, gaps = _place(by_module, dtype)
-    buffer = torch.empty(elements, dtype=dtype, pin_memory=pin)
+    if pin or buffers is None:
+        buffer = torch.empty(elements, dtype=dtype, pin_memory=pin)
+    else:
+        buffer = buffers.take(elements * dtype.itemsize).view(dtype)
     for start, end in gaps:
         buffer[start:end].zero_()
     filled = set()
@@ -251,7 +263,7 @@ def _fits(entries: Sequence[StackEntry], dtype: torch.dtype) -> bool:
     largest = torch.finfo(dtype).max
     for entry in entries:
         scales = {layer.scale for layer in entry.weights.layers if isinstance(layer, LoraLayer)}
-        if entry.weights.peak * max(1.0, *(abs(entry.strength * scale) for scale in scales)) > largest:
+        if entry.weights.peak * max([1.0, *(abs(entry.strength * scale) for scale in scales)]) > largest:
             return False
     return True
 
