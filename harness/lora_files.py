@@ -1,7 +1,7 @@
 """Random FLUX.1 LoRA files in the formats that trainers write.
 
 A LoRA is described by BFL module names (`double_blocks.0.img_attn.qkv`). A format says which parts of each module get
-matrices of their own, and how their keys are spelled; to add a format, add one entry to `FORMATS`.
+matrices of their own, and how their keys are spelled; to add a format, add one entry to `OTHER_FORMATS`.
 """
 
 import math
@@ -157,6 +157,11 @@ FORMATS: dict[str, LoraFormat] = {
     "diffusers": LoraFormat(_diffusers_parts, *_PEFT, _CLIP_DIFFUSERS, "."),
     "native": LoraFormat(
         _native_parts, *_PEFT, "text_encoders.clip_l.transformer.text_model.encoder.layers.{layer}.", "."),
+}
+"""The formats that cover every way to split and name a model: `kohya` kohya-ss/sd-scripts; `diffusers` diffusers, PEFT,
+ai-toolkit, SimpleTuner; `native` BFL names under ComfyUI's prefix."""
+
+OTHER_FORMATS: dict[str, LoraFormat] = {
     "diffusers_old": LoraFormat(_diffusers_parts, "lora.down.weight", "lora.up.weight", _CLIP_DIFFUSERS, "."),
     "onetrainer": LoraFormat(_underscored("lora_transformer_"), *_LYCORIS, _CLIP_KOHYA, "_"),
     "lycoris": LoraFormat(_underscored("lycoris_"), *_LYCORIS, _CLIP_KOHYA, "_"),
@@ -167,15 +172,13 @@ FORMATS: dict[str, LoraFormat] = {
     "fal": LoraFormat(_original("base_model.model."), *_PEFT, _CLIP_DIFFUSERS, "."),
     "xlabs": LoraFormat(_xlabs_parts, "down.weight", "up.weight", _CLIP_DIFFUSERS, "."),
 }
-"""Who writes what, by the sources that read it (comfy/lora.py and diffusers' lora_conversion_utils.py):
+"""Others' names for the same parts, by the sources that read them (comfy/lora.py, diffusers' lora_conversion_utils.py):
+`diffusers_old` diffusers before PEFT; `onetrainer` OneTrainer; `lycoris` LyCORIS in SimpleTuner; `diffsynth` DiffSynth;
+`bfl` Black Forest Labs; `fal` fal's Kontext trainer; `xlabs` XLabs' x-flux."""
 
-`kohya` kohya-ss/sd-scripts; `diffusers` diffusers, PEFT, ai-toolkit, SimpleTuner; `native` BFL names under ComfyUI's
-prefix; `diffusers_old` diffusers before PEFT; `onetrainer` OneTrainer; `lycoris` LyCORIS in SimpleTuner; `diffsynth`
-DiffSynth; `bfl` Black Forest Labs; `fal` fal's Kontext trainer; `xlabs` XLabs' x-flux.
-"""
-
-STOCK_FORMATS = tuple(name for name in FORMATS if name not in ("bfl", "fal", "xlabs"))
-"""Those that stock ComfyUI reads too, at least for models of every size (it knows XLabs' names by the last block's)."""
+ALL_FORMATS = {**FORMATS, **OTHER_FORMATS}
+STOCK_FORMATS = tuple(name for name in ALL_FORMATS if name not in ("bfl", "fal", "xlabs"))
+"""Those that stock ComfyUI reads too, in models of every size (it knows XLabs' names by the last block's)."""
 
 
 def in_blocks(module: str) -> bool:
@@ -189,9 +192,9 @@ def in_attention(module: str) -> bool:
 
 
 def _format(name: str) -> LoraFormat:
-    if name not in FORMATS:
-        raise ValueError(f"LoRA format {name!r} is not known; expected one of {', '.join(FORMATS)}.")
-    return FORMATS[name]
+    if name not in ALL_FORMATS:
+        raise ValueError(f"LoRA format {name!r} is not known; expected one of {', '.join(ALL_FORMATS)}.")
+    return ALL_FORMATS[name]
 
 
 def _rank_of(rank: Rank, module: str) -> int:
@@ -217,7 +220,7 @@ def lora_state_dict(format: str, config: TinyFluxConfig = TinyFluxConfig(), *, r
     """Random LoRA for a FLUX.1 transformer; both matrices of every layer are non-zero.
 
     Args:
-        format: A name in `FORMATS`.
+        format: A name in `ALL_FORMATS`.
         config: The model that it fits.
         rank: One rank, or one per BFL module name, as a mapping or a function.
         alpha: Written as `.alpha` keys; None writes none, which readers take as alpha = rank.
@@ -269,7 +272,7 @@ def clip_l_lora_state_dict(format: str, *, rank: int = 4, alpha: float | None = 
     """Random LoRA for CLIP-L, to be merged into a FLUX LoRA's dict: files that train the text encoder hold both.
 
     Args:
-        format: A name in `FORMATS`.
+        format: A name in `ALL_FORMATS`.
         rank: Of every layer.
         alpha: As in `lora_state_dict`.
         layers: Which of the 12 encoder layers.
@@ -417,7 +420,7 @@ def kind_state_dict(kind: str, format: str = "native", config: TinyFluxConfig = 
 
     Args:
         kind: A name in `KINDS`.
-        format: A name in `FORMATS`; only its module names are used.
+        format: A name in `ALL_FORMATS`; only its module names are used.
         config: The model that it fits.
         targets: Which BFL modules change; all linears by default.
         rank: See `kind_tensors`.

@@ -12,7 +12,7 @@ from accel.lora.file import read_lora
 from accel.lora.pool import ByteLru
 from accel.lora.stack import BYTES_ALIGNMENT, HEAD_BYTES, LoraStack, aligned_rank, flatten
 from harness import broken_files
-from harness.lora_files import FORMATS, clip_l_lora_state_dict, lora_state_dict, write_lora
+from harness.lora_files import ALL_FORMATS, clip_l_lora_state_dict, lora_state_dict, write_lora
 from harness.tiny_models import TinyFluxConfig
 
 
@@ -31,11 +31,11 @@ def deltas(weights) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("alpha", [None, 3.0])
-@pytest.mark.parametrize("format", list(FORMATS))
+@pytest.mark.parametrize("format", list(ALL_FORMATS))
 def test_every_format_changes_every_linear_as_the_file_says(tmp_path, spec, format, alpha):
     weights = read_lora(str(write_lora(tmp_path / "a.safetensors", format, rank=5, alpha=alpha)), spec)
     file = load_file(tmp_path / "a.safetensors")
-    ours, spelling = deltas(weights), FORMATS[format]
+    ours, spelling = deltas(weights), ALL_FORMATS[format]
     scale = 1.0 if alpha is None else alpha / 5
     for linear in spec.family.layout(spec.config).linears:
         expected, touched = torch.zeros(linear.out_features, linear.in_features).double(), False
@@ -57,7 +57,7 @@ def test_every_format_changes_every_linear_as_the_file_says(tmp_path, spec, form
 def test_formats_that_say_the_same_read_the_same(tmp_path, spec):
     read = [
         deltas(read_lora(str(write_lora(tmp_path / f"{format}.safetensors", format, rank=4, tied=True)), spec))
-        for format in FORMATS
+        for format in ALL_FORMATS
         if format != "xlabs"  # attention only
     ]
     for module, change in read[0].items():

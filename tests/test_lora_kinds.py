@@ -19,7 +19,7 @@ from accel.lora.lowrank import Tolerance
 from accel.lora.stack import LoraStack, flatten
 from accel.lora.truncate import truncate
 from harness import lora_files
-from harness.lora_files import FORMATS, STOCK_FORMATS, kind_state_dict, lora_state_dict, norm_state_dict
+from harness.lora_files import ALL_FORMATS, STOCK_FORMATS, kind_state_dict, lora_state_dict, norm_state_dict
 from harness.stock_weights import StockWeights
 from harness.tiny_models import flux_linears
 
@@ -135,14 +135,14 @@ def test_every_format_equals_stock(tmp_path, spec, tensors, base, stock, checkpo
     assert set(expected) == {f"{module}.weight" for module in flux_linears(TINY)}
 
 
-@pytest.mark.parametrize("format", [name for name in FORMATS if name not in STOCK_FORMATS])
+@pytest.mark.parametrize("format", [name for name in ALL_FORMATS if name not in STOCK_FORMATS])
 def test_names_that_stock_does_not_know_mean_the_same_layers(tmp_path, spec, tensors, base, stock, checkpoint, format):
     """Against stock on the same matrices in its own names."""
     other, own = {}, {}
     for module, (_, in_features) in flux_linears(TINY).items():
-        for part in FORMATS[format].parts(module, TINY):
+        for part in ALL_FORMATS[format].parts(module, TINY):
             down, up = torch.randn(3, in_features), 0.02 * torch.randn(part.out_features, 3)
-            other |= {f"{part.prefix}.{FORMATS[format].down}": down, f"{part.prefix}.{FORMATS[format].up}": up}
+            other |= {f"{part.prefix}.{ALL_FORMATS[format].down}": down, f"{part.prefix}.{ALL_FORMATS[format].up}": up}
             whole = torch.zeros(flux_linears(TINY)[module][0], 3)
             whole[: part.out_features] = up
             own |= {f"diffusion_model.{module}.lora_A.weight": down, f"diffusion_model.{module}.lora_B.weight": whole}
@@ -462,7 +462,7 @@ def test_the_report_accounts_for_every_key(tmp_path, spec):
     assert str(report).startswith("ComfyUI: DoRA (LoRA) on 1, LoRA on 1, OFT on 1, bias on 1, norm on 12, ranks 4 to 7")
 
 
-@pytest.mark.parametrize("format", list(FORMATS))
+@pytest.mark.parametrize("format", list(ALL_FORMATS))
 def test_formats_have_names(tmp_path, spec, format):
     names = {
         "kohya": "Kohya sd-scripts", "diffusers": "diffusers / PEFT", "native": "ComfyUI", "bfl": "Black Forest Labs",

@@ -209,8 +209,8 @@ def _check_control(file: TensorFile, names: Mapping[str, LoraTarget], modules: M
         if len(shape) == 2 and shape[1] != expected and shape[1] % 64 == 0 and shape[1] in (2 * expected, 6 * expected):
             raise LoraError(
                 f"LoRA '{file.name}': '{pieces['A'].key}' is {shape}, expected (rank, {expected}): it is a control "
-                f"LoRA (BFL's Canny, Depth or Fill), which widens the model's input from {expected} to {shape[1]} channels. "
-                f"A compiled model keeps its shape: choose the whole control model instead. {INSTEAD}"
+                f"LoRA (BFL's Canny, Depth or Fill), which widens the model's input from {expected} to {shape[1]} "
+                f"channels. A compiled model keeps its shape: choose the whole control model instead. {INSTEAD}"
             )
 
 

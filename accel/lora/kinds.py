@@ -113,7 +113,7 @@ def check_change(source: str, name: str, target: LoraTarget, pieces: Mapping[str
     for role, piece in pieces.items():
         if role not in COMPANIONS[kind] and role != "diff_b":
             raise LoraError(f"{source}: '{piece.key}' does not belong with the {kind} on '{name}'. {INSTEAD}")
-    shapes = _Shapes(source, target, pieces)
+    shapes = _Shapes(source, name, target, pieces)
     rank = {"LoRA": _check_lora, "LoHa": _check_loha, "LoKr": _check_lokr, "OFT": _check_oft, "bias": _check_bias}[
         kind
     ](shapes)
@@ -211,8 +211,8 @@ def _kind(source: str, name: str, pieces: Mapping[str, Piece]) -> str:
 class _Shapes:
     """Checks the shapes of one change and words what is wrong with one."""
 
-    def __init__(self, source: str, target: LoraTarget, pieces: Mapping[str, Piece]) -> None:
-        self.source, self.target, self.pieces = source, target, pieces
+    def __init__(self, source: str, name: str, target: LoraTarget, pieces: Mapping[str, Piece]) -> None:
+        self.source, self.name, self.target, self.pieces = source, name, target, pieces
 
     def __contains__(self, role: str) -> bool:
         return role in self.pieces
@@ -245,7 +245,7 @@ class _Shapes:
         if role not in self.pieces:
             keys = ", ".join(piece.key for piece in self.pieces.values())
             raise LoraError(
-                f"{self.source}: there is {keys} but no {word} matrix. The file is incomplete: get it again."
+                f"{self.source}: '{self.name}' has {keys} but no {word} matrix. The file is incomplete: get it again."
             )
 
     def _shape(self, role: str) -> tuple[int, ...]:
