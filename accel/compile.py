@@ -23,13 +23,11 @@ from .errors import SettingsError
 
 # Private names, in force only around our own calls, all checked by tests/test_engine.py:
 # a LoRA's rank is a parameter's size, and parameters' sizes are constants unless the first two say otherwise. With duck
-# shapes, a prompt length that equals another size (3072 tokens, hidden 3072) would become it. PEFT multiplies by its
-# `scaling`, here always 1.0: as a constant it vanishes, as a symbol it is computed and makes dynamo trace everything
-# twice. One region serves every block of its type and every variant of its inputs, so the default limit of 8 is near.
+# shapes, a prompt length that equals another size (3072 tokens, hidden 3072) would become it. One region serves every
+# block of its type and every variant of its inputs, so the default limit of 8 is near.
 DYNAMO_OPTIONS = {
     "force_parameter_static_shapes": False,
     "force_nn_module_property_static_shapes": False,
-    "specialize_float": True,
     "recompile_limit": 64,
 }
 SHAPE_OPTIONS = {"use_duck_shape": False}

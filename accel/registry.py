@@ -26,7 +26,7 @@ class EngineKey:
     @classmethod
     def of(cls, file: FileIdentity, settings: EngineSettings) -> EngineKey:
         """Key of a checkpoint with settings under the installed libraries."""
-        return cls(file, settings, tuple(f"{name} {version(name)}" for name in ("torch", "diffusers", "peft")))
+        return cls(file, settings, tuple(f"{name} {version(name)}" for name in ("torch", "diffusers")))
 
 
 class Registry(Generic[Held]):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from .slots import Bindings, LoraSlots
 from .stack import FlatLora
@@ -71,8 +72,12 @@ class DeviceLoras:
                 buffer = victim.flat.buffer
             # On a GPU the copy runs while the Parameters are made; what binds them runs behind it in the stream.
             buffer[: flat.buffer.numel()].copy_(flat.buffer, non_blocking=True)
-        same_layout = victim is not None and victim.flat.placed == flat.placed
-        on_device = FlatLora(buffer, flat.placed)
+        same_layout = (
+            victim is not None
+            and victim.flat.placed == flat.placed
+            and not any((flat.mixing, flat.vectors, victim.flat.mixing, victim.flat.vectors))
+        )
+        on_device = FlatLora(buffer, flat.placed, self._moved(flat.mixing), self._moved(flat.vectors))
         bindings = victim.bindings if same_layout else self._slots.bindings(on_device)
         self._residents[key] = _Resident(on_device, bindings)
 
@@ -91,6 +96,10 @@ class DeviceLoras:
     def size_of(self, key: Hashable) -> int:
         """Bytes of one stack's buffer."""
         return self._residents[key].bytes
+
+    def _moved(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        with torch.inference_mode(False), torch.no_grad():
+            return {name: tensor.to(self._device) for name, tensor in tensors.items()}
 
     def _make_room(self, needed: int) -> _Resident | None:
         """Drop what is over the budget; return the dropped buffer that fits best, to be reused."""

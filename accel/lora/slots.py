@@ -1,95 +1,179 @@
 """The LoRA layers inside a model, and the binding of tensors to them.
 
-PEFT puts a LoRA layer on every linear that a LoRA can target, so any LoRA is a subset of what is there. Switching
-assigns other Parameters to those layers; nothing is copied into them and no weight changes. Compiled code takes them as
-inputs of symbolic rank.
+Every linear that a LoRA can target is wrapped, so any LoRA is a subset of what is there. Switching assigns other
+Parameters to the wrappers; nothing is copied into them and no weight changes. Compiled code takes them as inputs of any
+rank, 0 included.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
+import torch._dynamo
 from torch import Tensor, nn
 
-from .stack import HEAD_BYTES, RANK_ALIGNMENT, FlatLora
+from .layers import SLOTS, LoraLinear
+from .stack import HEAD_BYTES, FlatLora
 
-ADAPTER = "slot"
+Owner = dict[str, nn.Parameter]
 
-# One Parameter for each dictionary of `LoraSlots`, in its order.
-Bindings = tuple[nn.Parameter, ...]
+
+@dataclass(frozen=True)
+class Bindings:
+    """Parameters, ready to assign.
+
+    Attributes:
+        matrices: lora_A and lora_B of each linear, in the order of `LoraSlots.modules`.
+        others: what few LoRAs have: (owner, name, Parameter) of mixings, and of vectors that replace the model's own.
+    """
+
+    matrices: tuple[nn.Parameter, ...]
+    others: tuple[tuple[Owner, str, nn.Parameter], ...] = ()
 
 
 class LoraSlots:
     """The LoRA layers of one model."""
 
     def __init__(self, model: nn.Module, modules: Sequence[str], dtype: torch.dtype, device: torch.device) -> None:
-        """Inject a PEFT layer over each linear. Nothing is bound yet: the model runs after `bind(empty)`.
+        """Wrap linears. Nothing is bound yet: the model runs after `bind(empty)`.
 
         Args:
-            model: is changed: each named linear is wrapped.
+            model: is changed: each named linear becomes a `LoraLinear`.
             modules: full names of the linears.
             dtype: of the LoRA matrices; the transformer's compute dtype.
             device: where the transformer is.
         """
-        from peft import LoraConfig, inject_adapter_in_model  # takes seconds to import
-
-        sizes = {name: _sizes(model.get_submodule(name)) for name in modules}
-        config = LoraConfig(r=RANK_ALIGNMENT, lora_alpha=RANK_ALIGNMENT, target_modules=list(modules))
-        inject_adapter_in_model(config, model, ADAPTER, low_cpu_mem_usage=True)
-        model.eval()
         self.modules = tuple(modules)
-        self._owners: list[dict[str, nn.Parameter]] = []
+        self._model = model
+        self._layers: dict[str, LoraLinear] = {}
         for name in modules:
-            layer = model.get_submodule(name)
-            layer.scaling[ADAPTER] = 1.0  # folded into lora_B, so it is the same constant in every graph
-            self._owners += [layer.lora_A[ADAPTER]._parameters, layer.lora_B[ADAPTER]._parameters]
-        self.empty = self._zeros(sizes, dtype, device)
+            parent, _, child = name.rpartition(".")
+            layer = self._layers[name] = LoraLinear(model.get_submodule(name))
+            setattr(model.get_submodule(parent), child, layer)
+        model.eval()
+        self._owners = [layer._parameters for layer in self._layers.values()]
+        # (owner, name, the model's own Parameter) of everything that a LoRA's `others` stand in for now.
+        self._replaced: list[tuple[Owner, str, nn.Parameter]] = []
+        self._unbound = True
+        self._no_mixing = [_empty((0,), dtype, device) for _ in modules]
+        matrices = []
+        for layer in self._layers.values():
+            matrices += [_empty((0, layer.in_features), dtype, device), _empty((0,), dtype, device)]
+        self.empty = Bindings(tuple(matrices))
 
     def bind(self, bindings: Bindings) -> None:
         """Make the model compute with these tensors. Assigns pointers only; cannot fail half way on valid input."""
-        for owner, parameter in zip(self._owners, bindings, strict=True):
-            owner["weight"] = parameter
+        self._restore()
+        if self._unbound:
+            for owner, parameter in zip(self._owners, self._no_mixing, strict=True):
+                owner["mixing"] = parameter
+            self._unbound = False
+        matrices = iter(bindings.matrices)
+        for owner, lora_A, lora_B in zip(self._owners, matrices, matrices, strict=True):
+            owner["lora_A"], owner["lora_B"] = lora_A, lora_B
+        for owner, name, parameter in bindings.others:
+            # Noted before it is replaced: an interrupt may come between any two lines.
+            self._replaced.append((owner, name, owner[name]))
+            owner[name] = parameter
 
     def unbind(self) -> None:
         """Leave the slots without tensors, so that moving the model moves its own weights only."""
+        self._restore()
+        self._unbound = True
         for owner in self._owners:
-            owner["weight"] = None
+            for slot in SLOTS:
+                owner[slot] = None
 
     def bindings(self, flat: FlatLora) -> Bindings:
-        """Make the Parameters of a stack, as views of its buffer; linears that it does not touch get the shared zeros.
+        """Make the Parameters of a stack, as views of its buffer; linears that it does not touch get empty ones.
 
         Args:
-            flat: its buffer is on the model's device.
+            flat: its tensors are on the model's device.
         """
-        made = list(self.empty)
+        matrices = list(self.empty.matrices)
+        others: list[tuple[Owner, str, nn.Parameter]] = []
         with torch.inference_mode(False), torch.no_grad():
             for index, module in enumerate(self.modules):
                 place = flat.placed.get(module)
                 if place is not None:
-                    made[2 * index] = _view(flat.buffer, place.a_start, place.a_shape)
-                    made[2 * index + 1] = _view(flat.buffer, place.b_start, place.b_shape)
-        return tuple(made)
+                    rank, in_features = place.a_shape
+                    matrices[2 * index] = _of_any_rank(
+                        flat.buffer.as_strided((rank, in_features), (in_features, 1), place.a_start)
+                    )
+                    matrices[2 * index + 1] = _of_any_rank(
+                        flat.buffer.as_strided((place.b_shape[0] * rank,), (1,), place.b_start)
+                    )
+            for module, mixing in flat.mixing.items():
+                others.append((self._layers[module]._parameters, "mixing", _of_any_rank(_with_head(mixing.flatten()))))
+            for name, vector in flat.vectors.items():
+                module, _, last = name.rpartition(".")
+                layer = self._layers.get(module)
+                owner = (layer.base if layer else self._model.get_submodule(module))._parameters
+                others.append((owner, last, _constant_size(vector)))
+        return Bindings(tuple(matrices), tuple(others))
 
-    def _zeros(self, sizes: dict[str, tuple[int, int]], dtype: torch.dtype, device: torch.device) -> Bindings:
-        largest = max(max(pair) for pair in sizes.values())
+    def weight(self, module: str) -> Tensor:
+        """A linear's own weight, (out_features, in_features) float32 on the CPU, whatever is bound.
+
+        A quantized one is what the linear computes with: what it makes of the unit vectors, where its weight cannot say.
+        """
+        base = self._layers[module].base
+        weight = base.weight
+        if type(weight) is nn.Parameter and weight.is_floating_point() and weight.shape == _sizes(base):
+            return weight.detach().to("cpu", torch.float32)
+        if hasattr(weight, "dequantize") and weight.shape == _sizes(base):
+            return weight.detach().dequantize().to("cpu", torch.float32)
         with torch.inference_mode(False), torch.no_grad():
-            # One block of zeros under every slot. The Parameters are distinct objects: dynamo guards on two inputs
-            # being the same object, and would recompile when a LoRA tells them apart.
-            head = HEAD_BYTES // dtype.itemsize
-            zeros = torch.zeros(head + largest * RANK_ALIGNMENT, dtype=dtype, device=device)
-            made = []
-            for module in self.modules:
-                in_features, out_features = sizes[module]
-                made.append(_view(zeros, head, (RANK_ALIGNMENT, in_features)))
-                made.append(_view(zeros, head, (out_features, RANK_ALIGNMENT)))
-        return tuple(made)
+            dtype = self.empty.matrices[0].dtype
+            units = torch.eye(base.in_features, dtype=dtype, device=weight.device)
+            rows = base(units).float() - (0.0 if base.bias is None else base.bias.float())
+        return rows.T.cpu().contiguous()
 
+    def parameter(self, name: str) -> Tensor:
+        """A bias or the scale of a norm, as the model itself has it, whatever is bound."""
+        module, _, last = name.rpartition(".")
+        layer = self._layers.get(module)
+        owner = (layer.base if layer else self._model.get_submodule(module))._parameters
+        for replaced, key, parameter in self._replaced:
+            if replaced is owner and key == last:
+                return parameter
+        return owner[last]
 
-def _view(buffer: Tensor, start: int, shape: tuple[int, int]) -> nn.Parameter:
-    # One as_strided takes half the time of a slice and a view; a FLUX LoRA has a thousand of them.
-    return nn.Parameter(buffer.as_strided(shape, (shape[1], 1), start), requires_grad=False)
+    def _restore(self) -> None:
+        while self._replaced:
+            owner, name, parameter = self._replaced[-1]
+            owner[name] = parameter
+            self._replaced.pop()
 
 
 def _sizes(linear: nn.Module) -> tuple[int, int]:
-    return linear.in_features, linear.out_features
+    return linear.out_features, linear.in_features
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> nn.Parameter:
+    # One object for each place: dynamo guards on two inputs being the same one, and would recompile when a LoRA tells
+    # them apart.
+    with torch.inference_mode(False), torch.no_grad():
+        return _of_any_rank(_with_head(torch.empty(shape, dtype=dtype, device=device)))
+
+
+def _with_head(tensor: Tensor) -> Tensor:
+    """A contiguous copy that does not start at storage offset 0, see `stack.HEAD_BYTES`."""
+    head = HEAD_BYTES // tensor.element_size()
+    buffer = tensor.new_empty(head + tensor.numel())
+    return buffer[head:].view(tensor.shape).copy_(tensor)
+
+
+def _of_any_rank(tensor: Tensor) -> nn.Parameter:
+    parameter = nn.Parameter(tensor, requires_grad=False)
+    # Not merely dynamic: dynamo compiles sizes 0 and 1 as constants otherwise.
+    torch._dynamo.decorators.mark_unbacked(parameter, 0)
+    return parameter
+
+
+def _constant_size(tensor: Tensor) -> nn.Parameter:
+    parameter = nn.Parameter(tensor, requires_grad=False)
+    torch._dynamo.mark_static(parameter)
+    return parameter

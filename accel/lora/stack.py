@@ -137,9 +137,8 @@ class FlatLora:
 
     @property
     def bytes(self) -> int:
-        """Size of the buffer and of what stands beside it."""
-        beside = (*self.mixing.values(), *self.vectors.values())
-        return sum(tensor.numel() * tensor.element_size() for tensor in (self.buffer, *beside))
+        """Size of all tensors."""
+        return sum(tensor.nbytes for tensor in (self.buffer, *self.mixing.values(), *self.vectors.values()))
 
 
 Layers = list[tuple[LoraLayer | RotationLayer, float]]

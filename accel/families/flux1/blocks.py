@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ...attention import Attention
+from ...lora.layers import linears
 from .config import HEAD_DIM
 
 FLOAT16_MAX = 65504.0
@@ -49,9 +50,11 @@ def double_block(
     image = _modulate(block.norm1.norm(hidden_states), shift, scale)
     text = _modulate(block.norm1_context.norm(encoder_hidden_states), c_shift, c_scale)
 
-    query = _join(attn.norm_added_q(_heads(attn.add_q_proj(text))), attn.norm_q(_heads(attn.to_q(image))))
-    key = _join(attn.norm_added_k(_heads(attn.add_k_proj(text))), attn.norm_k(_heads(attn.to_k(image))))
-    value = _join(_heads(attn.add_v_proj(text)), _heads(attn.to_v(image)))
+    image_q, image_k, image_v = map(_heads, linears(image, attn.to_q, attn.to_k, attn.to_v))
+    text_q, text_k, text_v = map(_heads, linears(text, attn.add_q_proj, attn.add_k_proj, attn.add_v_proj))
+    query = _join(attn.norm_added_q(text_q), attn.norm_q(image_q))
+    key = _join(attn.norm_added_k(text_k), attn.norm_k(image_k))
+    value = _join(text_v, image_v)
     joint = _attend(query, key, value, rotary, mask, attention)
     text_tokens = encoder_hidden_states.shape[1]
     text, image = joint[:, :text_tokens], joint[:, text_tokens:]
@@ -85,9 +88,10 @@ def single_block(
     attn = block.attn
     shift, scale, gate = block.norm.linear(temb)[:, None].chunk(3, dim=-1)
     normed = _modulate(block.norm.norm(hidden_states), shift, scale)
-    query, key = attn.norm_q(_heads(attn.to_q(normed))), attn.norm_k(_heads(attn.to_k(normed)))
-    attended = _attend(query, key, _heads(attn.to_v(normed)), rotary, mask, attention)
-    mlp = block.act_mlp(block.proj_mlp(normed))
+    query, key, value, mlp = linears(normed, attn.to_q, attn.to_k, attn.to_v, block.proj_mlp)
+    query, key, value = attn.norm_q(_heads(query)), attn.norm_k(_heads(key)), _heads(value)
+    attended = _attend(query, key, value, rotary, mask, attention)
+    mlp = block.act_mlp(mlp)
     hidden_states = hidden_states + gate * block.proj_out(torch.cat([attended, mlp], dim=-1))
     return _within_float16(hidden_states)
 

@@ -1,0 +1,59 @@
+"""Linears that quantize what they read: torchao's float8 and int8 weights, with activations quantized by rows.
+
+torchao's own path quantizes the activations once for every linear, and compares their sizes while it is traced, which
+a batch of any size does not allow. So the activations are quantized here, once for all linears that read them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+# Rows of zeros have no scale of their own.
+SMALLEST_SCALE = 1e-12
+
+
+def quantized_dtype(base: nn.Module) -> torch.dtype | None:
+    """What a linear wants its input quantized to, row by row: float8_e4m3fn, int8, or None for not at all."""
+    weight = getattr(base, "weight", None)
+    if getattr(weight, "act_quant_kwargs", None) is None or weight.scale.shape != (weight.shape[0], 1):
+        return None
+    return weight.qdata.dtype
+
+
+def quantize_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Scale each row to the range of a dtype.
+
+    Args:
+        x: (…, in_features).
+        dtype: float8_e4m3fn or int8.
+
+    Returns:
+        The values, (N, in_features) of `dtype`, and their scales, (N, 1) float32.
+    """
+    rows = x.flatten(0, -2)
+    largest = torch.finfo(dtype).max if dtype.is_floating_point else torch.iinfo(dtype).max
+    scale = (rows.abs().amax(dim=-1, keepdim=True).float() / largest).clamp(min=SMALLEST_SCALE)
+    values = (rows.float() / scale).clamp(-largest, largest)
+    return (values if dtype.is_floating_point else values.round()).to(dtype), scale
+
+
+def int8_linears(x: Tensor, bases: Sequence[nn.Module]) -> list[Tensor]:
+    """Run linears with int8 weights over one input; inductor fuses what follows the integer products.
+
+    Args:
+        x: (…, in_features).
+        bases: whose `quantized_dtype` is int8.
+
+    Returns:
+        One (…, out_features) per linear.
+    """
+    values, scale = quantize_rows(x, torch.int8)
+    outputs = []
+    for base in bases:
+        weight = base.weight
+        product = torch._int_mm(values, weight.qdata.t()).float() * (scale * weight.scale.flatten())
+        outputs.append((product + base.bias).to(x.dtype).unflatten(0, x.shape[:-1]))
+    return outputs
