@@ -16,7 +16,8 @@ from accel.lora.bulk import max_magnitude
 from accel.lora.compose import mix
 from accel.lora.file import read_lora
 from accel.lora.lowrank import Tolerance
-from accel.lora.stack import LoraStack, flatten
+from accel.lora.slots import LoraSlots
+from accel.lora.stack import FlatLora, LoraStack, flatten
 from accel.lora.truncate import truncate
 from harness import lora_files
 from harness.lora_files import ALL_FORMATS, STOCK_FORMATS, kind_state_dict, lora_state_dict, norm_state_dict
@@ -332,6 +333,46 @@ def test_what_cannot_be_carried_is_refused_by_name(tmp_path, spec, file, words):
     assert "'refused.safetensors'" in message
     assert words in message
     assert any(key.rsplit(".", 1)[0] in message or key in message for key in file)
+
+
+# The model's own weights, for what depends on them.
+
+
+class Packed(torch.nn.Module):
+    """A linear whose stored weight is not its weight, as 4-bit ones are."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight = torch.nn.Parameter(linear.weight.detach().T.contiguous(), requires_grad=False)
+        self.bias = linear.bias
+
+    def forward(self, x):
+        return x @ self.weight + self.bias
+
+
+@pytest.mark.parametrize("kind", ["plain", "torchao", "packed"])
+def test_slots_give_the_weights_that_the_model_computes_with(kind):
+    linear = torch.nn.Linear(64, 96)
+    expected, tolerance = linear.weight.detach().clone(), 1e-6
+    model = torch.nn.Sequential(linear)
+    if kind == "torchao":
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+        quantize_(model, Int8WeightOnlyConfig(set_inductor_config=False))
+        tolerance = 0.01
+    elif kind == "packed":
+        model = torch.nn.Sequential(Packed(linear))
+    slots = LoraSlots(model.requires_grad_(False), ["0"], torch.float32, torch.device("cpu"))
+    slots.bind(slots.empty)
+    weight = slots.weight("0")
+    assert (weight.dtype, tuple(weight.shape)) == (torch.float32, (96, 64))
+    torch.testing.assert_close(weight, expected, rtol=0.0, atol=tolerance)
+    own = slots.parameter("0.bias").clone()
+    flat = FlatLora(torch.zeros(64), {}, {}, {"0.bias": torch.full((96,), 7.0)})
+    slots.bind(slots.bindings(flat))
+    assert bool((model[0].base.bias == 7.0).all())
+    assert torch.equal(slots.parameter("0.bias"), own)
 
 
 # Approximations.

@@ -117,13 +117,13 @@ class LoraSlots:
     def weight(self, module: str) -> Tensor:
         """A linear's own weight, (out_features, in_features) float32 on the CPU, whatever is bound.
 
-        A quantized one is what the linear computes with: what it makes of the unit vectors, where its weight cannot say.
+        A quantized one is what the linear computes with: what it makes of unit vectors, where its weight cannot say.
         """
         base = self._layers[module].base
         weight = base.weight
         if type(weight) is nn.Parameter and weight.is_floating_point() and weight.shape == _sizes(base):
             return weight.detach().to("cpu", torch.float32)
-        if hasattr(weight, "dequantize") and weight.shape == _sizes(base):
+        if type(weight) is not nn.Parameter and hasattr(weight, "dequantize"):
             return weight.detach().dequantize().to("cpu", torch.float32)
         with torch.inference_mode(False), torch.no_grad():
             dtype = self.empty.matrices[0].dtype
