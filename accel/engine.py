@@ -256,7 +256,8 @@ class Engine:
             return "hot"
         flat, source = self._host.get(stack.key), "warm"
         if flat is None:
-            flat, source = flatten(stack.active, self.dtype, pin=self.device.type == "cuda"), "cold"
+            pin = self.device.type == "cuda"
+            flat, source = flatten(stack.active, self.dtype, pin, base=self._slots), "cold"
             self._host.put(stack.key, flat)
         loras.put(stack.key, flat)
         return source

@@ -9,13 +9,13 @@ from torch import nn
 
 from ...attention import Attention
 from ...files import TensorInfo
-from ...layout import Layout, LoraTarget
+from ...layout import Layout, LoraTarget, VectorWeight
 from . import blocks
 from .config import AXES_DIM, DIFFUSERS, HEAD_DIM, PATCH_SIZE, Flux1Config
 from .config import recognise as recognise_config
 from .forward import Flux1Forward, Flux1Inputs
 from .layout import checkpoint_layout
-from .lora_names import lora_aliases
+from .lora_names import lora_aliases, lora_norms
 
 __all__ = ["AXES_DIM", "PATCH_SIZE", "Flux1", "Flux1Config", "Flux1Inputs"]
 
@@ -46,6 +46,10 @@ class Flux1:
     def lora_aliases(self, config: Flux1Config) -> dict[str, LoraTarget]:
         """See `lora_names.lora_aliases`."""
         return lora_aliases(checkpoint_layout(config))
+
+    def lora_norms(self, config: Flux1Config) -> dict[str, VectorWeight]:
+        """See `lora_names.lora_norms`."""
+        return lora_norms(checkpoint_layout(config))
 
     def quantizable(self, module: str) -> bool:
         """Whether a linear of the diffusers model may be stored in fewer bits: those inside the blocks.
