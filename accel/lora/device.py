@@ -92,6 +92,14 @@ class DeviceLoras:
         """Bytes of one stack's buffer."""
         return self._residents[key].bytes
 
+    def flat(self, key: Hashable) -> FlatLora:
+        """One stack as it lies on the device; with `share_host` the very object that `put` got."""
+        return self._residents[key].flat
+
+    def fits(self, size: int) -> bool:
+        """Whether a stack of `size` bytes would come to the device without another one having to go."""
+        return self.bytes + size <= self._budget_bytes
+
     def _make_room(self, needed: int) -> _Resident | None:
         """Drop what is over the budget; return the dropped buffer that fits best, to be reused."""
         best: _Resident | None = None

@@ -46,6 +46,17 @@ class ByteLru(Generic[Value]):
                 _, dropped = self._values.popitem(last=False)
                 total -= self._size_of(dropped)
 
+    def __contains__(self, key: Hashable) -> bool:
+        """Whether there is a value, without using it."""
+        with self._lock:
+            return key in self._values
+
+    def drop(self, outdated: Callable[[Hashable], bool]) -> None:
+        """Drop the values whose keys are outdated."""
+        with self._lock:
+            for key in [key for key in self._values if outdated(key)]:
+                del self._values[key]
+
     def clear(self) -> None:
         """Drop everything."""
         with self._lock:
