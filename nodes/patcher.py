@@ -17,6 +17,8 @@ from ..accel.errors import SettingsError
 from ..accel.lora.schedule import Keyframes, Playback, ScheduledStack
 from ..accel.lora.stack import LoraStack
 from ..accel.lora.weights import LoraWeights
+from ..accel.prefetch import Prefetcher
+from .prefetch import prefetcher_for
 from .progress import show_text
 
 log = logging.getLogger(__name__)
@@ -56,6 +58,7 @@ class AcceleratedModelPatcher(comfy.model_patcher.ModelPatcher):
         super().__init__(model, load_device, offload_device, size, weight_inplace_update)
         self.loras = ScheduledStack()
         self._playback: Playback | None = None
+        self._prefetcher: Prefetcher | None = None
 
     @property
     def engine(self) -> Engine:
@@ -154,6 +157,8 @@ class AcceleratedModelPatcher(comfy.model_patcher.ModelPatcher):
         else:
             self._playback = None
             self._apply(self.loras.stack)
+        self._prefetcher = prefetcher_for(engine)
+        self._prefetcher.start()
 
     def ensure_applied(self, transformer_options: dict[str, Any] | None) -> None:
         """Before each call of the model: load the engine and bind the LoRAs of this step, if either is not so already.
@@ -179,6 +184,9 @@ class AcceleratedModelPatcher(comfy.model_patcher.ModelPatcher):
         """Say what the sampling did. The LoRAs stay bound: the next prompt may want them again."""
         super().cleanup()
         self._playback = None
+        if self._prefetcher is not None:
+            self._prefetcher.stop()
+            self._prefetcher = None
         record, self.model.sampling_record = getattr(self.model, "sampling_record", None), None
         if record is None:
             return

@@ -264,7 +264,7 @@ def test_chinese_names_appear(server, browser):
 
     chinese = json.loads((REPO / "locales" / "zh" / "nodeDefs.json").read_text(encoding="utf-8"))
     assert {type_: titles[type_] for type_ in NODES} == {type_: chinese[type_]["display_name"] for type_ in NODES}
-    assert labels == ["LoRA名称", "强度", "CLIP强度"]
+    assert labels == ["LoRA名称", "强度", "CLIP强度", "起始百分比", "结束百分比"]
     assert menu == "Flux 热切换"
 
 

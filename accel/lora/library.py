@@ -66,6 +66,7 @@ class LoraLibrary:
         self._loras: DeviceLoras | None = None
         self._on_device: dict[StackKey, Prepared] = {}
         self._fixed: set[tuple[FileIdentity, ...]] = set()
+        self._generation = 0
 
     @property
     def host_bytes(self) -> int:
@@ -90,7 +91,8 @@ class LoraLibrary:
         self._unscaled.clear()
 
     def clear(self) -> None:
-        """Give all memory back."""
+        """Give all memory back; what is being read or prepared on another thread meanwhile is not kept either."""
+        self._generation += 1
         self.detach()
         self._host.clear()
         self._files.clear()
@@ -103,9 +105,11 @@ class LoraLibrary:
         identity = FileIdentity.of(path)
         weights = self._files.get(identity)
         if weights is None:
+            generation = self._generation
             weights = read_lora(path, self._spec)
-            self._files.put(weights.identity, weights)
-            self._drop_older(weights.identity)
+            if generation == self._generation:
+                self._files.put(weights.identity, weights)
+                self._drop_older(weights.identity)
         return weights
 
     def prepare(self, stack: LoraStack) -> tuple[Prepared, bool]:
@@ -120,11 +124,13 @@ class LoraLibrary:
         prepared = self._host.get(self._key(stack))
         if prepared is not None:
             return prepared, True
+        generation = self._generation
         flat = flatten(stack.active, self._dtype, pin=self._pin)
         if not rescalable(flat):
             self._fixed.add(stack.identities)
         prepared = Prepared(flat, stack.strengths)
-        self._host.put(self._key(stack), prepared)
+        if generation == self._generation:
+            self._host.put(self._key(stack), prepared)
         return prepared, False
 
     def prepared(self, stack: LoraStack) -> bool:
