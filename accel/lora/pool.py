@@ -21,7 +21,8 @@ class ByteLru(Generic[Value]):
         self.budget_bytes = budget_bytes
         self._size_of = size_of
         self._values: OrderedDict[Hashable, Value] = OrderedDict()
-        self._lock = threading.Lock()
+        # Reentrant: an interrupt just before a `with` ends must not lock its own thread out for ever.
+        self._lock = threading.RLock()
 
     @property
     def bytes(self) -> int:
