@@ -17,7 +17,7 @@ import torch
 from aiohttp import web
 from server import PromptServer
 
-from .power_lora_loader import ProbePowerLoraLoader
+from .power_lora_loader import ProbeAddPatches, ProbeCachedLoraLoader, ProbePowerLoraLoader
 from .recompiles import ProbeErrorOnRecompile, ProbeRecompile
 
 CATEGORY = "test"
@@ -279,5 +279,6 @@ class ProbeAttentionMask:
 NODE_CLASS_MAPPINGS = {
     node.__name__: node
     for node in (ProbeGate, ProbeSamplingGate, ProbeConditioning, ProbeBlockPatch, ProbePostInputPatch, ProbeWrapper,
-                 ProbeAttentionMask, ProbeErrorOnRecompile, ProbePowerLoraLoader, ProbeRecompile)
+                 ProbeAttentionMask, ProbeErrorOnRecompile, ProbePowerLoraLoader, ProbeCachedLoraLoader,
+                 ProbeAddPatches, ProbeRecompile)
 }
