@@ -114,7 +114,8 @@ def test_a_thousand_random_swaps_leave_no_trace(paths, device):
     assert found["identical"]
     assert max(found["host_bytes"]) <= TIGHT.host_bytes
     sizes = found["resident_bytes"]
-    assert max(sizes[2:]) <= 1.01 * sizes[1], f"resident memory after each hundred swaps: {sizes}"
+    # The second half against the first; single figures differ by as much as the allocator's free pages do.
+    assert max(sizes[5:]) <= 1.01 * max(sizes[:5]), f"resident memory after each hundred swaps: {sizes}"
 
 
 def main(paths, device):
