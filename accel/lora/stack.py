@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -102,6 +102,16 @@ class LoraStack:
     def key(self) -> tuple[tuple[FileIdentity, float], ...]:
         """What the bound tensors depend on: equal keys, equal output."""
         return tuple((entry.weights.identity, entry.strength) for entry in self.active)
+
+    @property
+    def identities(self) -> tuple[FileIdentity, ...]:
+        """Which LoRAs change anything, in order."""
+        return tuple(entry.weights.identity for entry in self.active)
+
+    @property
+    def strengths(self) -> tuple[float, ...]:
+        """How much each of `identities` does."""
+        return tuple(entry.strength for entry in self.active)
 
     def __str__(self) -> str:
         """The stack as a person would write it: `a.safetensors × 0.8 + b.safetensors × 1`."""
@@ -292,12 +302,15 @@ def _place(
     for module, layers in by_module.items():
         rank = aligned_rank(sum(layer.rank for layer, _ in layers))
         first = layers[0][0]
-        a_shape, b_shape = (rank, first.lora_A.shape[1]), (first.lora_B.shape[0], rank)
         # q, k and v of a fused file have the same lora_A: stored once, copied once, read from the cache.
         same = tuple(id(layer.lora_A) for layer, _ in layers)
+        a_shape = (rank, first.lora_A.shape[1])
         if same not in shared:
             shared[same] = take(math.prod(a_shape))
-        placed[module] = Placed(shared[same], a_shape, take(math.prod(b_shape)), b_shape)
+        placed[module] = Placed(shared[same], a_shape, 0, (first.lora_B.shape[0], rank))
+    # Every lora_B behind every lora_A: another strength is one product over one stretch of memory, see rescale.py.
+    for module, place in placed.items():
+        placed[module] = replace(place, b_start=take(math.prod(place.b_shape)))
     return placed, end, gaps
 
 
