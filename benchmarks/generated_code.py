@@ -82,10 +82,11 @@ def _variant(
 
 
 def _to_device(model: nn.Module) -> None:
+    """Give every Parameter a place there, and `DTYPE`: PEFT makes its layers in float32."""
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                empty = torch.empty(parameter.shape, dtype=parameter.dtype, device="cuda")
+                empty = torch.empty(parameter.shape, dtype=DTYPE, device="cuda")
                 module._parameters[name] = nn.Parameter(empty, requires_grad=False)
 
 
