@@ -101,7 +101,7 @@ def _modulate(normed: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def _heads(projected: Tensor) -> Tensor:
-    # (B, N, heads, D), in memory as the linears leave it and as the next one reads it: attention gets a transposed view.
+    # (B, N, heads, D), as the linears leave them and the next one reads them: attention gets a transposed view.
     return projected.unflatten(-1, (-1, HEAD_DIM))
 
 
