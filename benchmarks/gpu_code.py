@@ -58,7 +58,7 @@ NOTES = (
     "pack takes the one that is faster there, by measuring; which one that is on an H100 is not known.",
     "A LoRA on all linears of the block, modulation included. The code is generated for constant sizes; attention is "
     "an opaque stand-in, as FlashAttention 3 would be.",
-    "In fp8 the pack's layers write each input in bf16, too, in case a LoRA reads it, where bare linears write only the "
+    "In fp8 the pack's layers write each input in bf16, too, in case a LoRA reads it; bare linears write only the "
     "quantized one: that is what fp8_none costs over fp8_bare. The goals compare with the bare ones.",
     "peft: diffusers' own block forward with PEFT's layers; fp8: torchao's float8 dynamic, by rows.",
 )
@@ -185,6 +185,6 @@ def draw(values: Mapping[str, Any], path: Path) -> None:
     axes.bar_label(bars, [f" {amount:,.0f}" for amount in amounts])
     axes.invert_yaxis()
     axes.set_xlim(0, 1.1 * max(amounts))
-    axes.set_xlabel("MB read and written by one double and one single block (counted, not measured)")
+    axes.set_xlabel("MB, one double and one single block (counted, not measured)")
     axes.spines[["top", "right"]].set_visible(False)
     picture.savefig(path, dpi=150)
