@@ -31,9 +31,9 @@ DTYPE = torch.bfloat16
 KINDS = ("ours", "bare", "diffusers", "peft")
 PEFT_RANK = 16
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_scaled_mm", "_int_mm")
-# What makes the host wait for the device, or moves data between them.
-SYNCS = r"\.item\(\)|\.cpu\(\)|\.tolist\(\)|synchronize\(|_local_scalar_dense|\.wait\(\)"
-HOST_COPIES = r"device='cpu'|device=cpu|empty_strided_cpu|\.to\('cpu|_cpu_async"
+# What makes the host wait for the device, and what moves data to it, in generated code.
+SYNCS = r"\.item\(\)|\.tolist\(\)|synchronize\(|_local_scalar_dense|\.wait\(\)"
+HOST_COPIES = r"\.cpu\(\)|device\(type='cpu'|device='cpu'|empty_strided_cpu|\.to\('cpu"
 
 
 class _Generated(Exception):
@@ -173,10 +173,14 @@ def _describe(code: str, graph: Any) -> dict[str, Any]:
         "inductor_bytes": graph.count_bytes()[0],
         "kernels": len(re.findall(r"triton_[a-z0-9_]+\.run\(", call)),
         "products": products,
-        "host_copies": len(re.findall(HOST_COPIES, call)),
-        "syncs": len(re.findall(SYNCS, call)),
+        **crossings(call),
         "operators": operators,
     }
+
+
+def crossings(call: str) -> dict[str, int]:
+    """Count what crosses from the device to the host in the code of a `call` function."""
+    return {"host_copies": len(re.findall(HOST_COPIES, call)), "syncs": len(re.findall(SYNCS, call))}
 
 
 def _own_operator(node: Any) -> dict[str, Any] | None:

@@ -112,15 +112,15 @@ def count(blocks: Mapping[str, Any], rank: int, fused: bool) -> dict[str, float]
     Returns:
         "mb", and each of `COUNTS`; a fused kernel counts as a matrix product.
     """
-    total = {"mb": 0.0, **dict.fromkeys(COUNTS, 0)}
+    moved, total = 0, dict.fromkeys(COUNTS, 0)
     for block in blocks.values():
-        total["mb"] += block["bytes"] / MB
+        moved += block["bytes"]
         for name in COUNTS:
             total[name] += block[name]
         for call in map(_linears, block["operators"]):
-            total["mb"] += linears_bytes(call, rank, fused) / MB
+            moved += linears_bytes(call, rank, fused)
             total["products"] += linears_products(call, rank, fused)
-    return total
+    return {"mb": moved / MB, **total}
 
 
 def _linears(operator: Mapping[str, Any]) -> Linears:
