@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -63,12 +64,14 @@ class SwapReport:
             then bound), "warm" (was prepared on the host: one copy, then bound) or "cold" (prepared now).
         swap_ms: wall-clock time of the switch.
         bytes: size of the bound LoRA on the device.
+        error: relative error of a stack that was cut to a lower rank; 0 for an exact one.
     """
 
     loras: str
     source: str
     swap_ms: float
     bytes: int
+    error: float = 0.0
 
 
 class Engine:
@@ -92,6 +95,7 @@ class Engine:
         settings: EngineSettings,
         observer: Observer | None = None,
         pools: PoolBudgets | None = None,
+        lora_cache: str | os.PathLike[str] | None = None,
     ) -> None:
         """Check the settings against the machine; read nothing but the header.
 
@@ -100,6 +104,7 @@ class Engine:
             settings: how to build the engine.
             observer: hears of what takes long.
             pools: what LoRAs may keep of the memory; by default `PoolBudgets.of_free_memory`, taken at each `load`.
+            lora_cache: folder for LoRA matrices that are slow to compute (LoHa, LoKr); None computes them each time.
 
         Raises:
             SettingsError: the machine cannot do what the settings ask for.
@@ -119,7 +124,8 @@ class Engine:
         regions = spec.family.regions(resolve_attention(settings.attention))
         self._regions = tuple(self._compiler.region(region) for region in regions)
         self._pools = pools
-        self._library = LoraLibrary(spec, self.dtype, self.device, self._budgets(reserved_bytes=self.bytes))
+        budgets = self._budgets(reserved_bytes=self.bytes)
+        self._library = LoraLibrary(spec, self.dtype, self.device, budgets, lora_cache)
         self._lock = threading.RLock()
         self._model: nn.Module | None = None
         self._slots: LoraSlots | None = None
@@ -219,7 +225,7 @@ class Engine:
         Raises:
             LoraError: see `lora.stack.flatten`.
         """
-        if stack.active:
+        if stack.active and (self.loaded or not stack.needs_base):
             self._library.prepare(stack)  # takes long, so outside the lock: a swap must not wait for it
             with self._lock:
                 if self.loaded:
@@ -241,14 +247,15 @@ class Engine:
             if not self.loaded:
                 raise EngineStateError("swap before load: call Engine.load first.")
             start = time.perf_counter()
-            source, size = "unchanged", 0
+            source, size, error = "unchanged", 0, 0.0
             if stack.key != self._applied:
                 source = self._library.bring(stack) if stack.active else "hot"
                 # An interrupt can rise between any two lines: what is not known to be bound counts as unknown.
                 self._applied = None
                 size = self._library.bind(stack)
                 self._applied = stack.key
-            return SwapReport(str(stack), source, (time.perf_counter() - start) * 1e3, size)
+                error = self._library.error(stack)
+            return SwapReport(str(stack), source, (time.perf_counter() - start) * 1e3, size, error)
 
     def applied(self, stack: LoraStack) -> bool:
         """Whether the engine computes with this stack now."""

@@ -105,6 +105,7 @@ class Report:
         values: the JSON file's own keys; machine, date, goals, notes and samples_ms are added to them.
         samples_ms: every sample behind the medians.
         notes: what a reader must know to judge the figures.
+        picture: draws the figures into a PNG file.
     """
 
     title: str
@@ -113,6 +114,7 @@ class Report:
     goals: Sequence[Goal] = ()
     notes: Sequence[str] = ()
     samples_ms: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    picture: Callable[[Path], None] | None = None
     machine: Mapping[str, Any] = field(default_factory=lambda: machine())
     date: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import comfy.model_management
 from comfy_api.latest import io
 
@@ -14,7 +16,7 @@ from .files import CATEGORY, find_model, fingerprint_model, model_files
 from .model import AcceleratedFlux
 from .patcher import AcceleratedModelPatcher
 from .progress import NodeObserver
-from .quantize import FluxQuantization
+from .quantize import FluxQuantization, cache_folder
 
 
 class FluxAccelLoader(io.ComfyNode):
@@ -85,7 +87,7 @@ class FluxAccelLoader(io.ComfyNode):
         )
 
         def build() -> AcceleratedModelPatcher:
-            engine = Engine(spec, settings, NodeObserver())
+            engine = Engine(spec, settings, NodeObserver(), lora_cache=os.path.join(cache_folder(), "loras"))
             offload_device = comfy.model_management.unet_offload_device()
             return AcceleratedModelPatcher(AcceleratedFlux(engine), device, offload_device)
 

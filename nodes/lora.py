@@ -14,6 +14,7 @@ from ..accel.lora.schedule import between
 from ..accel.lora.weights import LoraWeights
 from .files import CATEGORY, find_file, fingerprint
 from .patcher import AcceleratedModelPatcher
+from .progress import show_text
 
 FOLDER = "loras"
 log = logging.getLogger(__name__)
@@ -58,6 +59,16 @@ class FluxHotswapLora(io.ComfyNode):
                     tooltip="Where in the sampling the LoRA ends; 1 is its end. Switching on the way costs "
                     "milliseconds.",
                 ),
+                io.Int.Input(
+                    "max_rank",
+                    default=0,
+                    min=0,
+                    max=4096,
+                    optional=True,
+                    advanced=True,
+                    tooltip="0: exact. Otherwise this LoRA and those before it are cut together to this rank, by SVD, "
+                    "when they add up to more: less memory and time per step, with an error that the sampler shows.",
+                ),
             ],
             outputs=[io.Model.Output(), io.Clip.Output()],
         )
@@ -77,6 +88,7 @@ class FluxHotswapLora(io.ComfyNode):
         strength_clip: float = 1.0,
         start_percent: float = 0.0,
         end_percent: float = 1.0,
+        max_rank: int = 0,
     ) -> io.NodeOutput:
         """Check the file against the model, and put it on the clone's stack; it is bound when sampling starts."""
         if not isinstance(model, AcceleratedModelPatcher):
@@ -88,7 +100,22 @@ class FluxHotswapLora(io.ComfyNode):
         path = find_file(FOLDER, lora_name)
         weights = model.engine.read_lora(path)
         patched_clip = _patch_clip(clip, path, weights, strength_clip)
-        return io.NodeOutput(model.with_lora(weights, strength, keyframes), patched_clip)
+        patched = model.with_lora(weights, strength, keyframes, max_rank)
+        log.info("Flux Hotswap: LoRA %s: %s", weights.name, weights.report)
+        show_text(f"{weights.report}\n{_describe_cost(patched)}")
+        return io.NodeOutput(patched, patched_clip)
+
+
+def _describe_cost(model: AcceleratedModelPatcher) -> str:
+    """What the stack so far takes, for the node: memory, and products in every step."""
+    stack, engine = model.loras.stack, model.engine
+    cost = stack.cost
+    share = cost.step_share(engine.spec.parameter_count)
+    cut = f"; cut to rank {stack.max_rank}" if 0 < stack.max_rank < cost.max_rank else ""
+    return (
+        f"Stack: rank {cost.max_rank} at most on {cost.linears} linears, {cost.megabytes(engine.dtype):,.0f} MB, about "
+        f"{share:.1%} more arithmetic per step{cut}"
+    )
 
 
 def _patch_clip(clip, path: str, weights: LoraWeights, strength: float):

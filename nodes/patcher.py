@@ -72,11 +72,13 @@ class AcceleratedModelPatcher(comfy.model_patcher.ModelPatcher):
         return copy
 
     def with_lora(
-        self, weights: LoraWeights, strength: float, keyframes: Keyframes = ()
+        self, weights: LoraWeights, strength: float, keyframes: Keyframes = (), max_rank: int = 0
     ) -> AcceleratedModelPatcher:
-        """A clone with one more LoRA on its stack."""
+        """A clone with one more LoRA on its stack, which is cut to a rank if `max_rank` is not 0."""
         copy = self.clone()
         copy.loras = self.loras.with_lora(weights, strength, keyframes)
+        if max_rank:
+            copy.loras = copy.loras.with_max_rank(max_rank)
         return copy
 
     def add_patches(self, patches: Any, strength_patch: float = 1.0, strength_model: float = 1.0) -> list[Any]:
@@ -194,8 +196,10 @@ class AcceleratedModelPatcher(comfy.model_patcher.ModelPatcher):
         swap_ms = sum(swap.swap_ms for swap in record.swaps)
         counts = Counter(swap.source for swap in record.swaps)
         sources = ", ".join(f"{count} × {source}" if count > 1 else source for source, count in counts.items())
+        error = max((swap.error for swap in record.swaps), default=0.0)
+        cut = f" cut to rank {self.loras.stack.max_rank} (error {error:.2%})" if error else ""
         summary = (
-            f"LoRAs {self.loras} | swap {swap_ms:.2f} ms ({sources or 'already bound'}) | "
+            f"LoRAs {self.loras}{cut} | swap {swap_ms:.2f} ms ({sources or 'already bound'}) | "
             f"compiled {engine.compile_count - record.compiles_before} | "
             f"recompiles {engine.recompile_count - record.recompiles_before} | "
             f"sampling {time.perf_counter() - record.started:.2f} s"

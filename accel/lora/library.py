@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Hashable
 from dataclasses import dataclass
 
@@ -10,13 +11,17 @@ import torch
 from ..files import FileIdentity
 from ..memory import PoolBudgets, pinned_bytes
 from ..spec import ModelSpec
+from .buffers import HostBuffers
 from .device import DeviceLoras
 from .file import read_lora
 from .pool import ByteLru
 from .rescale import UnscaledB, rescalable
 from .slots import LoraSlots
 from .stack import FlatLora, LoraStack, flatten
+from .truncate import truncate
 from .weights import LoraWeights
+
+BUFFERS_BYTES = 512 * 2**20
 
 
 @dataclass(frozen=True)
@@ -25,19 +30,28 @@ class StackKey:
 
     Attributes:
         identities: of its active LoRAs, in order.
+        max_rank: that it is cut to; 0: exact.
         strengths: None where another strength is only another lora_B, so that one buffer serves them all.
     """
 
     identities: tuple[FileIdentity, ...]
+    max_rank: int
     strengths: tuple[float, ...] | None
 
 
 @dataclass
 class Prepared:
-    """A flat buffer, and the strengths that its lora_B has now; None: writing them was interrupted."""
+    """A stack in a flat buffer.
+
+    Attributes:
+        flat: the buffer.
+        strengths: that its lora_B has now; None: writing them was interrupted.
+        error: relative error of a stack that was cut to a lower rank.
+    """
 
     flat: FlatLora
     strengths: tuple[float, ...] | None
+    error: float = 0.0
 
 
 class LoraLibrary:
@@ -46,7 +60,14 @@ class LoraLibrary:
     `read` and `prepare` may be called from any thread; the others from one at a time, see `Engine`.
     """
 
-    def __init__(self, spec: ModelSpec, dtype: torch.dtype, device: torch.device, budgets: PoolBudgets) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        dtype: torch.dtype,
+        device: torch.device,
+        budgets: PoolBudgets,
+        cache_dir: str | os.PathLike[str] | None = None,
+    ) -> None:
         """Start empty.
 
         Args:
@@ -54,8 +75,15 @@ class LoraLibrary:
             dtype: the transformer's.
             device: where it runs.
             budgets: what may be kept.
+            cache_dir: where matrices that are slow to compute are kept on disk, see `file.read_lora`.
         """
         self._spec = spec
+        self._cache_dir = cache_dir
+        linears = spec.family.layout(spec.config).linears
+        self._order = tuple(part.module for linear in linears for part in linear.parts)
+        # For what the next LoRA is read into: one of usual size. Page-locked memory has its own cache in torch.
+        self._buffers = HostBuffers(BUFFERS_BYTES)
+        self._slots: LoraSlots | None = None
         self._dtype = dtype
         self._device = device
         self._pin = device.type == "cuda"
@@ -65,7 +93,7 @@ class LoraLibrary:
         self._device_bytes = budgets.device_bytes
         self._loras: DeviceLoras | None = None
         self._on_device: dict[StackKey, Prepared] = {}
-        self._fixed: set[tuple[FileIdentity, ...]] = set()
+        self._fixed: set[tuple[tuple[FileIdentity, ...], int]] = set()
         self._generation = 0
 
     @property
@@ -82,11 +110,12 @@ class LoraLibrary:
         """Begin to bring LoRAs to a model's slots, within budgets of the memory that is free now."""
         self._files.budget_bytes, self._host.budget_bytes = budgets.files_bytes, budgets.host_bytes
         self._unscaled.budget_bytes = budgets.device_bytes // 2
+        self._slots = slots
         self._loras = DeviceLoras(slots, self._device, budgets.device_bytes)
 
     def detach(self) -> None:
         """Forget what is on the device."""
-        self._loras = None
+        self._loras = self._slots = None
         self._on_device = {}
         self._unscaled.clear()
 
@@ -97,6 +126,7 @@ class LoraLibrary:
         self._host.clear()
         self._files.clear()
         self._fixed.clear()
+        self._buffers.clear()
         if self._pin and hasattr(torch.accelerator, "empty_host_cache"):
             torch.accelerator.empty_host_cache()  # torch keeps freed page-locked memory for itself otherwise
 
@@ -106,7 +136,7 @@ class LoraLibrary:
         weights = self._files.get(identity)
         if weights is None:
             generation = self._generation
-            weights = read_lora(path, self._spec)
+            weights = read_lora(path, self._spec, self._cache_dir, buffers=self._buffers)
             if generation == self._generation:
                 self._files.put(weights.identity, weights)
                 self._drop_older(weights.identity)
@@ -125,10 +155,13 @@ class LoraLibrary:
         if prepared is not None:
             return prepared, True
         generation = self._generation
-        flat = flatten(stack.active, self._dtype, pin=self._pin)
-        if not rescalable(flat):
-            self._fixed.add(stack.identities)
-        prepared = Prepared(flat, stack.strengths)
+        flat, error = flatten(stack.active, self._dtype, self._pin, self._slots, self._buffers, self._order), 0.0
+        if stack.max_rank:
+            cut = truncate(flat, stack.max_rank)
+            flat, error = cut.flat, cut.overall_error
+        if stack.max_rank or not rescalable(flat):
+            self._fixed.add((stack.identities, stack.max_rank))
+        prepared = Prepared(flat, stack.strengths, error)
         if generation == self._generation:
             self._host.put(self._key(stack), prepared)
         return prepared, False
@@ -160,7 +193,7 @@ class LoraLibrary:
             self._on_device.pop(key, None)  # what an interrupt leaves is then unknown, not wrong
             loras.put(key, prepared.flat)
             flat = loras.flat(key)
-            resident = prepared if flat is prepared.flat else Prepared(flat, prepared.strengths)
+            resident = prepared if flat is prepared.flat else Prepared(flat, prepared.strengths, prepared.error)
             self._on_device = {known: value for known, value in self._on_device.items() if known in loras}
             self._on_device[key] = resident
         if resident.strengths != stack.strengths:
@@ -187,9 +220,14 @@ class LoraLibrary:
         self._loras.bind(key)
         return self._loras.size_of(key)
 
+    def error(self, stack: LoraStack) -> float:
+        """How far a stack that is on the device was cut: relative error; 0 for an exact one."""
+        return self._on_device[self._key(stack)].error if stack.active else 0.0
+
     def _key(self, stack: LoraStack) -> StackKey:
-        identities = stack.identities
-        return StackKey(identities, stack.strengths if identities in self._fixed else None)
+        identities, max_rank = stack.identities, stack.max_rank
+        fixed = (identities, max_rank) in self._fixed
+        return StackKey(identities, max_rank, stack.strengths if fixed else None)
 
     def _unscaled_of(self, key: StackKey, stack: LoraStack, resident: Prepared) -> UnscaledB:
         unscaled = self._unscaled.get(key)

@@ -70,6 +70,10 @@ class ScheduledStack:
         """A new stack with one more LoRA on top. See `LoraStack.with_lora` for the errors."""
         return ScheduledStack(self.stack.with_lora(weights, strength), (*self.keyframes, keyframes))
 
+    def with_max_rank(self, max_rank: int) -> ScheduledStack:
+        """The same stack, cut to a rank. See `LoraStack.with_max_rank`."""
+        return replace(self, stack=self.stack.with_max_rank(max_rank))
+
     @property
     def varies(self) -> bool:
         """Whether any strength changes while sampling."""
@@ -84,7 +88,8 @@ class ScheduledStack:
     def at(self, factors: Sequence[float]) -> LoraStack:
         """The stack while each entry counts `factors` times its strength."""
         entries = zip(self.stack.entries, factors, strict=True)
-        return LoraStack(tuple(replace(entry, strength=entry.strength * factor) for entry, factor in entries))
+        scaled = tuple(replace(entry, strength=entry.strength * factor) for entry, factor in entries)
+        return replace(self.stack, entries=scaled)
 
     def stacks(self) -> Iterator[LoraStack]:
         """Every stack that the sampling may need, in order: one for each point at which something changes."""

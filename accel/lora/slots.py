@@ -14,6 +14,7 @@ import torch
 import torch._dynamo
 from torch import Tensor, nn
 
+from ..quantize.linears import dequantize
 from .layers import SLOTS, LoraLinear
 from .stack import HEAD_BYTES, FlatLora
 
@@ -115,21 +116,9 @@ class LoraSlots:
         return Bindings(tuple(matrices), tuple(others))
 
     def weight(self, module: str) -> Tensor:
-        """A linear's own weight, (out_features, in_features) float32 on the CPU, whatever is bound.
-
-        A quantized one is what the linear computes with: what it makes of unit vectors, where its weight cannot say.
-        """
-        base = self._layers[module].base
-        weight = base.weight
-        if type(weight) is nn.Parameter and weight.is_floating_point() and weight.shape == _sizes(base):
-            return weight.detach().to("cpu", torch.float32)
-        if type(weight) is not nn.Parameter and hasattr(weight, "dequantize"):
-            return weight.detach().dequantize().to("cpu", torch.float32)
+        """A linear's own weight, (out_features, in_features) float32 on the CPU, whatever is bound."""
         with torch.inference_mode(False), torch.no_grad():
-            dtype = self.empty.matrices[0].dtype
-            units = torch.eye(base.in_features, dtype=dtype, device=weight.device)
-            rows = base(units).float() - (0.0 if base.bias is None else base.bias.float())
-        return rows.T.cpu().contiguous()
+            return dequantize(self._layers[module].base).cpu()
 
     def parameter(self, name: str) -> Tensor:
         """A bias or the scale of a norm, as the model itself has it, whatever is bound."""
@@ -147,9 +136,6 @@ class LoraSlots:
             owner[name] = parameter
             self._replaced.pop()
 
-
-def _sizes(linear: nn.Module) -> tuple[int, int]:
-    return linear.out_features, linear.in_features
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> nn.Parameter:

@@ -54,6 +54,10 @@ class StackCost:
     max_rank: int
     summed_rank: int
 
+    def step_share(self, parameters: int) -> float:
+        """Arithmetic of a step with the stack, over that of the model's weights (attention aside) without it."""
+        return self.elements / parameters
+
     def megabytes(self, dtype: torch.dtype) -> float:
         """Size on the device in MB (10**6 bytes)."""
         return self.elements * dtype.itemsize / 1e6
@@ -61,9 +65,15 @@ class StackCost:
 
 @dataclass(frozen=True)
 class LoraStack:
-    """An ordered, immutable stack of LoRAs. The empty stack is the base model."""
+    """An ordered, immutable stack of LoRAs. The empty stack is the base model.
+
+    Attributes:
+        entries: first applied first.
+        max_rank: what the summed rank on each linear is cut to, see `truncate`; 0 leaves the stack exact.
+    """
 
     entries: tuple[StackEntry, ...] = ()
+    max_rank: int = 0
 
     def with_lora(self, weights: LoraWeights, strength: float) -> LoraStack:
         """A new stack with one more LoRA on top.
@@ -73,7 +83,17 @@ class LoraStack:
         """
         if not math.isfinite(strength):
             raise LoraError(f"LoRA '{weights.name}': strength is {strength}, expected a finite number.")
-        return LoraStack((*self.entries, StackEntry(weights, float(strength))))
+        return replace(self, entries=(*self.entries, StackEntry(weights, float(strength))))
+
+    def with_max_rank(self, max_rank: int) -> LoraStack:
+        """The same stack, cut to a rank; 0 leaves it exact.
+
+        Raises:
+            LoraError: the rank is negative.
+        """
+        if max_rank < 0:
+            raise LoraError(f"max_rank is {max_rank}, expected 0 (exact) or a rank such as 64.")
+        return replace(self, max_rank=max_rank)
 
     @property
     def active(self) -> tuple[StackEntry, ...]:
@@ -99,9 +119,15 @@ class LoraStack:
         return StackCost(elements, len(ranks), max(ranks.values(), default=0), sum(ranks.values()))
 
     @property
-    def key(self) -> tuple[tuple[FileIdentity, float], ...]:
+    def key(self) -> tuple[tuple[FileIdentity, float] | int, ...]:
         """What the bound tensors depend on: equal keys, equal output."""
-        return tuple((entry.weights.identity, entry.strength) for entry in self.active)
+        active = tuple((entry.weights.identity, entry.strength) for entry in self.active)
+        return (*active, self.max_rank) if active and self.max_rank else active
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether preparing it takes the model's own weights: for DoRA, biases and norms."""
+        return any(entry.weights.needs_base for entry in self.active)
 
     @property
     def identities(self) -> tuple[FileIdentity, ...]:
@@ -160,6 +186,7 @@ def flatten(
     pin: bool,
     base: BaseWeights | None = None,
     buffers: HostBuffers | None = None,
+    order: Sequence[str] = (),
 ) -> FlatLora:
     """Concatenate, scale and cast a stack into one flat host buffer.
 
@@ -169,6 +196,8 @@ def flatten(
         pin: whether to use page-locked memory, from which a copy to a CUDA device is asynchronous and twice as fast.
         base: the model's weights, for DoRA and for changes of biases and norms.
         buffers: where memory comes from that is not page-locked; None takes it from the system, which is slower.
+        order: modules in the order in which they run. lora_A of linears that read the same input then adjoin, and one
+            product serves them all, see `layers`.
 
     Returns:
         The buffer on the CPU; ranks are rounded up to `RANK_ALIGNMENT` with zeros.
@@ -182,9 +211,11 @@ def flatten(
         for entry in entries:
             for layer in entry.weights.layers:
                 by_module[layer.module].append((layer, entry.strength))
+        ordered = [module for module in order if module in by_module] or list(by_module)
         mixing: dict[str, Tensor] = {}
         composed: dict[str, Layers] = {}
-        for module, layers in by_module.items():
+        for module in ordered:
+            layers = by_module[module]
             if is_plain(layers):
                 composed[module] = layers
                 continue

@@ -109,6 +109,11 @@ class LoraWeights:
         return self.identity.name
 
     @property
+    def needs_base(self) -> bool:
+        """Whether applying it takes the model's own weights."""
+        return bool(self.vectors) or any(getattr(layer, "magnitude", None) is not None for layer in self.layers)
+
+    @property
     def bytes(self) -> int:
         """Memory that the weights hold; lora_A of a fused linear serves several layers and counts once."""
         tensors = [vector.value for vector in self.vectors]

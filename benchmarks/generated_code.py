@@ -1,0 +1,220 @@
+"""Child process of `gpu_code`: generate the code of blocks for an H100, and print as JSON what is in it.
+
+    python -m benchmarks.generated_code HIDDEN_SIZE IMAGE_TOKENS TEXT_TOKENS
+
+Per variant and block: the Triton kernels, the matrix products, what crosses to the host, the bytes that all of it
+moves, and the calls of the pack's own operators, which are opaque here and are counted by `lora_bytes`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from accel.families.flux1 import Flux1, Flux1Config
+from accel.families.flux1.blocks import double_block, single_block
+from accel.lora.slots import LoraSlots
+
+from .block_variants import add_peft, block_modules, one_of_each, quantize_float8, without_lora_layers
+from .pretend_h100 import pretend
+
+DTYPE = torch.bfloat16
+# Our block functions over our LoRA layers; over bare linears; diffusers' blocks, bare; those with PEFT's layers.
+KINDS = ("ours", "bare", "diffusers", "peft")
+PEFT_RANK = 16
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_scaled_mm", "_int_mm")
+# What makes the host wait for the device, and what moves data to it, in generated code.
+SYNCS = r"\.item\(\)|\.tolist\(\)|synchronize\(|_local_scalar_dense|\.wait\(\)"
+HOST_COPIES = r"\.cpu\(\)|device\(type='cpu'|device='cpu'|empty_strided_cpu|\.to\('cpu"
+
+
+class _Generated(Exception):
+    """Ends a compile when its code is there: nothing can run it."""
+
+
+def main() -> None:
+    """Print the JSON."""
+    hidden_size, image_tokens, text_tokens = map(int, sys.argv[1:])
+    warnings.filterwarnings("ignore")
+    pretend()
+    torch._inductor.config.fx_graph_cache = False
+    torch._functorch.config.enable_autograd_cache = False
+    generate = _capture()
+    config = one_of_each(hidden_size)
+    found: dict[str, Any] = {}
+    for quantized in (False, True):
+        for kind in KINDS:
+            name = f"{kind}_{'fp8' if quantized else 'bf16'}"
+            found[name] = _variant(generate, config, kind, quantized, image_tokens, text_tokens)
+    print(json.dumps(found))
+
+
+def _variant(
+    generate: Callable, config: Flux1Config, kind: str, quantized: bool, image_tokens: int, text_tokens: int
+) -> dict[str, Any]:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with torch.device("meta"):
+        model = nn.Module.to(Flux1().build(config), DTYPE).eval().requires_grad_(False)
+        if kind == "peft":
+            add_peft(model, config, PEFT_RANK)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode(), torch.device("cuda"):
+        _to_device(model)
+        if quantized:
+            for module in block_modules(config):
+                linear = model.get_submodule(module)
+                # PEFT's layer for torchao's weights has the same forward as its ordinary one, which is there already.
+                quantize_float8(linear.base_layer if kind == "peft" else linear)
+        if kind == "ours":
+            slots = LoraSlots(model, block_modules(config), DTYPE, torch.device("cuda"))
+            slots.bind(slots.empty)
+        blocks = {"double": model.transformer_blocks[0], "single": model.single_transformer_blocks[0]}
+        inputs = _inputs(config.hidden_size, image_tokens, text_tokens, theirs=kind in ("diffusers", "peft"))
+        return {name: generate(_function(kind, name), block, inputs[name]) for name, block in blocks.items()}
+
+
+def _to_device(model: nn.Module) -> None:
+    """Give every Parameter a place there, and `DTYPE`: PEFT makes its layers in float32."""
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                empty = torch.empty(parameter.shape, dtype=DTYPE, device="cuda")
+                module._parameters[name] = nn.Parameter(empty, requires_grad=False)
+
+
+def _function(kind: str, name: str) -> Callable:
+    if kind in ("diffusers", "peft"):
+        return lambda block, *inputs: block(*inputs)
+    function = {"double": double_block, "single": single_block}[name]
+    if kind == "bare":
+        function = without_lora_layers(function)
+    return lambda block, *inputs: function(block, *inputs, None, _attention)
+
+
+def _inputs(hidden_size: int, image_tokens: int, text_tokens: int, theirs: bool) -> dict[str, tuple]:
+    tokens = image_tokens + text_tokens
+    image = torch.empty(1, image_tokens, hidden_size, dtype=DTYPE)
+    text = torch.empty(1, text_tokens, hidden_size, dtype=DTYPE)
+    temb = torch.empty(1, hidden_size, dtype=DTYPE)
+    if theirs:
+        rotary = (torch.empty(tokens, 128), torch.empty(tokens, 128))
+        return dict.fromkeys(("double", "single"), (image, text, temb, rotary))
+    rotary = torch.empty(2, 1, 1, tokens, 64)
+    both = torch.empty(1, tokens, hidden_size, dtype=DTYPE)
+    return {"double": (image, text, temb, rotary), "single": (both, temb, rotary)}
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    return torch.ops.flux_hotswap_bench.attention(query, key, value)
+
+
+def _register_attention() -> None:
+    # Opaque, as FlashAttention 3 would be: SDPA asks the driver which kernel to take.
+    @torch.library.custom_op("flux_hotswap_bench::attention", mutates_args=())
+    def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return torch.empty_like(query)
+
+    attention.register_fake(lambda query, key, value: torch.empty_like(query))
+
+    import diffusers.models.transformers.transformer_flux as diffusers_flux
+
+    diffusers_flux.dispatch_attention_fn = lambda query, key, value, **_: _attention(query, key, value, None)
+
+
+def _capture() -> Callable[[Callable, nn.Module, tuple], dict[str, Any]]:
+    """A function that compiles and gives what `_describe` says of the code."""
+    from torch._inductor.graph import GraphLowering
+
+    _register_attention()
+    original, described = GraphLowering.codegen, []
+
+    def codegen(self: GraphLowering) -> None:
+        code = original(self)[0]
+        described.append(_describe(getattr(code, "value", code), self))
+        raise _Generated
+
+    GraphLowering.codegen = codegen
+
+    def generate(function: Callable, block: nn.Module, inputs: tuple) -> dict[str, Any]:
+        described.clear()
+        torch._dynamo.reset()
+        try:
+            torch.compile(function, fullgraph=True, dynamic=False)(block, *inputs)
+        except Exception:
+            if len(described) != 1:
+                raise
+        return described[0]
+
+    return generate
+
+
+def _describe(code: str, graph: Any) -> dict[str, Any]:
+    call = code[code.index("def call(") :]
+    moved, products, operators = 0, 0, []
+    for node in graph.scheduler.nodes:
+        own = _own_operator(node.node)
+        if own is not None:
+            operators.append(own)
+            continue
+        shapes = _product(node.node)
+        products += shapes is not None
+        # Inductor's count takes a slice that a library reads for the whole buffer: products are counted by their sizes.
+        moved += node.get_read_write_buffers_sizes() if shapes is None else shapes
+    return {
+        "bytes": moved,
+        "inductor_bytes": graph.count_bytes()[0],
+        "kernels": len(re.findall(r"triton_[a-z0-9_]+\.run\(", call)),
+        "products": products,
+        **crossings(call),
+        "operators": operators,
+    }
+
+
+def crossings(call: str) -> dict[str, int]:
+    """Count what crosses from the device to the host in the code of a `call` function."""
+    return {"host_copies": len(re.findall(HOST_COPIES, call)), "syncs": len(re.findall(SYNCS, call))}
+
+
+def _own_operator(node: Any) -> dict[str, Any] | None:
+    """A call of an operator of ours: what it reads and how large."""
+    operator = getattr(node, "op_overload", None)
+    if operator is None or operator.namespace != "flux_hotswap":
+        return None
+    arguments = node.unflatten_args(node.inputs, node.constant_args)[0]
+    names = [argument.name for argument in operator._schema.arguments]
+    tensors = dict(zip(names, arguments, strict=False))
+    weights = [(*map(int, weight.get_size()), weight.get_dtype().itemsize) for weight in tensors["weights"]]
+    return {
+        "name": operator._schema.name.partition("::")[2],
+        "rows": math.prod(map(int, tensors["x"].get_size()[:-1])),
+        "weights": weights,
+    }
+
+
+def _product(node: Any) -> int | None:
+    """Bytes of a matrix product, or None for other kernels: each operand once by its own size, and the result."""
+    names = (str(getattr(node, "python_kernel_name", "")), str(getattr(node, "op_overload", "")))
+    if not any(name.endswith((f".{product}", f"aten.{product}.default")) for name in names for product in PRODUCTS):
+        return None
+    return sum(_tensor_bytes(tensor) for tensor in (*node.inputs, node))
+
+
+def _tensor_bytes(tensor: Any) -> int:
+    layout = tensor.get_layout()
+    # A broadcast dimension is read once.
+    sizes: Iterator[int] = (
+        int(size) for size, stride in zip(layout.size, layout.stride, strict=True) if int(stride) != 0
+    )
+    return math.prod(sizes) * layout.dtype.itemsize
+
+
+if __name__ == "__main__":
+    main()

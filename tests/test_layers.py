@@ -1,0 +1,541 @@
+"""The pack's own LoRA layers: right over every kind of base, at any rank, eager and compiled once; free where empty."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from accel.compile import RegionCompiler, mark_weights_static
+from accel.engine import Silent
+from accel.lora import kernels, layers
+from accel.lora.layers import LoraLinear, linears
+from accel.lora.slots import LoraSlots
+from accel.lora.stack import FlatLora, Placed
+from benchmarks.block_variants import quantize_float8
+from harness.paths import REPO
+
+CPU = torch.device("cpu")
+IN_FEATURES = 256
+OUT_FEATURES = {"q": 256, "k": 256, "mlp": 512}
+ALIGN = 32
+
+# Kind of base -> how far the outputs may be from float32 arithmetic over the same weights, relative L2. What float8 and
+# int8 lose is their activations' rounding.
+BASES = {"fp32": 2e-6, "bf16": 4e-3, "fp8": 4e-2, "fp8_weight_only": 4e-3, "int8": 2e-2, "int8_weight_only": 4e-3}
+# What a LoRA adds, against what it should add, where nothing else changes: bfloat16 rounds each output once more.
+EFFECT_TOLERANCE = 2e-2
+
+
+def make_base(kind: str) -> nn.ModuleDict:
+    torch.manual_seed(0)
+    dtype = torch.float32 if kind == "fp32" else torch.bfloat16
+    model = nn.ModuleDict({name: nn.Linear(IN_FEATURES, size, dtype=dtype) for name, size in OUT_FEATURES.items()})
+    model.requires_grad_(False)
+    if kind == "fp8":
+        for linear in model.values():
+            quantize_float8(linear)
+    elif kind not in ("fp32", "bf16"):
+        import torchao.quantization as ao
+
+        configs = {
+            "fp8_weight_only": ao.Float8WeightOnlyConfig,
+            "int8": ao.Int8DynamicActivationInt8WeightConfig,
+            "int8_weight_only": ao.Int8WeightOnlyConfig,
+        }
+        ao.quantize_(model, configs[kind](set_inductor_config=False))
+    mark_weights_static(model)
+    return model
+
+
+def dtype_of(model: nn.ModuleDict) -> torch.dtype:
+    return next(module for module in model.modules() if isinstance(module, nn.Linear)).bias.dtype
+
+
+def dequantized(linear: nn.Linear) -> torch.Tensor:
+    weight = linear.weight
+    return (weight.dequantize() if hasattr(weight, "qdata") else weight).float()
+
+
+def make_lora(ranks=(0, 0, 0), dtype=torch.bfloat16, adjoin=False, shared=False, mixing=None, bias=False, seed=1):
+    """A stack on q, k and mlp: ranks of each; lora_A side by side, or one for all; mixing blocks of some width on q."""
+    generator = torch.Generator().manual_seed(seed)
+    placed, end = {}, ALIGN
+
+    def take(elements):
+        nonlocal end
+        start, end = end, end + -(-elements // ALIGN) * ALIGN
+        return start
+
+    used = {name: rank for name, rank in zip(OUT_FEATURES, ranks, strict=True) if rank}
+    a_starts = {}
+    for name, rank in used.items():
+        a_starts[name] = next(iter(a_starts.values())) if shared and a_starts else take(rank * IN_FEATURES)
+        if not adjoin:
+            placed[name] = take(OUT_FEATURES[name] * rank)
+    for name in used if adjoin else ():
+        placed[name] = take(OUT_FEATURES[name] * used[name])
+    places = {
+        name: Placed(a_starts[name], (rank, IN_FEATURES), placed[name], (OUT_FEATURES[name], rank))
+        for name, rank in used.items()
+    }
+
+    def normal(*shape, scale):
+        return (torch.randn(*shape, generator=generator) * scale).to(dtype)
+
+    blocks = {} if mixing is None else {"q": normal(OUT_FEATURES["q"] // mixing, mixing, mixing, scale=mixing**-0.5)}
+    vectors = {"q.bias": normal(OUT_FEATURES["q"], scale=1.0)} if bias else {}
+    buffer = normal(end, scale=1.0)
+    for place in places.values():
+        for start, size in ((place.a_start, place.a_shape), (place.b_start, place.b_shape)):
+            # What the LoRA adds is then about as large as the linear's own output, at every rank.
+            part = buffer[start : start + size[0] * size[1]]
+            part.copy_(normal(part.numel(), scale=0.19 * place.a_shape[0] ** -0.25))
+    return FlatLora(buffer, places, blocks, vectors)
+
+
+LORAS = {
+    "one of three": {"ranks": (0, 16, 0)},
+    "ranks 1, 17, 128": {"ranks": (1, 17, 128)},
+    "equal ranks": {"ranks": (16, 16, 16)},
+    "lora_A side by side": {"ranks": (16, 32, 16), "adjoin": True},
+    "lora_A shared": {"ranks": (32, 32, 32), "shared": True},
+    "mixing of 1": {"ranks": (0, 0, 16), "mixing": 1},
+    "mixing of 32": {"mixing": 32},
+    "mixing and LoRA": {"ranks": (16, 0, 128), "mixing": 32},
+    "bias": {"bias": True},
+    "all": {"ranks": (128, 1, 17), "mixing": 1, "bias": True, "seed": 9},
+}
+
+
+def block(model: nn.ModuleDict, x: torch.Tensor) -> list[torch.Tensor]:
+    return linears(F.silu(x), *model.values())
+
+
+def reference(model: nn.ModuleDict, flat: FlatLora, x: torch.Tensor) -> list[torch.Tensor]:
+    """The same in float32, written as the formula of `LoraLinear`."""
+    x = F.silu(x).float()
+    outputs = []
+    for name, layer in model.items():
+        weight = dequantized(layer.base)
+        if name in flat.mixing:
+            weight = torch.block_diag(*flat.mixing[name].float()) @ weight
+        if name in flat.placed:
+            place = flat.placed[name]
+            lora_A = flat.buffer[place.a_start :][: place.a_shape[0] * place.a_shape[1]].view(place.a_shape).float()
+            lora_B = flat.buffer[place.b_start :][: place.b_shape[0] * place.b_shape[1]].view(place.b_shape).float()
+            weight = weight + lora_B @ lora_A
+        bias = flat.vectors.get(f"{name}.bias", layer.base.bias).float()
+        outputs.append(x @ weight.t() + bias)
+    return outputs
+
+
+def distance(output: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((output.float() - expected.float()).norm() / expected.float().norm())
+
+
+@pytest.fixture(scope="module", params=BASES)
+def wrapped(request):
+    """Kind of base, the wrapped model, its slots, the compiled block and its compiler, run once with nothing bound."""
+    return request.param, *wrap(make_base(request.param))
+
+
+def wrap(model):
+    dtype = dtype_of(model)
+    slots = LoraSlots(model, list(OUT_FEATURES), dtype, CPU)
+    slots.bind(slots.empty)
+    compiler = RegionCompiler("regional", Silent())
+    return model, slots, compiler.region(block), compiler
+
+
+def inputs(model, *shape) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(3)
+    return torch.randn(*shape, IN_FEATURES, generator=generator).to(dtype_of(model))
+
+
+def test_every_lora_equals_the_formula_eager_and_compiled_once(wrapped):
+    kind, model, slots, compiled, compiler = wrapped
+    originals = {name: layer.base.bias for name, layer in model.items()}
+    with torch.inference_mode(), compiler.scope():
+        x = inputs(model, 2, 20)
+        before_eager, before = block(model, x), compiled(model, x)
+    assert compiler.count == 1
+    bases = reference(model, make_lora(), x)
+    for output, eager, expected in zip(before, before_eager, bases, strict=True):
+        assert distance(output, expected) < BASES[kind]
+        assert distance(eager, expected) < BASES[kind]
+
+    for number, (name, options) in enumerate(LORAS.items()):
+        flat = make_lora(**options, dtype=x.dtype)
+        slots.bind(slots.bindings(flat))
+        # Other batches and lengths, too, none of which the code was compiled for.
+        size = ((2, 20), (1, 7), (3, 33))[number % 3]
+        with (
+            torch.inference_mode(),
+            compiler.scope(),
+            torch._dynamo.config.patch(error_on_recompile=True),
+        ):
+            part = inputs(model, *size)
+            outputs, eager = compiled(model, part), block(model, part)
+        expected = reference(model, flat, part)
+        unbound = reference(model, replace(flat, placed={}, mixing={}), part)
+        for layer, output, other, wanted, base in zip(model, outputs, eager, expected, unbound, strict=True):
+            assert distance(output, wanted) < BASES[kind], (name, layer)
+            assert distance(other, wanted) < BASES[kind], (name, layer)
+            assert (distance(wanted, base) > 0.1) == (layer in flat.placed or layer in flat.mixing), (name, layer)
+
+    slots.bind(slots.empty)
+    with torch.inference_mode(), compiler.scope(), torch._dynamo.config.patch(error_on_recompile=True):
+        for output, old in zip(compiled(model, x), before, strict=True):
+            assert torch.equal(output, old)
+        for output, old in zip(block(model, x), before_eager, strict=True):
+            assert torch.equal(output, old)
+    assert all(layer.base.bias is originals[name] for name, layer in model.items())
+    assert (compiler.count, compiler.recompiles) == (1, 0)
+
+
+def test_what_a_lora_adds_survives_the_quantization_of_the_base(wrapped):
+    kind, model, slots, _, _ = wrapped
+    flat = make_lora((16, 0, 128), dtype=dtype_of(model))
+    with torch.inference_mode():
+        x = inputs(model, 2, 20)
+        without = block(model, x)
+        slots.bind(slots.bindings(flat))
+        outputs = block(model, x)
+        slots.bind(slots.empty)
+    expected = zip(reference(model, flat, x), reference(model, make_lora(), x), strict=True)
+    for name, output, base, (wanted, wanted_base) in zip(model, outputs, without, expected, strict=True):
+        if name in flat.placed:
+            assert distance(output.float() - base.float(), wanted - wanted_base) < EFFECT_TOLERANCE, (kind, name)
+        else:
+            assert torch.equal(output, base), (kind, name)
+
+
+def test_compiled_first_with_a_lora_it_runs_without_one():
+    """The other way round: what was bound when the block was compiled is not what it is bound to."""
+    model, slots, compiled, compiler = wrap(make_base("bf16"))
+    slots.bind(slots.bindings(make_lora(**LORAS["all"])))
+    with torch.inference_mode(), compiler.scope():
+        x = inputs(model, 1, 20)
+        compiled(model, x)
+        slots.bind(slots.empty)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            outputs = compiled(model, x)
+    for output, expected in zip(outputs, reference(model, make_lora(), x), strict=True):
+        assert distance(output, expected) < BASES["bf16"]
+    assert compiler.count == 1
+
+
+def test_control_ranks_that_are_not_marked_recompile(monkeypatch):
+    import accel.lora.slots
+
+    monkeypatch.setattr(accel.lora.slots, "_of_any_rank", lambda tensor: nn.Parameter(tensor, requires_grad=False))
+    model, slots, compiled, compiler = wrap(make_base("bf16"))
+    with torch.inference_mode(), compiler.scope():
+        x = inputs(model, 1, 20)
+        compiled(model, x)
+        slots.bind(slots.bindings(make_lora((16, 16, 16))))
+        with torch._dynamo.config.patch(error_on_recompile=True), pytest.raises(torch._dynamo.exc.RecompileError):
+            compiled(model, x)
+
+
+class Operators(TorchDispatchMode):
+    """Names of the aten operators that run, views left out."""
+
+    VIEWS = ("view", "t", "slice", "as_strided", "_unsafe_view", "reshape", "detach", "alias", "transpose")
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        name = function._schema.name.removeprefix("aten::")
+        if name not in self.VIEWS:
+            self.names.append(name)
+        return function(*arguments, **(options or {}))
+
+
+def operators(run):
+    # Not in inference mode, in which a mode sees `linear` and `matmul` whole.
+    with torch.no_grad(), Operators() as seen:
+        result = run()
+    return seen.names, result
+
+
+def down(rows, lora_A):
+    names, hidden = operators(lambda: layers._down(rows, lora_A))
+    for low, matrix in zip(hidden, lora_A, strict=True):
+        if matrix.shape[0]:
+            torch.testing.assert_close(low, rows @ matrix.t(), atol=1e-5, rtol=1e-5)
+        else:
+            assert low is None
+    return names
+
+
+def side_by_side(*ranks):
+    buffer = torch.randn(sum(ranks), 64)
+    return list(buffer.split(ranks))
+
+
+@pytest.mark.parametrize(
+    ("products", "make"),
+    [
+        (0, lambda: [torch.empty(0, 64)] * 3),
+        (1, lambda: side_by_side(16, 32, 16)),
+        (1, lambda: side_by_side(16) * 3),
+        # q, k, v share one, the MLP's lies behind it.
+        (1, lambda: (lambda a, b: [a, a, a, b])(*side_by_side(16, 32))),
+        (3, lambda: [torch.randn(16, 64) for _ in range(3)]),
+        (2, lambda: [*side_by_side(16, 16), torch.randn(1, 64)]),
+        (2, lambda: (lambda a, b: [a, torch.empty(0, 64), b])(*side_by_side(16, 16))),
+        # In the other order they do not adjoin.
+        (2, lambda: side_by_side(16, 16)[::-1]),
+    ],
+)
+def test_lora_a_products_that_can_be_one_are_one(products, make):
+    assert down(torch.randn(10, 64), make()) == ["mm"] * products
+
+
+def test_nothing_bound_runs_what_a_linear_runs():
+    linear = nn.Linear(64, 32).requires_grad_(False)
+    x, empty, no_A = torch.randn(2, 5, 64), torch.empty(0), torch.empty(0, 64)
+    expected, output = operators(lambda: F.linear(x, linear.weight, linear.bias))
+    names, (ours,) = operators(lambda: layers._linears(x, [linear.weight], [linear.bias], [no_A], [empty], [empty]))
+    assert names == expected == ["addmm"]
+    assert torch.equal(ours, output)
+
+
+def test_a_lora_is_two_more_products_and_no_other_pass():
+    linear = nn.Linear(64, 32).requires_grad_(False)
+    x, empty = torch.randn(2, 5, 64), torch.empty(0)
+    lora_A, lora_B = torch.randn(16, 64), torch.randn(32 * 16)
+    names, _ = operators(lambda: layers._linears(x, [linear.weight], [linear.bias], [lora_A], [lora_B], [empty]))
+    assert names == ["mm", "addmm", "addmm_"]
+
+
+def test_a_linear_by_itself_is_linears_of_one():
+    model = make_base("bf16")
+    slots = LoraSlots(model, list(OUT_FEATURES), torch.bfloat16, CPU)
+    slots.bind(slots.bindings(make_lora((16, 16, 16))))
+    assert isinstance(model["q"], LoraLinear)
+    x = inputs(model, 1, 4)
+    with torch.inference_mode():
+        together = linears(x, *model.values())
+        assert all(torch.equal(layer(x), output) for layer, output in zip(model.values(), together, strict=True))
+
+
+# Binding, interrupted.
+
+
+class Interrupt(BaseException):
+    pass
+
+
+def interrupted_after(lines: int, run) -> bool:
+    """Run, and raise before line number `lines` of slots.py that runs. Whether it came to that."""
+    left = lines
+
+    def trace(frame, event, argument):
+        nonlocal left
+        if frame.f_code.co_filename != LoraSlots.bind.__code__.co_filename:
+            return None
+        if event == "line":
+            left -= 1
+            if left < 0:
+                raise Interrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        run()
+    except Interrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
+
+@pytest.mark.parametrize("then", ["empty", "first", "second"])
+def test_after_a_bind_that_was_interrupted_anywhere_the_next_one_is_right(then):
+    model = make_base("bf16")
+    originals = {name: linear.bias for name, linear in model.items()}
+    slots = LoraSlots(model, list(OUT_FEATURES), torch.bfloat16, CPU)
+    flats = {
+        "empty": make_lora(),
+        "first": make_lora((16, 0, 16), mixing=1, bias=True, seed=1),
+        "second": make_lora((0, 32, 16), mixing=32, bias=True, seed=2),
+    }
+    bindings = {name: slots.bindings(flat) if name != "empty" else slots.empty for name, flat in flats.items()}
+    x = inputs(model, 1, 4)
+    with torch.inference_mode():
+        outputs = {}
+        for name in flats:
+            slots.bind(bindings[name])
+            outputs[name] = block(model, x)
+        lines = 0
+        while True:
+            slots.bind(bindings["first"])
+            came_to_it = interrupted_after(lines, lambda: slots.bind(bindings["second"]))
+            slots.bind(bindings[then])
+            assert all(map(torch.equal, block(model, x), outputs[then])), lines
+            slots.bind(slots.empty)
+            assert all(map(torch.equal, block(model, x), outputs["empty"])), lines
+            assert all(layer.base.bias is originals[name] for name, layer in model.items()), lines
+            if not came_to_it:
+                break
+            lines += 1
+    assert lines > 20
+
+
+# The fused kernel.
+
+INTERPRETED = """
+import json, sys, torch
+from accel.lora.kernels import Config, fused_linear
+torch.manual_seed(0)
+distances = {}
+for rank in (16, 20, 128):
+    for m, n, k in ((70, 96, 160), (1, 33, 48), (64, 64, 64)):
+        x, weight, bias = torch.randn(m, k).half(), torch.randn(n, k).half(), torch.randn(n).half()
+        # A slice of the hidden states of several linears.
+        hidden, lora_B = torch.randn(m, rank + 8).half()[:, 4 : 4 + rank], torch.randn(n, rank).half()
+        scales = torch.rand(m) + 0.5, torch.rand(n) + 0.5
+        lora = hidden.float() @ lora_B.float().t() + bias.float()
+        product = x.float() @ weight.float().t()
+        for name, given, base in (
+            ("unscaled", None, product), ("scaled", scales, product * scales[0][:, None] * scales[1])
+        ):
+            output = fused_linear(x, weight, bias, hidden, lora_B, given, Config(32, 32, 32, 4, 2))
+            wanted = base + lora
+            distances[f"{name} rank {rank} {m}x{n}x{k}"] = float((output.float() - wanted).norm() / wanted.norm())
+print(json.dumps(distances))
+"""
+
+
+def test_the_fused_kernel_in_tritons_interpreter():
+    """In float16: the interpreter's `tl.dot` is wrong for bfloat16 and float8, which it computes with as integers."""
+    pytest.importorskip("triton", reason="no Triton for this system; the pack does without the kernel there")
+    done = subprocess.run(
+        [sys.executable, "-c", INTERPRETED],
+        cwd=REPO,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    distances = json.loads(done.stdout)
+    assert len(distances) == 18
+    # float16 rounds the result once, by up to 2 ** -11.
+    assert all(value < 5e-4 for value in distances.values()), distances
+
+
+# Shared memory that one program may have, NVIDIA's CUDA programming guide, "technical specifications".
+SHARED_BYTES = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 120: 99 * 1024}
+
+
+@pytest.mark.parametrize("capability", SHARED_BYTES)
+@pytest.mark.parametrize("config", kernels.CONFIGS)
+def test_the_fused_kernel_compiles_for_every_gpu_and_fits_it(capability, config):
+    pytest.importorskip("triton", reason="no Triton for this system; the pack does without the kernel there")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    pointers = ("x", "weight", "bias", "hidden", "lora_B", "output", "x_scale", "weight_scale")
+    sizes = ("M", "N", "K", "R", "hidden_stride")
+    for dtype in ("bf16", "fp8e4nv") if capability >= 89 else ("bf16",):
+        for block_r in (16, 64):
+            constants = {
+                "SCALED": dtype != "bf16",
+                "BLOCK_M": config.block_m,
+                "BLOCK_N": config.block_n,
+                "BLOCK_K": config.block_k,
+                "BLOCK_R": block_r,
+                "GROUP_M": 8,
+            }
+            signature = dict.fromkeys(pointers, "*bf16")
+            signature.update(dict.fromkeys(("x", "weight"), f"*{dtype}"))
+            if dtype != "bf16":
+                signature.update(dict.fromkeys(("x_scale", "weight_scale"), "*fp32"))
+            signature.update(dict.fromkeys(sizes, "i32") | dict.fromkeys(constants, "constexpr"))
+            # As at run time: every pointer, and every size but the number of rows, is a multiple of 16.
+            names = [*pointers, *sizes]
+            attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in names if name != "M"}
+            source = ASTSource(kernels.kernel(), signature, constexprs=constants, attrs=attributes)
+            options = {"num_warps": config.warps, "num_stages": config.stages}
+            compiled = compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+            assert f".target sm_{capability}" in compiled.asm["ptx"]
+            assert "mma" in compiled.asm["ptx"]
+            if block_r == 16:
+                assert compiled.metadata.shared <= SHARED_BYTES[capability]
+
+
+FAST, SLOW, WRONG = kernels.CONFIGS
+
+
+def chosen(candidates, seconds):
+    """What `choose` takes, where `separate` gives ones; candidates and seconds by configuration, None: separate."""
+    runs = {config: lambda result=result: result() for config, result in candidates.items()}
+    owner = {run: config for config, run in runs.items()}
+    return kernels.choose(runs, lambda: torch.ones(8), lambda run: seconds[owner.get(run)])
+
+
+def test_the_fastest_right_kernel_is_chosen():
+    right = {FAST: lambda: torch.ones(8), SLOW: lambda: torch.ones(8) * 1.001}
+    assert chosen(right, {None: 3.0, FAST: 1.0, SLOW: 2.0}) == FAST
+    assert chosen(right, {None: 3.0, FAST: 2.0, SLOW: 1.0}) == SLOW
+
+
+def test_separate_products_are_chosen_where_they_are_faster():
+    right = {FAST: lambda: torch.ones(8), SLOW: lambda: torch.ones(8)}
+    assert chosen(right, {None: 1.0, FAST: 1.0, SLOW: 2.0}) is None
+
+
+def raises():
+    raise RuntimeError("out of resource: shared memory")
+
+
+@pytest.mark.parametrize(
+    "wrong", [lambda: torch.full((8,), 1.1), lambda: torch.full((8,), torch.nan), lambda: torch.zeros(8), raises]
+)
+def test_a_kernel_that_is_wrong_or_raises_is_never_chosen(wrong):
+    seconds = {None: 3.0, WRONG: 0.1, SLOW: 2.0}
+    assert chosen({WRONG: wrong, SLOW: lambda: torch.ones(8)}, seconds) == SLOW
+    assert chosen({WRONG: wrong}, seconds) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("rank", [16, 128])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_on_a_gpu_the_fastest_way_is_right(rank, scaled):
+    if scaled and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("float8 products need compute capability 8.9")
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        x, weight = torch.randn(1000, 3072), torch.randn(3072, 3072) / 55
+        bias = torch.randn(3072).bfloat16()
+        hidden, lora_B = torch.randn(1000, 2 * rank).bfloat16()[:, :rank], torch.randn(3072, rank).bfloat16()
+        scales = (torch.rand(1000, 1) + 0.5, torch.rand(3072, 1) + 0.5) if scaled else None
+    dtype = torch.float8_e4m3fn if scaled else torch.bfloat16
+    x, weight = x.to(dtype), (weight * 16).to(dtype)
+    product = layers._Product(x, weight, scales, torch.bfloat16)
+    base = x.float() @ weight.float().t()
+    if scaled:
+        base = base * scales[0] * scales[1].t()
+    expected = base + bias.float() + hidden.float() @ lora_B.float().t()
+    kernels._FASTEST.clear()
+    for _ in range(2):
+        assert distance(product.with_lora(bias, hidden, lora_B), expected) < kernels.TOLERANCE
+    assert len(kernels._FASTEST) == 1
+    for config in kernels.CONFIGS:
+        if rank <= 16:
+            output = kernels.fused_linear(x, weight, bias, hidden, lora_B, scales, config)
+            assert distance(output, expected) < kernels.TOLERANCE

@@ -1,0 +1,129 @@
+"""`python -m benchmarks step` at a small size: its figures fit together; a variant that computes wrongly is noticed."""
+
+import json
+import math
+import statistics
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from accel.lora.slots import LoraSlots
+from benchmarks import step
+from benchmarks.block_variants import one_of_each, without_lora_layers
+from benchmarks.report import BenchmarkError, Variant
+from harness.paths import REPO
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    path = tmp_path_factory.mktemp("bench") / "step.json"
+    command = [sys.executable, "-m", "benchmarks", "step", "--quick", "--json", str(path)]
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    return json.loads(path.read_text(encoding="utf-8")), done.stdout
+
+
+def test_every_key_is_there_and_follows_from_the_samples(finished):
+    figures, stdout = finished
+    assert set(figures["samples_ms"]) == set(step.NAMES)
+    bare = figures["samples_ms"]["none"]
+    for name, samples in figures["samples_ms"].items():
+        assert len(samples) == figures["rounds"] == step.QUICK_ROUNDS
+        assert figures[f"{name}_ms"] == pytest.approx(statistics.median(samples), abs=1e-3)
+        assert f"  {name} " in stdout
+        if name != "none":
+            ratio = statistics.median(each / other for each, other in zip(samples, bare, strict=True))
+            assert figures[f"{name}_over_none"] == pytest.approx(ratio, rel=1e-3)
+            assert math.isfinite(ratio)
+    assert {"machine", "date", "notes"} <= set(figures)
+    assert len(figures["goals"]) == 3
+
+
+class FakeRegions:
+    """Adds a number to the input in place of the compiled blocks: what is checked here is the check."""
+
+    def __init__(self, added):
+        self.added = added
+        self.compiler = type("Counter", (), {"count": 2})()
+
+    def __call__(self, image, *others):
+        return image + self.added
+
+
+RIGHT = {"none": 0, "empty": 0, "rank16": 1, "rank128": 2, "stack4": 3, "peft_rank16": 1}
+
+
+@pytest.fixture
+def steps():
+    with torch.no_grad():
+        made = step.Steps(step.QUICK)
+    made._regions = {name: FakeRegions(added) for name, added in RIGHT.items()}
+    return made
+
+
+def test_right_variants_pass(steps):
+    steps.check_relations()
+    steps.check_compiles()
+    samples = step._rotate(steps.variants(), rounds=2)
+    assert {len(each) for each in samples.values()} == {2}
+
+
+@pytest.mark.parametrize(
+    ("name", "added"), [("empty", 1), ("peft_rank16", 0), ("rank16", 0), ("rank128", 1), ("stack4", 1)]
+)
+def test_a_variant_that_computes_something_else_is_noticed(steps, name, added):
+    steps._regions[name].added = added
+    with pytest.raises(BenchmarkError, match=name):
+        steps.check_relations()
+
+
+def test_an_output_that_moves_between_rounds_is_noticed(steps):
+    steps.check_relations()
+    steps._regions["rank128"].added = 5
+    with pytest.raises(BenchmarkError, match="rank128: its output moved"):
+        step._rotate(steps.variants(), rounds=1)
+
+
+def test_a_recompile_is_noticed(steps):
+    steps._regions["rank16"].compiler.count = 3
+    with pytest.raises(BenchmarkError, match="rank16: 3 compiles"):
+        steps.check_compiles()
+
+
+def test_each_round_begins_with_another_variant():
+    calls = []
+    variants = [Variant(name, lambda name=name: calls.append(name)) for name in step.NAMES]
+    step._rotate(variants, rounds=3)
+    rounds = [calls[start : start + 6] for start in range(0, len(calls), 6)][step.WARM_UP :]
+    assert [each[0] for each in rounds] == list(step.NAMES[:3])
+    assert all(sorted(each) == sorted(step.NAMES) for each in rounds)
+
+
+def test_all_variants_share_their_base_weights_and_peft_holds_the_lora_of_rank_16(steps):
+    config = one_of_each(step.QUICK.hidden)
+    bare = step._random_model(config)
+    ours = step._sharing_weights(bare, config)
+    LoraSlots(ours, ["transformer_blocks.0.attn.to_q"], step.DTYPE, step.CPU)
+    assert ours.transformer_blocks[0].attn.to_q.base.weight is bare.transformer_blocks[0].attn.to_q.weight
+    peft = step._sharing_weights(bare, config)
+    step.add_peft(peft, config, 16)
+    lora = step._random_lora(config, 16, 0)
+    step._fill_peft(peft, lora)
+    layer = peft.transformer_blocks[0].attn.to_q
+    assert layer.base_layer.weight is bare.transformer_blocks[0].attn.to_q.weight
+    matrices = next(each for each in lora.layers if each.module == "transformer_blocks.0.attn.to_q")
+    assert torch.equal(layer.lora_A["default"].weight, matrices.lora_A)
+    assert torch.equal(layer.lora_B["default"].weight, (matrices.lora_B.float() * step.STRENGTH).bfloat16())
+
+
+def test_a_function_without_lora_layers_calls_each_linear():
+    from accel.families.flux1.blocks import single_block
+
+    function = without_lora_layers(single_block)
+    linear, x = nn.Linear(4, 4), torch.randn(2, 4)
+    assert torch.equal(function.__globals__["linears"](x, linear)[0], linear(x))
+    assert single_block.__globals__["linears"] is not function.__globals__["linears"]
+    assert function.__code__ is single_block.__code__
