@@ -32,7 +32,8 @@ class FluxQuantizeTransformer(io.ComfyNode):
             display_name="Quantize Transformer",
             category=CATEGORY,
             description="Stores the weights of Accelerated Flux Loader's model in 8 or 4 bits, to need less memory "
-            "and, compiled, less time. LoRAs stay exact and switch as fast. The result is kept on disk for the next start.",
+            "and, compiled, less time. LoRAs stay exact and switch as fast. The result is kept on disk for the next "
+            "start.",
             inputs=[
                 io.Combo.Input(
                     "mode",

@@ -45,8 +45,9 @@ def test_auto_says_what_and_why(comfy):
     mark = comfy.server.mark()
     result = comfy.run(quantized_graph(DEV, "auto"))
     told = [text for at, text in result.progress_texts if at == "quantize"]
-    assert told == ["int8: weights and activations in 8-bit integers, scaled by row (torchao); half the memory, and the "
-                    "fastest on a CPU"]
+    (text,) = told
+    assert text.startswith("int8: weights and activations in 8-bit integers")
+    assert text.endswith("half the memory, and the fastest on a CPU")
     assert f"quantization auto is {told[0]}" in comfy.server.log_since(mark)
     assert "40 of 50 linears quantized" in comfy.server.log_since(mark)
 
@@ -73,8 +74,8 @@ def test_an_eager_dynamic_mode_warns(comfy):
     assert "fp8 without compiling is slower than no quantization" in comfy.server.log_since(mark)
 
 
-def test_the_cache_serves_another_server(start_comfy, comfy):
-    """Written by the first; the second, with the same folder, reads it and draws the same; damaged, it is made again."""
+def test_the_cache_serves_another_server(start_comfy):
+    """Written by the first; a second with the same folder reads it and draws the same; damaged, it is made again."""
     with start_comfy() as first:
         drawn = latents(first.client, first.run(quantized_graph(DEV, "int8_weight_only")))
         (file,) = files(first)
