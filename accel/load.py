@@ -9,8 +9,6 @@ import torch
 from torch import nn
 
 from .build import Progress, assign, check_complete, conversion_of, count_parts, empty_model, load_model, model_bytes
-from .errors import FileError
-from .files import FileIdentity
 from .quantize import Mode
 from .quantize.cache import CachedModel, CacheKey, CacheWriter, DamagedCacheError, open_cached
 from .quantize.codec import CodecError, make_module, unflatten
@@ -46,7 +44,8 @@ def load_quantized(
     notice(f"{mode.name}: {conversion_of(spec, mode)}", False)
     if cache is None:
         return load_model(spec, dtype, device, on_progress, mode)
-    _check_unchanged(spec)
+    with spec.file.open():  # raises when the files were changed since
+        pass
     libraries = (f"torch {version('torch')}", *mode.libraries)
     name = str(dtype).removeprefix("torch.")
     key = CacheKey(spec.file.identity, mode.name, name, device.type, libraries)
@@ -85,10 +84,3 @@ def _restore(spec: ModelSpec, cached: CachedModel, device: torch.device) -> nn.M
             assign(model, name, unflatten(name, description, cached.tensors).to(device))
     check_complete(model, spec)
     return model
-
-
-def _check_unchanged(spec: ModelSpec) -> None:
-    if FileIdentity.of(spec.file.identity.path) != spec.file.identity:
-        raise FileError(
-            f"'{spec.file.name}' was changed after it was read. Queue the prompt again to use the new file."
-        )
