@@ -19,6 +19,7 @@ from accel.lora.lowrank import Tolerance
 from accel.lora.slots import LoraSlots
 from accel.lora.stack import FlatLora, LoraStack, flatten
 from accel.lora.truncate import truncate
+from accel.quantize import find_mode
 from harness import lora_files
 from harness.lora_files import ALL_FORMATS, STOCK_FORMATS, kind_state_dict, lora_state_dict, norm_state_dict
 from harness.stock_weights import StockWeights
@@ -338,20 +339,7 @@ def test_what_cannot_be_carried_is_refused_by_name(tmp_path, spec, file, words):
 # The model's own weights, for what depends on them.
 
 
-class Packed(torch.nn.Module):
-    """A linear whose stored weight is not its weight, as 4-bit ones are."""
-
-    def __init__(self, linear):
-        super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight = torch.nn.Parameter(linear.weight.detach().T.contiguous(), requires_grad=False)
-        self.bias = linear.bias
-
-    def forward(self, x):
-        return x @ self.weight + self.bias
-
-
-@pytest.mark.parametrize("kind", ["plain", "torchao", "packed"])
+@pytest.mark.parametrize("kind", ["plain", "torchao", "nf4"])
 def test_slots_give_the_weights_that_the_model_computes_with(kind):
     linear = torch.nn.Linear(64, 96)
     expected, tolerance = linear.weight.detach().clone(), 1e-6
@@ -361,8 +349,9 @@ def test_slots_give_the_weights_that_the_model_computes_with(kind):
 
         quantize_(model, Int8WeightOnlyConfig(set_inductor_config=False))
         tolerance = 0.01
-    elif kind == "packed":
-        model = torch.nn.Sequential(Packed(linear))
+    elif kind == "nf4":
+        packed = find_mode("nf4").convert(linear.weight.detach(), linear.bias.detach(), False)
+        model, tolerance = torch.nn.Sequential(packed), 0.02
     slots = LoraSlots(model.requires_grad_(False), ["0"], torch.float32, torch.device("cpu"))
     slots.bind(slots.empty)
     weight = slots.weight("0")
