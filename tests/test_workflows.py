@@ -21,6 +21,7 @@ WORKFLOWS = REPO / "workflows"
 NAMES = ("flux_hotswap_text_to_image", "flux_hotswap_two_loras")
 NODES = {
     "FluxAccelLoader": "Accelerated Flux Loader",
+    "FluxQuantizeTransformer": "Quantize Transformer",
     "FluxHotswapLora": "Hotswap LoRA",
     "FluxTextEncoderLoader": "Flux Text Encoder Loader",
 }
@@ -275,7 +276,7 @@ def test_chinese_names_appear(server, browser):
     shown = [type_ for type_ in NODES if type_ in titles]
     assert {"FluxAccelLoader", "FluxHotswapLora"} <= set(shown)
     assert {type_: titles[type_] for type_ in shown} == {type_: chinese[type_]["display_name"] for type_ in shown}
-    assert labels == ["LoRA名称", "强度", "CLIP强度", "起始百分比", "结束百分比"]
+    assert labels == ["LoRA名称", "强度", "CLIP强度", "起始百分比", "结束百分比", "最大秩"]
     assert menu == "Flux 热切换"
 
 
