@@ -307,7 +307,7 @@ def test_a_swap_interrupted_at_any_line_is_made_good_by_the_next(small, one_thre
                 if engine.applied(one):
                     assert torch.equal(draw(engine), expected[one.key]), (where, "applied")
             # No lock is left behind.
-            other_thread.submit(engine.prefetch, wanted).result(timeout=60)
+            other_thread.submit(engine.prefetch, before).result(timeout=60)
             engine.swap(next_one)
             assert torch.equal(draw(engine), expected[next_one.key]), (where, "after the next swap")
 
