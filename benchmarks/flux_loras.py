@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from accel.families.flux1 import Flux1, Flux1Config
 from accel.files import FileIdentity, TensorFile, TensorInfo
 from accel.layout import Layout
+from accel.lora.layers import LoraLinear
 from accel.lora.slots import LoraSlots
 from accel.spec import ModelSpec
 
@@ -113,8 +114,14 @@ def block_linears(layout: Layout) -> Iterator[tuple[str, int, int]]:
                 yield part.module, part.rows, linear.in_features
 
 
-def check_bound(variant: str, model: nn.Module, adapter: str, expected: Pairs) -> tuple[Tensor, ...]:
+def check_bound(variant: str, model: nn.Module, adapter: str | None, expected: Pairs) -> tuple[Tensor, ...]:
     """Make sure that the model's LoRA layers hold exactly these tensors, and that no other layer holds any.
+
+    Args:
+        variant: what the message begins with.
+        model: with LoRA layers.
+        adapter: of PEFT's layers; None for the pack's own.
+        expected: what must be bound.
 
     Returns:
         The Parameters of `expected`'s layers.
@@ -124,16 +131,23 @@ def check_bound(variant: str, model: nn.Module, adapter: str, expected: Pairs) -
     """
     seen: list[Tensor] = []
     for module, layer in model.named_modules():
-        if adapter not in getattr(layer, "lora_A", ()):
+        if adapter is None:
+            if not isinstance(layer, LoraLinear):
+                continue
+            bound = layer.lora_A, layer.lora_B
+        elif adapter in getattr(layer, "lora_A", ()):
+            bound = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+        else:
             continue
-        bound = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
         if module not in expected:
             if any(tensor.any() for tensor in bound):
                 raise BenchmarkError(f"{variant}: {module} is not part of the LoRA, but is not zero after the switch.")
             continue
         seen += bound
         for role, tensor, wanted in zip("AB", bound, expected[module], strict=True):
-            if not same_bits(tensor, wanted):
+            # The pack's lora_B has one dimension, see `LoraLinear`.
+            matrix = tensor.view(wanted.shape) if tensor.numel() == wanted.numel() else tensor
+            if not same_bits(matrix, wanted):
                 raise BenchmarkError(f"{variant}: lora_{role} of {module} is not the tensor that was asked for.")
     if len(seen) != 2 * len(expected):
         raise BenchmarkError(f"{variant}: the model has {len(seen) // 2} of the {len(expected)} layers of the LoRA.")

@@ -10,7 +10,6 @@ import torch
 from accel.families.flux1 import Flux1Config
 from accel.files import FileIdentity
 from accel.lora.library import LoraLibrary
-from accel.lora.slots import ADAPTER
 from accel.lora.stack import LoraStack
 from accel.lora.weights import LoraLayer, LoraWeights
 from accel.memory import GIB, PoolBudgets
@@ -110,7 +109,7 @@ class Pooled:
         self._library.bind(stack)
 
     def _check(self, name: str, expected: Pairs) -> None:
-        check_bound(name, self._model, ADAPTER, expected)
+        check_bound(name, self._model, None, expected)
 
     def _stack(self, *entries: tuple[RandomLora, float]) -> LoraStack:
         stack = LoraStack()

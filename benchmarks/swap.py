@@ -21,7 +21,6 @@ from accel.families.flux1 import Flux1Config
 from accel.files import FileIdentity
 from accel.lora.device import DeviceLoras
 from accel.lora.file import read_lora
-from accel.lora.slots import ADAPTER
 from accel.lora.stack import FlatLora, LoraStack, flatten
 from accel.lora.weights import LoraLayer, LoraWeights
 from harness.paths import CACHE
@@ -216,7 +215,7 @@ class Switch:
         self._check("cold", lora)
 
     def _check(self, variant: str, lora: RandomLora) -> None:
-        bound = check_bound(variant, self._model, ADAPTER, lora.scaled)
+        bound = check_bound(variant, self._model, None, lora.scaled)
         if any(new is old for new, old in zip(bound, self._bound, strict=False)):
             raise BenchmarkError(f"{variant}: Parameters that were bound before are still bound.")
         self._bound = bound

@@ -151,8 +151,8 @@ def test_what_strength_changes_beyond_lora_B_is_flattened_anew(spec, loras, monk
     class WithVectors(FlatLora):
         vectors: tuple = ()
 
-    def flatten_with_vectors(entries, dtype, pin):
-        flat = flatten(entries, dtype, pin)
+    def flatten_with_vectors(*arguments):
+        flat = flatten(*arguments)
         return WithVectors(flat.buffer, flat.placed, ("a norm",))
 
     monkeypatch.setattr(accel.lora.library, "flatten", flatten_with_vectors)
