@@ -1,6 +1,7 @@
 """Recognising, reading and quantizing text encoder files, without ComfyUI."""
 
 import builtins
+import json
 import subprocess
 import sys
 
@@ -127,6 +128,49 @@ def test_scaled_fp8_stays_as_stored(paths):
         for name, layer in layers.items():
             assert torch.equal(layer.weight.view(torch.uint8), stored[f"{name}.weight"].view(torch.uint8))
             assert layer.scale.item() == stored[f"{name}.scale_weight"].item()
+
+
+def scaled_int8(t5):
+    """ComfyUI's `int8_tensorwise`: one scale for all of a linear's weight, or (of every o) one per row."""
+    tensors = dict(t5)
+    for name in LINEARS:
+        largest = t5[f"{name}.weight"].abs()
+        scale = (largest.amax(dim=1, keepdim=True) if name.endswith(".o") else largest.amax()) / 127
+        tensors[f"{name}.weight"] = (t5[f"{name}.weight"] / scale).round().to(torch.int8)
+        tensors[f"{name}.weight_scale"] = scale
+        description = json.dumps({"format": "int8_tensorwise"}).encode()
+        tensors[f"{name}.comfy_quant"] = torch.tensor(list(description), dtype=torch.uint8)
+    return tensors
+
+
+@pytest.mark.parametrize("mode", ["none", "int8", "nf4"])
+def test_scaled_int8_is_read_and_kept(t5, tmp_path, mode):
+    """`int8` keeps a file's own int8, too; `nf4` quantizes what it stands for."""
+    stored = scaled_int8(t5)
+    weights = load(write_tensors(tmp_path / "int8.safetensors", stored), mode)
+    assert sorted(weights.quantized) == sorted(LINEARS)
+    for name, layer in weights.quantized.items():
+        expected = stored[f"{name}.weight"] * stored[f"{name}.weight_scale"]
+        if mode == "nf4":
+            assert sqnr_db(layer.dequantize(torch.float32, CPU), expected) >= SQNR_DB["nf4"]
+        else:
+            assert torch.equal(layer.weight, stored[f"{name}.weight"])
+            assert torch.equal(layer.dequantize(torch.float32, CPU), expected)
+
+
+@pytest.mark.parametrize("form", ["scaled-old", "scaled-new", "int8"])
+def test_scales_in_an_all_in_one_file(paths, t5, tmp_path, form):
+    """Scales, markers and descriptions are those of the encoder alone, whatever other parts are stored as."""
+    plain = scaled_int8(t5) if form == "int8" else load_file(paths[form])
+    tensors = files.prefixed(plain)
+    tensors["model.diffusion_model.x.weight"] = torch.zeros(2, 2)
+    description = json.dumps({"format": "nvfp4"}).encode()
+    tensors["model.diffusion_model.x.comfy_quant"] = torch.tensor(list(description), dtype=torch.uint8)
+    spec = t5_spec(read_file(write_tensors(tmp_path / "all.safetensors", tensors)))
+    assert {tensor.key for tensor in spec.weights.values()} == {files.PREFIX + name for name in t5}
+    scaled = {name: tensor.scale for name, tensor in spec.weights.items() if tensor.scale is not None}
+    suffix = "scale_weight" if form == "scaled-old" else "weight_scale"
+    assert scaled == {f"{name}.weight": f"{files.PREFIX}{name}.{suffix}" for name in LINEARS}
 
 
 @pytest.mark.parametrize("mode", FORMATS)
@@ -330,6 +374,25 @@ def test_wrong_clip_files(paths, tmp_path):
         clip_spec(read_file(str(path)))
 
 
+OTHER_FILES = {
+    "decoder.conv_in.weight": "a VAE",
+    "model.layers.0.self_attn.q_proj.weight": "a language model",
+    "double_blocks.0.img_attn.qkv.weight": "a FLUX transformer",
+    "lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": "a LoRA",
+    "transformer.resblocks.0.ln_1.weight": "a CLIP in OpenCLIP's layout",
+    "joint_blocks.0.context_block.attn.qkv.weight": "an SD3 checkpoint",
+    "emb_params": "not a text encoder that this pack knows",
+}
+
+
+@pytest.mark.parametrize("key", OTHER_FILES)
+def test_other_files_are_named(tmp_path, key):
+    file = read_file(write_tensors(tmp_path / "other.safetensors", {key: torch.zeros(4, 4)}))
+    for spec, expected in ((t5_spec, "a T5"), (clip_spec, "a CLIP-L")):
+        with pytest.raises(CheckpointError, match=f"'other.safetensors' is {OTHER_FILES[key]}.*expected {expected}"):
+            spec(file)
+
+
 def test_swapped_files(paths):
     t5, clip = read_file(str(paths["fp16"])), read_file(str(paths["clip"]))
     with pytest.raises(CheckpointError, match="swapped"):
@@ -346,6 +409,16 @@ def test_not_a_number(t5, tmp_path, value):
     for mode in ("none", "int8"):
         with pytest.raises(CheckpointError, match=r"SelfAttention\.v\.weight' holds NaN or infinity"):
             load(path, mode)
+
+
+def test_blocks_that_float16_cannot_hold(t5, tmp_path):
+    """Packed embeddings are kept in float16; linears, once quantized, need not be."""
+    tensors = {**t5, "shared.weight": t5["shared.weight"] * 1e6}
+    with pytest.raises(CheckpointError, match=r"'token_embd.weight' has values that float16 cannot hold"):
+        load(files.write_gguf(tmp_path / "large.gguf", tensors))
+    linear = f"{LINEARS[0]}.weight"
+    large = load(files.write_gguf(tmp_path / "large.gguf", {**t5, linear: t5[linear] * 1e6}), "int8")
+    assert sqnr_db(values(large)[linear], t5[linear] * 1e6) >= SQNR_DB["int8"]
 
 
 def test_damaged_gguf(paths, tmp_path):

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ..checkpoint.other_models import OTHERS as OTHER_MODELS
+from ..checkpoint.other_models import first_match, is_lora
 from ..checkpoint.scales import STORED_AS, find_scales
 from ..checkpoint.source import Checkpoint
 from ..checkpoint.stored import check_stored
@@ -332,10 +334,8 @@ OTHERS: tuple[tuple[Callable[[Checkpoint], bool], str], ...] = (
     (_is_clip, "a CLIP text encoder"),
     (lambda file: any(key.startswith("decoder.block.") for key in file.tensors), "the decoder half of a T5"),
     (lambda file: any(".resblocks." in key for key in file.tensors), "a CLIP in OpenCLIP's layout"),
+    (lambda file: is_lora(file.tensors), "a LoRA"),
     (lambda file: any("double_blocks." in key for key in file.tensors), "a FLUX transformer"),
-    (lambda file: any("model.layers." in key or key.startswith("blk.") for key in file.tensors), "a language model"),
-    (lambda file: any("lora" in key for key in file.tensors), "a LoRA"),
-    (lambda file: any(key.startswith(("decoder.conv_in", "taesd_")) for key in file.tensors), "a VAE"),
 )
 
 
@@ -343,4 +343,7 @@ def _guess(file: Checkpoint) -> str:
     for matches, what in OTHERS:
         if matches(file):
             return what
+    known = first_match(OTHER_MODELS, file.tensors)
+    if known is not None:
+        return known[0]
     return f"not a text encoder that this pack knows (its first tensor is '{next(iter(file.tensors), '')}')"
