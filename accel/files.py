@@ -99,6 +99,11 @@ class TensorInfo:
     dtype: torch.dtype
 
     @property
+    def packed(self) -> bool:
+        """Whether it lies in blocks that must be unpacked, so that `dtype` is not what is stored."""
+        return False
+
+    @property
     def numel(self) -> int:
         """Number of elements."""
         count = 1

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from .files import TensorInfo
 from .layout import Layout
 
 
@@ -18,11 +19,20 @@ class StoredTensor:
 
     Attributes:
         key: its name there.
+        info: its shape and dtype.
         scale: the name of the scale, one for all or one per row, that its values are multiplied by; None without.
+        scale_numel: how many scales that are.
     """
 
     key: str
+    info: TensorInfo
     scale: str | None = None
+    scale_numel: int = 0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its sizes, whatever it is packed into."""
+        return self.info.shape
 
 
 @dataclass(frozen=True)

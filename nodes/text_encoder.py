@@ -7,10 +7,11 @@ import folder_paths
 import torch
 from comfy_api.latest import io
 
+from ..accel.checkpoint import read_file
+from ..accel.quantize.bitsandbytes_modes import NF4
 from ..accel.registry import TEXT_ENCODERS
-from ..accel.text_encoder.modes import MODES, check_mode, choose_mode, has_bitsandbytes
+from ..accel.text_encoder.modes import MODES, check_mode, choose_mode
 from ..accel.text_encoder.spec import EncoderSpec, check_not_swapped, clip_spec, t5_spec
-from ..accel.text_encoder.weight_file import read_weight_file
 from .clip import FluxClip
 from .encoders import say
 from .files import CATEGORY, find_file, fingerprint
@@ -67,7 +68,7 @@ class FluxTextEncoderLoader(io.ComfyNode):
         load_device = comfy.model_management.text_encoder_device()
         check_mode(quantization, load_device)
         paths = [None if name == NONE else find_file(FOLDER, name) for name in (t5_name, clip_l_name)]
-        t5_file, clip_file = (path and read_weight_file(path) for path in paths)
+        t5_file, clip_file = (path and read_file(path) for path in paths)
         check_not_swapped(t5_file, clip_file)
         t5, clip = t5_spec(t5_file), clip_file and clip_spec(clip_file)
 
@@ -92,7 +93,8 @@ def _mode(quantization: str, t5: EncoderSpec, device: torch.device) -> str:
         return quantization
     on_cpu = comfy.model_management.is_device_cpu(device)
     measure = comfy.model_management.get_free_memory if on_cpu else comfy.model_management.get_total_memory
-    mode, reason = choose_mode(t5, measure(device), "free RAM" if on_cpu else "GPU memory", has_bitsandbytes())
+    where = "free RAM" if on_cpu else "GPU memory"
+    mode, reason = choose_mode(t5, measure(device), where, bitsandbytes=NF4.missing(device) is None)
     say(f"T5 quantization auto: {mode} ({reason})")
     return mode
 

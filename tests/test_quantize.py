@@ -146,12 +146,12 @@ def test_bytes_are_known_before_converting(mode, shape):
 @pytest.mark.parametrize("mode", ON_CPU)
 def test_runs_of_rows_give_what_the_whole_gives(mode, monkeypatch):
     """A weight is converted in runs that fit a processor's cache; the result must not show where they end."""
-    import accel.quantize.bitsandbytes_modes
+    import accel.quantize.nf4
     import accel.quantize.torchao_modes
 
     weight, bias = like_trained(500, 512).bfloat16(), torch.zeros(500, dtype=torch.bfloat16)
     whole = dequantize(find_mode(mode).convert(weight, bias, False))
-    for module in (accel.quantize.torchao_modes, accel.quantize.bitsandbytes_modes):
+    for module in (accel.quantize.torchao_modes, accel.quantize.nf4):
         monkeypatch.setattr(module, "RUN_ELEMENTS", 512 * 48)
     assert torch.equal(dequantize(find_mode(mode).convert(weight, bias, False)), whole)
 

@@ -1,20 +1,23 @@
 """Recognising, reading and quantizing text encoder files, without ComfyUI."""
 
 import builtins
+import json
 import subprocess
 import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import accel.quantize.mode
+from accel.checkpoint import read_file
 from accel.errors import AccelError, CheckpointError, FileError, SettingsError
 from accel.text_encoder.linear import Nf4, RowScaled, WeightOnlyLinear
 from accel.text_encoder.load import EncoderWeights
 from accel.text_encoder.modes import FORMATS, check_mode, choose_mode, resident_bytes
 from accel.text_encoder.spec import check_not_swapped, clip_spec, t5_spec
-from accel.text_encoder.weight_file import read_weight_file
 from harness import broken_files
 from harness import text_encoder_files as files
 from harness.paths import REPO
@@ -61,7 +64,7 @@ def skeleton(spec) -> nn.Module:
 
 
 def load(path, mode="none"):
-    spec = t5_spec(read_weight_file(str(path)))
+    spec = t5_spec(read_file(str(path)))
     weights = EncoderWeights(skeleton(spec), spec, mode)
     announced = weights.bytes
     report = weights.fill(CPU, CPU, lambda done, total: None)
@@ -84,15 +87,15 @@ def sqnr_db(ours: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 def test_sizes_come_from_the_header(paths, tmp_path):
-    spec = t5_spec(read_weight_file(str(paths["bf16"])))
+    spec = t5_spec(read_file(str(paths["bf16"])))
     config = spec.config
     sizes = (config.num_layers, config.d_model, config.d_ff, config.d_kv, config.num_heads, config.vocab_size)
     assert sizes == (2, 128, 256, 32, 4, 32128)
     assert spec.stored_dtype == torch.bfloat16
     other = write_tensors(tmp_path / "other.safetensors", tiny_t5_state_dict(TinyT5Config(3, 64, 96, 2, 16)))
-    config = t5_spec(read_weight_file(str(other))).config
+    config = t5_spec(read_file(str(other))).config
     assert (config.num_layers, config.d_model, config.d_ff, config.d_kv, config.num_heads) == (3, 64, 96, 16, 2)
-    clip = clip_spec(read_weight_file(str(paths["clip"]))).config
+    clip = clip_spec(read_file(str(paths["clip"]))).config
     sizes = (clip.num_hidden_layers, clip.hidden_size, clip.intermediate_size, clip.max_position_embeddings)
     assert (sizes, clip.num_attention_heads) == ((2, 128, 512, 77), 2)
 
@@ -118,8 +121,6 @@ def test_every_format_gives_the_same_weights(paths, t5, name):
 
 def test_scaled_fp8_stays_as_stored(paths):
     """Neither `none` nor `fp8` rounds a file's own fp8 again."""
-    from safetensors.torch import load_file
-
     stored = load_file(paths["scaled-old"])
     for mode in ("none", "fp8"):
         layers = load(paths["scaled-old"], mode).quantized
@@ -127,6 +128,49 @@ def test_scaled_fp8_stays_as_stored(paths):
         for name, layer in layers.items():
             assert torch.equal(layer.weight.view(torch.uint8), stored[f"{name}.weight"].view(torch.uint8))
             assert layer.scale.item() == stored[f"{name}.scale_weight"].item()
+
+
+def scaled_int8(t5):
+    """ComfyUI's `int8_tensorwise`: one scale for all of a linear's weight, or (of every o) one per row."""
+    tensors = dict(t5)
+    for name in LINEARS:
+        largest = t5[f"{name}.weight"].abs()
+        scale = (largest.amax(dim=1, keepdim=True) if name.endswith(".o") else largest.amax()) / 127
+        tensors[f"{name}.weight"] = (t5[f"{name}.weight"] / scale).round().to(torch.int8)
+        tensors[f"{name}.weight_scale"] = scale
+        description = json.dumps({"format": "int8_tensorwise"}).encode()
+        tensors[f"{name}.comfy_quant"] = torch.tensor(list(description), dtype=torch.uint8)
+    return tensors
+
+
+@pytest.mark.parametrize("mode", ["none", "int8", "nf4"])
+def test_scaled_int8_is_read_and_kept(t5, tmp_path, mode):
+    """`int8` keeps a file's own int8, too; `nf4` quantizes what it stands for."""
+    stored = scaled_int8(t5)
+    weights = load(write_tensors(tmp_path / "int8.safetensors", stored), mode)
+    assert sorted(weights.quantized) == sorted(LINEARS)
+    for name, layer in weights.quantized.items():
+        expected = stored[f"{name}.weight"] * stored[f"{name}.weight_scale"]
+        if mode == "nf4":
+            assert sqnr_db(layer.dequantize(torch.float32, CPU), expected) >= SQNR_DB["nf4"]
+        else:
+            assert torch.equal(layer.weight, stored[f"{name}.weight"])
+            assert torch.equal(layer.dequantize(torch.float32, CPU), expected)
+
+
+@pytest.mark.parametrize("form", ["scaled-old", "scaled-new", "int8"])
+def test_scales_in_an_all_in_one_file(paths, t5, tmp_path, form):
+    """Scales, markers and descriptions are those of the encoder alone, whatever other parts are stored as."""
+    plain = scaled_int8(t5) if form == "int8" else load_file(paths[form])
+    tensors = files.prefixed(plain)
+    tensors["model.diffusion_model.x.weight"] = torch.zeros(2, 2)
+    description = json.dumps({"format": "nvfp4"}).encode()
+    tensors["model.diffusion_model.x.comfy_quant"] = torch.tensor(list(description), dtype=torch.uint8)
+    spec = t5_spec(read_file(write_tensors(tmp_path / "all.safetensors", tensors)))
+    assert {tensor.key for tensor in spec.weights.values()} == {files.PREFIX + name for name in t5}
+    scaled = {name: tensor.scale for name, tensor in spec.weights.items() if tensor.scale is not None}
+    suffix = "scale_weight" if form == "scaled-old" else "weight_scale"
+    assert scaled == {f"{name}.weight": f"{files.PREFIX}{name}.{suffix}" for name in LINEARS}
 
 
 @pytest.mark.parametrize("mode", FORMATS)
@@ -144,7 +188,7 @@ def test_exactly_the_linears_are_quantized(paths, name, mode):
 
 
 def test_sizes_per_mode(paths):
-    spec = t5_spec(read_weight_file(str(paths["bf16"])))
+    spec = t5_spec(read_file(str(paths["bf16"])))
     count = sum(torch.Size(shape).numel() for shape in spec.config.linears.values())
     rest = resident_bytes(spec, "none") - 2 * count
     rows = sum(shape[0] for shape in spec.config.linears.values())
@@ -169,11 +213,13 @@ def test_nf4_is_bitsandbytes(t5):
 
 @pytest.mark.parametrize("mode", FORMATS)
 def test_pieces_give_the_same_as_the_whole(t5, mode, monkeypatch):
+    from accel.quantize import nf4
     from accel.text_encoder import linear
 
     weight = t5["encoder.block.0.layer.1.DenseReluDense.wo.weight"]
     whole = FORMATS[mode].quantize(weight)
     monkeypatch.setattr(linear, "CHUNK", 4096)
+    monkeypatch.setattr(nf4, "RUN_ELEMENTS", 4096)
     pieces = FORMATS[mode].quantize(weight)
     assert all(torch.equal(pieces[name], whole[name]) for name in whole)
 
@@ -219,7 +265,7 @@ def test_clear_gives_back_and_fill_brings_back(paths):
 
 
 def test_cancelled_load_leaves_nothing(paths):
-    spec = t5_spec(read_weight_file(str(paths["fp16"])))
+    spec = t5_spec(read_file(str(paths["fp16"])))
     weights = EncoderWeights(skeleton(spec), spec, "int8")
 
     def cancel(done, total):
@@ -233,7 +279,7 @@ def test_cancelled_load_leaves_nothing(paths):
 
 
 def test_auto_is_the_most_exact_that_fits(paths):
-    spec = t5_spec(read_weight_file(str(paths["fp32"])))
+    spec = t5_spec(read_file(str(paths["fp32"])))
     sizes = {mode: resident_bytes(spec, mode) for mode in ("none", "int8", "nf4")}
     for mode, size in sizes.items():
         assert choose_mode(spec, 2 * size, "free RAM", bitsandbytes=True)[0] == mode
@@ -249,9 +295,10 @@ def test_modes_that_cannot_run(monkeypatch):
     with pytest.raises(SettingsError, match=r"mps.*Choose 'int8'"):
         check_mode("fp8", torch.device("mps"))
     check_mode("nf4", CPU)
-    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(SettingsError, match=r"pip install bitsandbytes.*'int8'"):
-        check_mode("nf4", CPU)
+    for installed, words in ((None, "pip install 'bitsandbytes>=.*'int8'"), ("0.1", "installed is 0.1.*'int8'")):
+        monkeypatch.setattr(accel.quantize.mode, "_installed", lambda name, found=installed: found)
+        with pytest.raises(SettingsError, match=words):
+            check_mode("nf4", CPU)
 
 
 def test_missing_gguf_package(paths, monkeypatch):
@@ -263,8 +310,8 @@ def test_missing_gguf_package(paths, monkeypatch):
         return original(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(SettingsError, match="pip install gguf"):
-        read_weight_file(str(paths["gguf-Q8_0"]))
+    with pytest.raises(FileError, match="pip install gguf"):
+        read_file(str(paths["gguf-Q8_0"]))
 
 
 def changed(t5, **edits):
@@ -307,28 +354,47 @@ WRONG = {
 def test_wrong_t5_files(t5, tmp_path, build, words):
     path = write_tensors(tmp_path / "wrong.safetensors", build(t5))
     with pytest.raises(CheckpointError, match=words) as error:
-        t5_spec(read_weight_file(str(path)))
+        t5_spec(read_file(str(path)))
     assert "wrong.safetensors" in str(error.value)
 
 
 def test_another_quantization_format_is_named(t5, tmp_path):
     path = files.write_scaled_fp8_metadata(tmp_path / "nvfp4.safetensors", t5, form="nvfp4")
-    with pytest.raises(CheckpointError, match="quantized as nvfp4"):
-        read_weight_file(str(path))
+    with pytest.raises(CheckpointError, match="quantized as 'nvfp4'"):
+        t5_spec(read_file(str(path)))
 
 
 def test_wrong_clip_files(paths, tmp_path):
     with pytest.raises(CheckpointError, match="a T5 text encoder, expected a CLIP-L"):
-        clip_spec(read_weight_file(str(paths["fp16"])))
+        clip_spec(read_file(str(paths["fp16"])))
     tensors = tiny_clip_l_state_dict(hidden=64, layers=2)
     del tensors["text_model.encoder.layers.1.mlp.fc2.bias"]
     path = write_tensors(tmp_path / "clip.safetensors", tensors)
     with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.fc2\.bias"):
-        clip_spec(read_weight_file(str(path)))
+        clip_spec(read_file(str(path)))
+
+
+OTHER_FILES = {
+    "decoder.conv_in.weight": "a VAE",
+    "model.layers.0.self_attn.q_proj.weight": "a language model",
+    "double_blocks.0.img_attn.qkv.weight": "a FLUX transformer",
+    "lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": "a LoRA",
+    "transformer.resblocks.0.ln_1.weight": "a CLIP in OpenCLIP's layout",
+    "joint_blocks.0.context_block.attn.qkv.weight": "an SD3 checkpoint",
+    "emb_params": "not a text encoder that this pack knows",
+}
+
+
+@pytest.mark.parametrize("key", OTHER_FILES)
+def test_other_files_are_named(tmp_path, key):
+    file = read_file(write_tensors(tmp_path / "other.safetensors", {key: torch.zeros(4, 4)}))
+    for spec, expected in ((t5_spec, "a T5"), (clip_spec, "a CLIP-L")):
+        with pytest.raises(CheckpointError, match=f"'other.safetensors' is {OTHER_FILES[key]}.*expected {expected}"):
+            spec(file)
 
 
 def test_swapped_files(paths):
-    t5, clip = read_weight_file(str(paths["fp16"])), read_weight_file(str(paths["clip"]))
+    t5, clip = read_file(str(paths["fp16"])), read_file(str(paths["clip"]))
     with pytest.raises(CheckpointError, match="swapped"):
         check_not_swapped(clip, t5)
     check_not_swapped(t5, clip)
@@ -345,19 +411,29 @@ def test_not_a_number(t5, tmp_path, value):
             load(path, mode)
 
 
+def test_blocks_that_float16_cannot_hold(t5, tmp_path):
+    """Packed embeddings are kept in float16; linears, once quantized, need not be."""
+    tensors = {**t5, "shared.weight": t5["shared.weight"] * 1e6}
+    with pytest.raises(CheckpointError, match=r"'token_embd.weight' has values that float16 cannot hold"):
+        load(files.write_gguf(tmp_path / "large.gguf", tensors))
+    linear = f"{LINEARS[0]}.weight"
+    large = load(files.write_gguf(tmp_path / "large.gguf", {**t5, linear: t5[linear] * 1e6}), "int8")
+    assert sqnr_db(values(large)[linear], t5[linear] * 1e6) >= SQNR_DB["int8"]
+
+
 def test_damaged_gguf(paths, tmp_path):
     content = paths["gguf-Q8_0"].read_bytes()
     path = tmp_path / "half.gguf"
     for length in (4, 40, 400, len(content) // 2, len(content) - 10):
         path.write_bytes(content[:length])
-        with pytest.raises(FileError, match=r"half.gguf.*Get it again"):
-            read_weight_file(str(path))
+        with pytest.raises(FileError, match=r"half.gguf.*get it again"):
+            read_file(str(path))
 
 
 @pytest.mark.parametrize("write", broken_files.UNREADABLE, ids=lambda write: write.__name__)
 def test_unreadable_files(write, tmp_path):
     with pytest.raises(AccelError):
-        read_weight_file(str(write(tmp_path / "broken.safetensors")))
+        read_file(str(write(tmp_path / "broken.safetensors")))
 
 
 def test_a_file_that_changed(paths, t5, tmp_path):
@@ -367,7 +443,7 @@ def test_a_file_that_changed(paths, t5, tmp_path):
     }.items():
         path = tmp_path / name
         write(path, 0)
-        spec = t5_spec(read_weight_file(str(path)))
+        spec = t5_spec(read_file(str(path)))
         write(path, 1)
         with pytest.raises(FileError, match="was changed"):
             EncoderWeights(skeleton(spec), spec, "none").fill(CPU, CPU, lambda done, total: None)

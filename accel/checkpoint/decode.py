@@ -14,7 +14,9 @@ def decode(values: Tensor, scale: Tensor | None, out: Tensor) -> None:
         scale: float32, () or (rows, 1); None for 1.
         out: as `values`, contiguous, a float dtype; it is written.
     """
-    if values.dtype.itemsize == 1 and (scale is None or not scale.dim()):
+    if scale is None and values.dtype == out.dtype:
+        out.copy_(values)
+    elif values.dtype.itemsize == 1 and (scale is None or not scale.dim()):
         _look_up(values, _table(values.dtype, scale, out), out)
     elif scale is None:
         out.copy_(values)

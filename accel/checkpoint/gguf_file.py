@@ -1,7 +1,7 @@
 """A checkpoint in a GGUF file, dequantized row by row through the `gguf` package.
 
 Sources: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md for the format, city96/ComfyUI-GGUF for what FLUX
-files hold: the original tensor names, `general.architecture` "flux", `comfy.gguf.orig_shape.*` for reshaped tensors.
+files hold: the original tensor names, `comfy.gguf.orig_shape.*` for reshaped tensors.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from ..files import FileIdentity, TensorInfo
 from .locate import Located
 from .source import Rows
 
-ARCHITECTURE = "flux"
+ARCHITECTURE = "general.architecture"
 ORIGINAL_SHAPE = "comfy.gguf.orig_shape."
 FLOATS: Mapping[str, torch.dtype] = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # A quantized weight has no dtype of its own; bfloat16 holds what its 8 bits and fewer distinguish.
 QUANTIZED_DTYPE = torch.bfloat16
 _READ_FIELDS = ("general.", ORIGINAL_SHAPE)
 # What the package's reader raises for a file that ends early or holds nonsense.
-DAMAGE = (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError)
+DAMAGE = (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError, OSError)
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,11 @@ class GgufTensor(TensorInfo):
     def rows(self) -> int:
         """Number of stored rows."""
         return prod(self.stored_shape[:-1])
+
+    @property
+    def packed(self) -> bool:
+        """Whether `dtype` is only what its blocks are unpacked to."""
+        return self.type_name not in FLOATS
 
 
 @dataclass(frozen=True)
@@ -119,11 +124,11 @@ class _GgufRows:
 
 
 def read_gguf(located: Located) -> GgufCheckpoint:
-    """Read the header of a GGUF file.
+    """Read the header of a GGUF file; the architecture that it names is in `metadata[ARCHITECTURE]`.
 
     Raises:
         FileError: not a GGUF file, damaged, truncated, big-endian, or the `gguf` package is missing.
-        CheckpointError: another architecture, or a quantization that the package cannot read.
+        CheckpointError: a quantization that the package cannot read.
     """
     path, name = located.files[0], located.name
     identity = located.identity()
@@ -131,7 +136,7 @@ def read_gguf(located: Located) -> GgufCheckpoint:
         start = stream.read(8)
     if start[:4] != b"GGUF":
         raise FileError(f"'{name}' is not a GGUF file: it does not begin with 'GGUF'. Download it again.")
-    if int.from_bytes(start[4:8], "little") & 0xFFFF == 0:
+    if len(start) == 8 and int.from_bytes(start[4:], "little") & 0xFFFF == 0:
         raise FileError(f"'{name}' is a big-endian GGUF file. Choose a little-endian one, as nearly all are.")
     gguf = _package(name)
     try:
@@ -146,13 +151,6 @@ def read_gguf(located: Located) -> GgufCheckpoint:
     if not tensors:
         raise FileError(f"'{name}' holds no tensors. Choose another file.")
     _check_kinds(tensors, gguf, name)
-    architecture = fields.get("general.architecture")
-    # stable-diffusion.cpp writes none; then the names of the tensors must do.
-    if architecture not in (None, ARCHITECTURE):
-        raise CheckpointError(
-            f"'{name}' is a GGUF file of the architecture '{architecture}', expected '{ARCHITECTURE}' (FLUX.1). Choose "
-            "a file such as flux1-dev-Q8_0.gguf."
-        )
     metadata = {key: value for key, value in fields.items() if isinstance(value, str)}
     return GgufCheckpoint(name, located, identity, tensors, metadata)
 
@@ -186,7 +184,6 @@ def _describe(tensor: Any, fields: Mapping[str, Any], name: str) -> GgufTensor:
         stored_shape=stored,
         row_bytes=int(tensor.n_bytes) // rows if rows else 0,
     )
-
 
 
 def _check_kinds(tensors: Mapping[str, GgufTensor], gguf: ModuleType, name: str) -> None:

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError
 from ..layout import FusedLinear
 from ..spec import ModelSpec
-from ..tensors import all_finite
-from .decode import decode
-from .source import Rows
-
-# Values that are converted, scaled and checked at a time: few enough for a CPU's caches and for little memory, enough
-# that starting threads costs nothing.
-CPU_CHUNK = 2**22
-DEVICE_CHUNK = 2**24
+from .stored import StoredReader
 
 
 @dataclass(frozen=True)
@@ -56,70 +48,22 @@ def read_weights(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> I
     """
     layout = spec.stored_layout
     with spec.file.open() as rows:
-        reader = _Reader(spec, rows, dtype, torch.device(device))
+        reader = StoredReader(spec.file.name, rows, torch.device(device))
         for linear in layout.linears:
-            yield from _linear(linear, reader)
+            yield from _linear(linear, spec, reader, dtype)
         for vector in layout.vectors:
-            yield VectorWeights(vector.parameter, reader.read(vector.name, ((0, vector.size),), ()))
+            yield VectorWeights(vector.parameter, reader.read(spec.stored[vector.name], dtype))
 
 
-def _linear(linear: FusedLinear, reader: _Reader) -> Iterator[LinearWeights]:
+def _linear(
+    linear: FusedLinear, spec: ModelSpec, reader: StoredReader, dtype: torch.dtype
+) -> Iterator[LinearWeights]:
+    stored_weight, stored_bias = spec.stored[f"{linear.name}.weight"], spec.stored[f"{linear.name}.bias"]
     for part in linear.parts:
         end = part.start + part.rows
         runs: tuple[tuple[int, int], ...] = ((part.start, end),)
         if linear.swap_halves:
             middle = part.start + part.rows // 2
             runs = ((middle, end), (part.start, middle))
-        weight = reader.read(f"{linear.name}.weight", runs, (linear.in_features,))
-        yield LinearWeights(part.module, weight, reader.read(f"{linear.name}.bias", runs, ()))
-
-
-class _Reader:
-    """Copies rows out of a file: converted, multiplied by their scale, and checked."""
-
-    def __init__(self, spec: ModelSpec, rows: Callable[[str], Rows], dtype: torch.dtype, device: torch.device) -> None:
-        self._spec = spec
-        self._rows = rows
-        self._dtype = dtype
-        self._device = device
-
-    def read(self, name: str, runs: tuple[tuple[int, int], ...], columns: tuple[int, ...]) -> Tensor:
-        """The rows of all `runs`, one after another, as a tensor of their own."""
-        stored = self._spec.stored[name]
-        source = self._rows(stored.key)
-        scale = None if stored.scale is None else self._scale(stored.scale)
-        out = torch.empty((sum(end - start for start, end in runs), *columns), dtype=self._dtype, device=self._device)
-        step = max(1, (CPU_CHUNK if self._device.type == "cpu" else DEVICE_CHUNK) // max(1, *columns, 1))
-        done = 0
-        for begin, end in runs:
-            for start in range(begin, end, step):
-                stop = min(start + step, end)
-                part = out[done : done + stop - start]
-                factor = scale if scale is None or not scale.dim() else scale[start:stop]
-                decode(source[start:stop].to(self._device), factor, part)
-                # A chunk is still in a CPU's cache; on a device every check waits for it.
-                if self._device.type == "cpu":
-                    self._check(part, stored.key)
-                done += stop - start
-        if self._device.type != "cpu":
-            self._check(out, stored.key)
-        return out
-
-    def _scale(self, key: str) -> Tensor:
-        """One scale, (), or one for each row, (rows, 1); float32."""
-        stored = self._rows(key)
-        # A scalar cannot be sliced, and a tensor of the file is one already.
-        scale = (stored if isinstance(stored, Tensor) else stored[:]).to(torch.float32, copy=True).flatten()
-        if not all_finite(scale) or not bool((scale > 0).all()):
-            raise CheckpointError(
-                f"'{self._spec.file.name}': the scale '{key}' holds zero, NaN, infinity or a negative number, expected "
-                "positive ones. The file is damaged: get it again."
-            )
-        return scale.reshape(() if scale.numel() == 1 else (-1, 1)).to(self._device)
-
-    def _check(self, values: Tensor, key: str) -> None:
-        if not all_finite(values):
-            raise CheckpointError(
-                f"'{self._spec.file.name}': '{key}' holds NaN or infinity in {self._dtype}. The file is damaged, or "
-                "its values do not fit this dtype: get it again, or choose another dtype."
-            )
+        weight = reader.read(stored_weight, dtype, runs)
+        yield LinearWeights(part.module, weight, reader.read(stored_bias, dtype, runs))

@@ -11,15 +11,15 @@ import torch
 
 from ..errors import CheckpointError
 from ..families import FAMILIES
-from ..files import FLOAT_DTYPES, TensorInfo
 from ..layout import Layout
 from ..spec import ModelSpec, StoredTensor
-from .gguf_file import read_gguf
-from .locate import GGUF_SUFFIX, Located, locate, read_json
+from .gguf_file import ARCHITECTURE
+from .headers import read_headers
+from .locate import Located, locate, read_json
 from .other_models import OTHERS, RELATIVES, first_match, foreign_quantization, is_lora
-from .safetensors_file import read_safetensors
-from .scales import STORED_AS, find_scales
+from .scales import find_scales
 from .source import Checkpoint
+from .stored import check_stored
 
 # What stands before the transformer's names: nothing, as ComfyUI saves checkpoints, and as trainers save them.
 PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "model.", "transformer.")
@@ -28,7 +28,6 @@ OTHER_PARTS = (
     "vae.", "first_stage_model.", "text_encoders.", "text_encoder.", "text_encoder_2.", "cond_stage_model.",
     "conditioner.", "clip_vision.", "clip_l.", "t5xxl.",
 )  # fmt: skip
-WITH_SCALE = (*FLOAT_DTYPES, *STORED_AS.values())
 
 
 def inspect_checkpoint(path: str | os.PathLike[str]) -> ModelSpec:
@@ -38,14 +37,15 @@ def inspect_checkpoint(path: str | os.PathLike[str]) -> ModelSpec:
         path: a .safetensors, .sft or .gguf file, the index of a sharded model, or a diffusers folder.
 
     Raises:
-        FileError: see `locate.locate`, `files.read_header` and `gguf_file.read_gguf`.
+        FileError: see `locate.locate` and `headers.read_headers`.
         CheckpointError: no known family, a tensor missing, unknown, or of another shape than the sizes demand, or a
             quantization that is not supported.
     """
     located = locate(path)
     if located.config is not None:
         _check_class(located)
-    file = _read_headers(located)
+    file = read_headers(located)
+    _check_architecture(file)
     _refuse_others(file)
     for prefix in PREFIXES:
         names = {key.removeprefix(prefix): info for key, info in file.tensors.items() if key.startswith(prefix)}
@@ -59,15 +59,16 @@ def inspect_checkpoint(path: str | os.PathLike[str]) -> ModelSpec:
     raise _unknown(file)
 
 
-def _read_headers(located: Located) -> Checkpoint:
-    if located.path.suffix.lower() == GGUF_SUFFIX or _is_gguf(located):
-        return read_gguf(located)
-    return read_safetensors(located)
-
-
-def _is_gguf(located: Located) -> bool:
-    with open(located.files[0], "rb") as stream:
-        return stream.read(4) == b"GGUF"
+def _check_architecture(file: Checkpoint) -> None:
+    known = {family.gguf_architecture: family.name for family in FAMILIES}
+    found = file.metadata.get(ARCHITECTURE)
+    # stable-diffusion.cpp writes none; then the names of the tensors must do.
+    if found is not None and found not in known:
+        expected = " or ".join(f"'{architecture}' ({name})" for architecture, name in known.items())
+        raise CheckpointError(
+            f"'{file.name}' is a GGUF file of the architecture '{found}', expected {expected}. Choose a file such as "
+            "flux1-dev-Q8_0.gguf."
+        )
 
 
 def _refuse_others(file: Checkpoint) -> None:
@@ -133,22 +134,12 @@ def _spec(
         layer = name.removesuffix(".weight")
         scale = scales.get(layer) if layer != name else None
         key = prefix + canonical[name]
-        _check_tensor(file, key, names[name], shape, scale is not None)
-        stored[name] = StoredTensor(key, None if scale is None else prefix + canonical[scale])
+        stored[name] = StoredTensor(key, names[name])
+        if scale is not None:
+            stored[name] = StoredTensor(key, names[name], prefix + canonical[scale], names[scale].numel)
+        check_stored(file, stored[name], shape)
         bytes_of[names[name].dtype] += names[name].bytes
     return ModelSpec(file, family, config, bytes_of.most_common(1)[0][0], layout, stored)
-
-
-def _check_tensor(file: Checkpoint, key: str, info: TensorInfo, shape: tuple[int, ...], scaled: bool) -> None:
-    if info.shape != shape:
-        raise CheckpointError(
-            f"'{file.name}': '{key}' has shape {info.shape}, expected {shape} from the file's other tensors. The file "
-            "is damaged, or mixed from two models."
-        )
-    allowed = WITH_SCALE if scaled else FLOAT_DTYPES
-    if info.dtype not in allowed:
-        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
-        raise CheckpointError(f"'{file.name}': '{key}' is stored as {info.dtype}, expected one of: {names}.")
 
 
 def _check_class(located: Located) -> None:

@@ -40,8 +40,8 @@ def find_scales(file: Checkpoint, prefix: str, names: Mapping[str, TensorInfo]) 
 
     Args:
         file: the checkpoint.
-        prefix: what stands before the transformer's names in the file.
-        names: the transformer's tensors, without the prefix.
+        prefix: what stands before the model's names in the file.
+        names: the model's tensors, without the prefix.
 
     Returns:
         Layer -> name of its weight scale; and every name that is no weight: scales, markers, descriptions.
@@ -54,11 +54,11 @@ def find_scales(file: Checkpoint, prefix: str, names: Mapping[str, TensorInfo]) 
     formats = _formats(file, prefix, names)
     for layer, described in formats.items():
         _check_format(file, prefix + layer, described, names.get(f"{layer}.weight"))
-    for name, info in names.items():
+    for name in names:
         for suffix in WEIGHT_SCALES:
             if name.endswith(suffix):
                 layer = name.removesuffix(suffix)
-                _check_scale(file, prefix, name, info, names.get(f"{layer}.weight"))
+                _check_scale(file, prefix, name, layer, names)
                 if layer in scales:
                     raise CheckpointError(
                         f"'{file.name}': '{prefix}{layer}.weight' has two scales, '{scales[layer]}' and '{name}', "
@@ -128,11 +128,12 @@ def _check_format(file: Checkpoint, layer: str, described: Any, weight: TensorIn
         )
 
 
-def _check_scale(file: Checkpoint, prefix: str, name: str, info: TensorInfo, weight: TensorInfo | None) -> None:
+def _check_scale(file: Checkpoint, prefix: str, name: str, layer: str, names: Mapping[str, TensorInfo]) -> None:
+    info, weight = names[name], names.get(f"{layer}.weight")
     if weight is None:
         raise CheckpointError(
-            f"'{file.name}': '{prefix}{name}' is a scale without a weight beside it. The file is incomplete: get it "
-            "again."
+            f"'{file.name}': '{prefix}{name}' is a scale without a weight: it needs '{prefix}{layer}.weight', which is "
+            "missing. The file is incomplete: get it again."
         )
     rows = weight.shape[0] if len(weight.shape) == 2 else 1
     allowed = ((), (1,), (1, 1), (rows,), (rows, 1))

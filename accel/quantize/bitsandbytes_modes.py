@@ -6,16 +6,14 @@ its operators (`torch.ops.bitsandbytes`) compile whole.
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .mode import Mode, runs_anywhere
-
-BLOCK = 64
-ABSMAX_BYTES = 4
-# See torchao_modes: runs of rows that stay in a CPU's cache.
-RUN_ELEMENTS = 2**18
+from .nf4 import BLOCK, LIBRARY, pack, stored_shapes, unpack
 
 
 class Nf4Linear(nn.Module):
@@ -41,35 +39,28 @@ class Nf4Linear(nn.Module):
 
     def unpack(self, dtype: torch.dtype) -> Tensor:
         """The weight that it computes with, (out_features, in_features)."""
-        return torch.ops.bitsandbytes.dequantize_4bit(
-            self.packed, self.absmax, BLOCK, "nf4", [self.out_features, self.in_features], dtype
-        )
+        return unpack(self.packed, self.absmax, (self.out_features, self.in_features), dtype)
 
 
 def _to_nf4(weight: Tensor, bias: Tensor, per_picture: bool) -> Nf4Linear:
-    import bitsandbytes  # noqa: F401 - registers torch.ops.bitsandbytes
-
     out_features, in_features = weight.shape
-    rows = max(1, RUN_ELEMENTS // in_features) if weight.device.type == "cpu" else out_features
-    runs = [
-        torch.ops.bitsandbytes.quantize_4bit(run.contiguous(), BLOCK, "nf4", torch.uint8)
-        for run in weight.split(rows)
-    ]
+    packed, absmax = pack(weight)
     linear = Nf4Linear(in_features, out_features)
-    linear.packed = nn.Parameter(torch.cat([packed for packed, _ in runs]), requires_grad=False)
-    linear.absmax = nn.Parameter(torch.cat([absmax for _, absmax in runs]), requires_grad=False)
+    linear.packed = nn.Parameter(packed, requires_grad=False)
+    linear.absmax = nn.Parameter(absmax, requires_grad=False)
     linear.bias = nn.Parameter(bias, requires_grad=False)
     return linear
 
 
 def _nf4_bytes(out_features: int, in_features: int) -> int:
-    return out_features * in_features // 2 + out_features * in_features // BLOCK * ABSMAX_BYTES
+    packed, absmax = stored_shapes(out_features * in_features)
+    return prod(packed) + prod(absmax) * torch.float32.itemsize
 
 
 NF4 = Mode(
     name="nf4",
     summary=f"weights in 4-bit normal floats, in blocks of {BLOCK} (bitsandbytes)",
-    library=("bitsandbytes", "0.46"),
+    library=LIBRARY,
     lacks=runs_anywhere,
     multiple_of=(1, BLOCK),  # so that a block never spans two rows
     weight_bytes=_nf4_bytes,

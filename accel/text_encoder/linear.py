@@ -15,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..quantize import nf4
+
 Parts = dict[str, Tensor]
 
-NF4_BLOCK = 64
-# Weights that are quantized at a time: bitsandbytes' CPU kernel needs 13 bytes for each.
+# Weights that are scaled at a time: they are copied to float32.
 CHUNK = 1 << 22
 
 
@@ -29,7 +30,7 @@ class WeightFormat(Protocol):
         """Shape and dtype of each stored tensor; one of them is named `weight`."""
 
     def quantize(self, weight: Tensor) -> Parts:
-        """Store a float weight; on its device."""
+        """Store a float32, float16 or bfloat16 weight; on its device."""
 
     def dequantize(self, parts: Parts, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
         """The weight in `dtype`, a new tensor."""
@@ -78,34 +79,21 @@ class RowScaled:
 
 @dataclass(frozen=True)
 class Nf4:
-    """bitsandbytes' 4-bit normal floats: 16 values fitted to a normal distribution, a float32 scale per 64 weights.
-
-    Source: Dettmers et al., QLoRA, 2023, https://arxiv.org/abs/2305.14314; without its second quantization, of scales.
-    """
+    """bitsandbytes' 4-bit normal floats, see `quantize.nf4`."""
 
     def shapes(self, shape: tuple[int, int]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """See `WeightFormat`. Two weights share a byte."""
-        numel = shape[0] * shape[1]
-        blocks = -(-numel // NF4_BLOCK)
-        return {"weight": ((-(-numel // 2), 1), torch.uint8), "absmax": ((blocks,), torch.float32)}
+        packed, absmax = nf4.stored_shapes(shape[0] * shape[1])
+        return {"weight": (packed, torch.uint8), "absmax": (absmax, torch.float32)}
 
     def quantize(self, weight: Tensor) -> Parts:
         """See `WeightFormat`."""
-        from bitsandbytes.functional import quantize_4bit
-
-        packed, absmax = [], []
-        for chunk in weight.flatten().split(CHUNK):
-            values, state = quantize_4bit(chunk.float(), blocksize=NF4_BLOCK, quant_type="nf4")
-            packed.append(values)
-            absmax.append(state.absmax)
-        return {"weight": torch.cat(packed), "absmax": torch.cat(absmax)}
+        packed, absmax = nf4.pack(weight)
+        return {"weight": packed, "absmax": absmax}
 
     def dequantize(self, parts: Parts, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
         """See `WeightFormat`."""
-        from bitsandbytes.functional import QuantState, dequantize_4bit
-
-        state = QuantState(parts["absmax"], shape=shape, blocksize=NF4_BLOCK, quant_type="nf4", dtype=dtype)
-        return dequantize_4bit(parts["weight"], state)
+        return nf4.unpack(parts["weight"], parts["absmax"], shape, dtype)
 
 
 class WeightOnlyLinear(nn.Module):

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..checkpoint.stored import StoredReader
 from ..errors import CheckpointError
+from ..spec import StoredTensor
 from ..tensors import all_finite
 from .linear import WeightOnlyLinear
 from .modes import resident_dtype, resident_format
 from .spec import EncoderSpec, T5Config
-from .weight_file import StoredWeight
 
 
 @dataclass(frozen=True)
@@ -91,9 +92,10 @@ class EncoderWeights:
         start, total = time.perf_counter(), len(self.spec.weights)
         # Parameters made in ComfyUI's inference mode could not be replaced or patched outside it.
         try:
-            with torch.inference_mode(False), torch.no_grad(), self.spec.file.open() as reader:
+            with torch.inference_mode(False), torch.no_grad(), self.spec.file.open() as rows:
+                reader = StoredReader(self.spec.file.name, rows, torch.device("cpu"))
                 for done, (name, stored) in enumerate(self.spec.weights.items(), start=1):
-                    self._place(name, stored, *reader.read(stored), device, work_device)
+                    self._place(name, stored, reader, device, work_device)
                     progress(done, total)
         except BaseException:
             self.clear()
@@ -102,29 +104,29 @@ class EncoderWeights:
         return LoadReport(time.perf_counter() - start, self.bytes)
 
     def _place(
-        self,
-        name: str,
-        stored: StoredWeight,
-        weight: Tensor,
-        scale: Tensor | None,
-        device: torch.device,
-        work_device: torch.device,
+        self, name: str, stored: StoredTensor, reader: StoredReader, device: torch.device, work_device: torch.device
     ) -> None:
         layer = self.quantized.get(name.removesuffix(".weight"))
-        if layer is not None and scale is not None and layer.weight.dtype == weight.dtype:
-            layer.store({"weight": weight, "scale": scale}, device)  # as the file has it
-            return
-        if scale is not None:
-            weight = weight.float() * scale
-        if layer is not None:
+        if layer is None:
+            self._set(name, self._plain(stored, reader).to(device))
+        elif stored.scale is not None and layer.weight.dtype == stored.info.dtype:  # as the file has it
+            weight, scale = reader.read_as_stored(stored)
+            layer.store({"weight": weight, "scale": scale}, device)
+        else:
+            expanded = stored.scale is not None or stored.info.packed or stored.info.dtype.itemsize == 1
+            weight = reader.read(stored, torch.float32 if expanded else stored.info.dtype)
             layer.store(layer.weight_format.quantize(weight.to(work_device)), device)
-            return
-        placed = weight.to(device=device, dtype=resident_dtype(stored))
-        if stored.dtype is None and not all_finite(placed):
+
+    def _plain(self, stored: StoredTensor, reader: StoredReader) -> Tensor:
+        dtype = resident_dtype(stored)
+        if not stored.info.packed:
+            return reader.read(stored, dtype)
+        weight = reader.read(stored, torch.float32).to(dtype)
+        if not all_finite(weight):
             raise CheckpointError(
                 f"'{self.spec.file.name}': '{stored.key}' has values that float16 cannot hold. Choose a quantization."
             )
-        self._set(name, placed)
+        return weight
 
     def _set(self, name: str, value: Tensor) -> None:
         owner, _, parameter = name.rpartition(".")

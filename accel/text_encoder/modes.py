@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 
 from ..errors import SettingsError
+from ..quantize.bitsandbytes_modes import NF4
+from ..spec import StoredTensor
 from .linear import Nf4, RowScaled, WeightFormat
 from .spec import EncoderSpec, T5Config
-from .weight_file import FP8, StoredWeight
 
 MODES = ("auto", "none", "nf4", "int8", "fp8")
 FORMATS: dict[str, WeightFormat] = {
@@ -17,6 +16,8 @@ FORMATS: dict[str, WeightFormat] = {
     "int8": RowScaled(torch.int8),
     "fp8": RowScaled(torch.float8_e4m3fn),
 }
+# What a file may store a linear in for a mode to keep it: to quantize it again would only lose.
+KEPT: dict[str, tuple[torch.dtype, ...]] = {"fp8": (torch.float8_e4m3fn, torch.float8_e5m2), "int8": (torch.int8,)}
 # What `auto` prefers, best first. int8 per row stands before fp8: as many bytes, a third of the error.
 PREFERRED = ("none", "int8", "nf4")
 # The part of the free memory that `auto` lets a T5 take: the transformer wants the rest.
@@ -31,43 +32,33 @@ def check_mode(mode: str, device: torch.device) -> None:
     """
     if mode not in MODES:
         raise SettingsError(f"quantization is '{mode}', expected one of: {', '.join(MODES)}.")
-    if mode == "nf4" and not has_bitsandbytes():
-        raise SettingsError(
-            "quantization is 'nf4', and the Python package 'bitsandbytes' that it needs is not installed. Install it "
-            "where ComfyUI runs (python -m pip install bitsandbytes), or choose 'int8'."
-        )
+    reason = NF4.missing(device) if mode == "nf4" else None
+    if reason is not None:
+        raise SettingsError(f"quantization 'nf4' {reason}. Or choose 'int8'.")
     if mode == "fp8" and device.type == "mps":
         raise SettingsError("quantization is 'fp8', which Apple GPUs (mps) do not have. Choose 'int8'.")
 
 
-def has_bitsandbytes() -> bool:
-    """Whether `nf4` can run."""
-    try:
-        return importlib.util.find_spec("bitsandbytes") is not None
-    except ValueError:  # it is in sys.modules without a spec
-        return False
-
-
-def resident_format(mode: str, stored: StoredWeight, is_linear: bool) -> WeightFormat | None:
+def resident_format(mode: str, stored: StoredTensor, is_linear: bool) -> WeightFormat | None:
     """How a weight is kept: in a format, or (None) as a plain tensor of `resident_dtype`.
 
-    Embeddings, norms and the position bias stay as stored. Linears of an fp8 file stay as stored under `none` and
-    `fp8`: to quantize them again would only lose.
+    Embeddings, norms and the position bias stay as stored. So do the linears of an fp8 file under `none` and `fp8`, and
+    those of an int8 file under `none` and `int8`, with the file's scales.
     """
     if not is_linear:
         return None
-    if mode in FORMATS and not (mode == "fp8" and stored.dtype in FP8):
+    if mode in FORMATS and stored.info.dtype not in KEPT.get(mode, ()):
         return FORMATS[mode]
-    if stored.scale_key is None:
+    if stored.scale is None:
         return None
-    return RowScaled(stored.dtype, per_tensor=stored.scale_numel == 1)
+    return RowScaled(stored.info.dtype, per_tensor=stored.scale_numel == 1)
 
 
-def resident_dtype(stored: StoredWeight) -> torch.dtype:
+def resident_dtype(stored: StoredTensor) -> torch.dtype:
     """What a plain tensor is kept in: as stored; GGUF blocks as float16, and scaled embeddings as bfloat16."""
-    if stored.scale_key is not None:
+    if stored.scale is not None:
         return torch.bfloat16
-    return stored.dtype or torch.float16
+    return torch.float16 if stored.info.packed else stored.info.dtype
 
 
 def resident_bytes(spec: EncoderSpec, mode: str) -> int:

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 
+from ..checkpoint.other_models import OTHERS as OTHER_MODELS
+from ..checkpoint.other_models import first_match, is_lora
+from ..checkpoint.scales import STORED_AS, find_scales
+from ..checkpoint.source import Checkpoint
+from ..checkpoint.stored import check_stored
 from ..errors import CheckpointError
-from .weight_file import StoredWeight, WeightFile
+from ..spec import StoredTensor
 
 TOKENS_T5, TOKENS_UMT5, TOKENS_CLIP = 32100, 256384, 49408
 BUCKETS = 32
 HEAD_CLIP = 64
+
+# Names of an encoder's tensors in Hugging Face's layout, after what stands before them.
+T5_NAMES = r"(.*?)encoder\.(?:block\.\d+\.layer\.\d+\.|final_layer_norm\.).*"
+CLIP_NAMES = r"(.*?)text_model\.(?:encoder\.layers\.|embeddings\.|final_layer_norm\.).*"
 
 # The parts of a T5 block's names: llama.cpp's (city96's GGUF files) -> Hugging Face's.
 GGUF_BLOCK: Mapping[str, str] = {
@@ -102,25 +111,27 @@ class ClipConfig:
 class EncoderSpec:
     """A recognised file: its sizes, and where it holds each parameter of the encoder."""
 
-    file: WeightFile
+    file: Checkpoint
     config: T5Config | ClipConfig
-    weights: Mapping[str, StoredWeight]
+    weights: Mapping[str, StoredTensor]
 
     @property
     def stored_bytes(self) -> int:
         """What the encoder's weights take in the file."""
-        return sum(stored.bytes for stored in self.weights.values())
+        return sum(stored.info.bytes for stored in self.weights.values())
 
     @property
     def stored_dtype(self) -> torch.dtype:
-        """The dtype of most of its bytes; GGUF blocks count as float16, which they are unpacked to."""
+        """The float dtype of most of its bytes; GGUF blocks count as float16, which they are unpacked to."""
         count: Counter[torch.dtype] = Counter()
         for stored in self.weights.values():
-            count[stored.dtype or torch.float16] += stored.bytes
+            integer = not stored.info.dtype.is_floating_point
+            dtype = torch.float16 if stored.info.packed else torch.bfloat16 if integer else stored.info.dtype
+            count[dtype] += stored.info.bytes
         return count.most_common(1)[0][0]
 
 
-def check_not_swapped(t5: WeightFile, clip: WeightFile | None) -> None:
+def check_not_swapped(t5: Checkpoint, clip: Checkpoint | None) -> None:
     """Tell two files in each other's place from two wrong files.
 
     Raises:
@@ -133,18 +144,19 @@ def check_not_swapped(t5: WeightFile, clip: WeightFile | None) -> None:
         )
 
 
-def t5_spec(file: WeightFile) -> EncoderSpec:
+def t5_spec(file: Checkpoint) -> EncoderSpec:
     """Recognise a T5 v1.1 encoder of any size.
 
     Raises:
         CheckpointError: another model, or tensors missing or of a wrong shape.
     """
-    names = _t5_names(file)
-    if not names:
+    prefix = _t5_prefix(file)
+    if prefix is None:
         raise CheckpointError(
             f"'{file.name}' is {_guess(file)}, expected a T5 v1.1 text encoder (encoder.block.*, or enc.blk.* in "
             "GGUF). Choose a file such as t5xxl_fp16.safetensors as t5_name."
         )
+    names = _t5_names(file, prefix)
     _refuse_other_t5(file, names)
     embedding = names.get("shared.weight")
     bias = names.get("encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight")
@@ -172,18 +184,19 @@ def t5_spec(file: WeightFile) -> EncoderSpec:
     return EncoderSpec(file, config, _complete(file, names, config.shapes()))
 
 
-def clip_spec(file: WeightFile) -> EncoderSpec:
+def clip_spec(file: Checkpoint) -> EncoderSpec:
     """Recognise a CLIP-L text encoder of any size.
 
     Raises:
         CheckpointError: another model, or tensors missing or of a wrong shape.
     """
-    names = _clip_names(file)
-    if not names:
+    prefix = _clip_prefix(file)
+    if prefix is None:
         raise CheckpointError(
             f"'{file.name}' is {_guess(file)}, expected a CLIP-L text encoder (text_model.*). Choose a file such as "
             "clip_l.safetensors as clip_l_name, or 'none'."
         )
+    names = _clip_names(file, prefix)
     tokens, positions = (names.get(f"text_model.embeddings.{part}_embedding.weight") for part in ("token", "position"))
     fc1 = names.get("text_model.encoder.layers.0.mlp.fc1.weight")
     if any(stored is None or len(stored.shape) != 2 for stored in (tokens, positions, fc1)):
@@ -205,22 +218,42 @@ def clip_spec(file: WeightFile) -> EncoderSpec:
     return EncoderSpec(file, config, _complete(file, names, shapes))
 
 
-def _t5_names(file: WeightFile) -> dict[str, StoredWeight]:
-    """The encoder's tensors by Hugging Face names, whatever stands before them; empty if there are none."""
-    if "enc.output_norm.weight" in file.weights or any(key.startswith("enc.blk.") for key in file.weights):
-        return {_from_gguf(key): stored for key, stored in file.weights.items() if not key.startswith("dec.")}
-    prefix = _prefix(file, r"(.*?)encoder\.(?:block\.\d+\.layer\.\d+\.|final_layer_norm\.).*")
-    if prefix is None:
-        return {}
-    names = {
-        key.removeprefix(prefix): stored
-        for key, stored in file.weights.items()
-        if key.startswith((f"{prefix}encoder.", f"{prefix}shared."))
-    }
+def _t5_prefix(file: Checkpoint) -> str | None:
+    """What stands before the encoder's names; None if there are none."""
+    return "" if _has_llama_names(file) else _prefix(file, T5_NAMES)
+
+
+def _has_llama_names(file: Checkpoint) -> bool:
+    return "enc.output_norm.weight" in file.tensors or any(key.startswith("enc.blk.") for key in file.tensors)
+
+
+def _t5_names(file: Checkpoint, prefix: str) -> dict[str, StoredTensor]:
+    """The encoder's tensors by Hugging Face names."""
+    if _has_llama_names(file):
+        stored = _with_scales(file, "", (key for key in file.tensors if not key.startswith("dec.")))
+        return {_from_gguf(key): tensor for key, tensor in stored.items()}
+    wanted = (f"{prefix}encoder.", f"{prefix}shared.")
+    names = _with_scales(file, prefix, (key for key in file.tensors if key.startswith(wanted)))
     tied = names.pop("encoder.embed_tokens.weight", None)
     if tied is not None:
         names.setdefault("shared.weight", tied)
     return names
+
+
+def _with_scales(file: Checkpoint, prefix: str, keys: Iterable[str]) -> dict[str, StoredTensor]:
+    """The weights among these keys, by their names without the prefix, each knowing its scale."""
+    names = {key.removeprefix(prefix): file.tensors[key] for key in keys}
+    scales, consumed = find_scales(file, prefix, names)
+    weights = {name: StoredTensor(prefix + name, info) for name, info in names.items() if name not in consumed}
+    for layer, scale in scales.items():
+        name, info = f"{layer}.weight", names[f"{layer}.weight"]
+        if info.dtype not in STORED_AS.values():
+            raise CheckpointError(
+                f"'{file.name}': '{prefix}{scale}' is the scale of '{prefix}{name}', which is stored as {info.dtype}; "
+                "expected fp8 (e4m3 or e5m2) or int8. Choose a bf16, fp16, fp8, scaled fp8 or GGUF file."
+            )
+        weights[name] = StoredTensor(prefix + name, info, prefix + scale, names[scale].numel)
+    return weights
 
 
 def _from_gguf(key: str) -> str:
@@ -231,38 +264,37 @@ def _from_gguf(key: str) -> str:
     return plain.get(key, key)
 
 
-def _clip_names(file: WeightFile) -> dict[str, StoredWeight]:
-    prefix = _prefix(file, r"(.*?)text_model\.(?:encoder\.layers\.|embeddings\.|final_layer_norm\.).*")
-    if prefix is None:
-        return {}
+def _clip_prefix(file: Checkpoint) -> str | None:
+    """See `_t5_prefix`."""
+    return _prefix(file, CLIP_NAMES)
+
+
+def _clip_names(file: Checkpoint, prefix: str) -> dict[str, StoredTensor]:
     # Beside the text model, published files may hold the picture half, a temperature and token positions.
     wanted = (f"{prefix}text_model.", f"{prefix}text_projection.weight")
-    return {
-        key.removeprefix(prefix): stored
-        for key, stored in file.weights.items()
-        if key.startswith(wanted) and not key.endswith(".position_ids")
-    }
+    keys = (key for key in file.tensors if key.startswith(wanted) and not key.endswith(".position_ids"))
+    return _with_scales(file, prefix, keys)
 
 
-def _prefix(file: WeightFile, pattern: str) -> str | None:
+def _prefix(file: Checkpoint, pattern: str) -> str | None:
     """What stands before the encoder's names; of several encoders CLIP-L's."""
-    found = {match[1] for key in file.weights if (match := re.fullmatch(pattern, key))}
+    found = {match[1] for key in file.tensors if (match := re.fullmatch(pattern, key))}
     return min(found, key=lambda prefix: ("clip_l" not in prefix, prefix)) if found else None
 
 
-def _is_t5(file: WeightFile) -> bool:
-    return bool(_t5_names(file))
+def _is_t5(file: Checkpoint) -> bool:
+    return _t5_prefix(file) is not None
 
 
-def _is_clip(file: WeightFile) -> bool:
-    return bool(_clip_names(file))
+def _is_clip(file: Checkpoint) -> bool:
+    return _clip_prefix(file) is not None
 
 
-def _count(names: Mapping[str, StoredWeight], pattern: str) -> int:
+def _count(names: Mapping[str, StoredTensor], pattern: str) -> int:
     return 1 + max((int(match[1]) for name in names if (match := re.match(pattern, name))), default=-1)
 
 
-def _refuse_other_t5(file: WeightFile, names: Mapping[str, StoredWeight]) -> None:
+def _refuse_other_t5(file: Checkpoint, names: Mapping[str, StoredTensor]) -> None:
     embedding = names.get("shared.weight")
     if embedding is not None and embedding.shape[0] == TOKENS_UMT5:
         raise CheckpointError(
@@ -277,8 +309,8 @@ def _refuse_other_t5(file: WeightFile, names: Mapping[str, StoredWeight]) -> Non
 
 
 def _complete(
-    file: WeightFile, names: Mapping[str, StoredWeight], shapes: Mapping[str, tuple[int, ...]]
-) -> dict[str, StoredWeight]:
+    file: Checkpoint, names: Mapping[str, StoredTensor], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, StoredTensor]:
     """The weights of an encoder, in its own order; every one is there, none is left over."""
     missing = [name for name in shapes if name not in names]
     if missing:
@@ -293,28 +325,25 @@ def _complete(
             "to another model. Choose the text encoder alone."
         )
     for name, shape in shapes.items():
-        if names[name].shape != shape:
-            raise CheckpointError(
-                f"'{file.name}': '{names[name].key}' has shape {names[name].shape}, expected {shape} from the file's "
-                "other tensors. The file is damaged, or mixed from two models."
-            )
+        check_stored(file, names[name], shape)
     return {name: names[name] for name in shapes}
 
 
-OTHERS: tuple[tuple[Callable[[WeightFile], bool], str], ...] = (
+OTHERS: tuple[tuple[Callable[[Checkpoint], bool], str], ...] = (
     (_is_t5, "a T5 text encoder"),
     (_is_clip, "a CLIP text encoder"),
-    (lambda file: any(key.startswith("decoder.block.") for key in file.weights), "the decoder half of a T5"),
-    (lambda file: any(".resblocks." in key for key in file.weights), "a CLIP in OpenCLIP's layout"),
-    (lambda file: any("double_blocks." in key for key in file.weights), "a FLUX transformer"),
-    (lambda file: any("model.layers." in key or key.startswith("blk.") for key in file.weights), "a language model"),
-    (lambda file: any("lora" in key for key in file.weights), "a LoRA"),
-    (lambda file: any(key.startswith(("decoder.conv_in", "taesd_")) for key in file.weights), "a VAE"),
+    (lambda file: any(key.startswith("decoder.block.") for key in file.tensors), "the decoder half of a T5"),
+    (lambda file: any(".resblocks." in key for key in file.tensors), "a CLIP in OpenCLIP's layout"),
+    (lambda file: is_lora(file.tensors), "a LoRA"),
+    (lambda file: any("double_blocks." in key for key in file.tensors), "a FLUX transformer"),
 )
 
 
-def _guess(file: WeightFile) -> str:
+def _guess(file: Checkpoint) -> str:
     for matches, what in OTHERS:
         if matches(file):
             return what
-    return f"not a text encoder that this pack knows (its first tensor is '{next(iter(file.weights), '')}')"
+    known = first_match(OTHER_MODELS, file.tensors)
+    if known is not None:
+        return known[0]
+    return f"not a text encoder that this pack knows (its first tensor is '{next(iter(file.tensors), '')}')"

@@ -59,11 +59,11 @@ def paths(tmp_path_factory) -> dict:
 def make(flux_clip, paths, pack):
     """`make("fp16", "nf4")`: a CLIP from one of the files."""
     spec = importlib.import_module(f"{pack.__name__}.accel.text_encoder.spec")
-    weight_file = importlib.import_module(f"{pack.__name__}.accel.text_encoder.weight_file")
+    checkpoint = importlib.import_module(f"{pack.__name__}.accel.checkpoint")
 
     def build(t5="fp16", mode="none", clip="clip", embeddings=None):
-        t5_spec = spec.t5_spec(weight_file.read_weight_file(str(paths.get(t5, t5))))
-        clip_spec = clip and spec.clip_spec(weight_file.read_weight_file(str(paths[clip])))
+        t5_spec = spec.t5_spec(checkpoint.read_file(str(paths.get(t5, t5))))
+        clip_spec = clip and spec.clip_spec(checkpoint.read_file(str(paths[clip])))
         return flux_clip.FluxClip(t5_spec, clip_spec, mode, CPU, CPU, embeddings)
 
     return build

@@ -27,6 +27,8 @@ class Flux1:
 
     diffusers_class = "FluxTransformer2DModel"
 
+    gguf_architecture = "flux"
+
     def recognise(self, tensors: Mapping[str, TensorInfo], file_name: str) -> tuple[Flux1Config, Layout] | None:
         """The configuration of a checkpoint and the layout that it follows; see `config.recognise`."""
         config = recognise_config(tensors, file_name)
