@@ -106,6 +106,54 @@ def random_lora(config: Flux1Config, name: str, seed: int, rank: int = RANK) -> 
     )
 
 
+@dataclass(frozen=True)
+class FusedLora:
+    """A LoRA whose matrices belong to BFL's linears, where q, k and v are one: `kohya` or `native` files.
+
+    Attributes:
+        matrices: BFL name -> (lora_A, lora_B), bf16.
+        pairs: diffusers module -> the matrices that it gets of them.
+    """
+
+    name: str
+    matrices: Pairs
+    pairs: Pairs
+
+    @cached_property
+    def scaled(self) -> Pairs:
+        """What has to be bound at `STRENGTH`."""
+        return {module: (a, (b.float() * STRENGTH).to(DTYPE)) for module, (a, b) in self.pairs.items()}
+
+    def state_dict(self, format: str) -> dict[str, Tensor]:
+        """The tensors under sd-scripts' keys ("kohya", with alphas) or ComfyUI's ("native")."""
+        tensors = {}
+        for name, (a, b) in self.matrices.items():
+            if format == "kohya":
+                key = f"lora_unet_{name.replace('.', '_')}"
+                tensors |= {f"{key}.lora_down.weight": a, f"{key}.lora_up.weight": b}
+                tensors[f"{key}.alpha"] = torch.tensor(float(a.shape[0]), dtype=DTYPE)
+            else:
+                key = f"diffusion_model.{name}"
+                tensors |= {f"{key}.lora_A.weight": a, f"{key}.lora_B.weight": b}
+        return tensors
+
+
+def fused_lora(config: Flux1Config, name: str, seed: int, rank: int = RANK) -> FusedLora:
+    """Make a LoRA on all linears inside the blocks; the same seed gives the same values."""
+    generator = torch.Generator().manual_seed(seed)
+    matrices, pairs = {}, {}
+    for linear in Flux1().layout(config).linears:
+        if linear.name.startswith(("double_blocks.", "single_blocks.")):
+            a, b = (
+                torch.empty(shape, dtype=DTYPE).normal_(0.0, 0.02, generator=generator)
+                for shape in ((rank, linear.in_features), (linear.out_features, rank))
+            )
+            matrices[linear.name] = a, b
+            for part in linear.parts:
+                pairs[part.module] = a, b[part.start : part.start + part.rows]
+    return FusedLora(name, matrices, pairs)
+
+
 def block_linears(layout: Layout) -> Iterator[tuple[str, int, int]]:
     """(diffusers module, out_features, in_features) of every linear inside the blocks."""
     for linear in layout.linears:

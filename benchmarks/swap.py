@@ -14,22 +14,26 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from accel.families.flux1 import Flux1Config
 from accel.files import FileIdentity
+from accel.lora.buffers import HostBuffers
 from accel.lora.device import DeviceLoras
 from accel.lora.file import read_lora
+from accel.lora.library import BUFFERS_BYTES
 from accel.lora.stack import FlatLora, LoraStack, flatten
 from accel.lora.weights import LoraLayer, LoraWeights
 from harness.paths import CACHE
 
 from . import flux_loras
 from .cold_files import ColdFiles, read_into
-from .flux_loras import DTYPE, KEY_PREFIX, RANK, STRENGTH, RandomLora, check_bound, random_lora
+from .flux_loras import DTYPE, KEY_PREFIX, RANK, STRENGTH, FusedLora, RandomLora, check_bound, random_lora
 from .peers import DiffusersHotswap, PeftHotswap
 from .pooled import POOLED, Pooled
+from .prefetching import Prefetching, slowdown
 from .report import BenchmarkError, Goal, OtherLoad, Report, Row, Variant, figure, interleave, spread
 from .stock_merge import StockMerge
 
@@ -39,6 +43,8 @@ QUICK_ROUNDS = 3
 # Two fit on the device and three take turns, so that every `put` finds its LoRA gone.
 LORA_COUNT = 3
 RESIDENT_COUNT = 2
+# Formats of the cold files beside the main one, diffusers'.
+FUSED_FORMATS = ("kohya", "native")
 # The system itself takes a percent or two.
 QUIET_SHARE = 0.05
 NOTES = (
@@ -47,6 +53,7 @@ NOTES = (
     "The pack, PEFT and diffusers each switch a whole model of their own with its base weights on the meta device; "
     "PEFT and diffusers put the LoRA there too, so its layers got real memory before the first switch.",
     "PEFT and diffusers find their tensors in memory and are not prepared for torch.compile, which would slow them.",
+    "The step of the prefetch figure is plain matrix products on all cores, not a model; each round compares neighbours.",
 )
 
 
@@ -71,6 +78,8 @@ def run(quick: bool) -> Report:
         variants = [*switch.variants(), *peer_variants(config, loras)]
         pooled = Pooled(config, loras)
         variants += pooled.variants()
+        prefetching = Prefetching(config, loras, Path(folder), quick)
+        variants += prefetching.variants()
         variants.append(in_turn("stock_merge", loras, lambda lora: stock.merge(lora.name)))
         samples = interleave(variants, rounds, warm_up=LORA_COUNT)
     return _report(config, samples, switch, stock, load.share())
@@ -78,10 +87,10 @@ def run(quick: bool) -> Report:
 
 def in_turn(
     name: str,
-    loras: Sequence[RandomLora],
-    run: Callable[[RandomLora], float | None],
-    check: Callable[[RandomLora], None] = lambda lora: None,
-    prepare: Callable[[RandomLora], None] = lambda lora: None,
+    loras: Sequence[Any],
+    run: Callable[[Any], float | None],
+    check: Callable[[Any], None] = lambda lora: None,
+    prepare: Callable[[Any], None] = lambda lora: None,
 ) -> Variant:
     """A variant that takes another LoRA each time, in order."""
     turns, lora = itertools.cycle(loras), loras[0]
@@ -132,9 +141,14 @@ class Switch:
         self._bound: Sequence[torch.Tensor] = ()
         self._warm_storages: set[int] = set()
         self._held: object = None
+        # As an engine that has read a few LoRAs: their memory is used again.
+        self._buffers = HostBuffers(BUFFERS_BYTES)
+        linears = self._spec.family.layout(config).linears
+        self._order = tuple(part.module for linear in linears for part in linear.parts)
+        self._fused = [flux_loras.fused_lora(config, f"fused-{seed}", seed) for seed in range(RESIDENT_COUNT)]
 
     def variants(self) -> list[Variant]:
-        """memcpy, hot, warm, read, cold."""
+        """memcpy, hot, warm, read, cold and cold by format."""
         return [
             in_turn("memcpy", self._loras, self._copy, self._check_copy, self._choose_target),
             in_turn(
@@ -143,7 +157,24 @@ class Switch:
             in_turn("warm", self._loras, self._put_and_bind, self._check_warm, self._expect_absent),
             in_turn("read", self._loras, self._read, lambda lora: self.files.note_read(), self._write),
             in_turn("cold", self._loras, self._read_and_bind, self._check_cold, self._write),
+            *(self._cold_fused(format) for format in FUSED_FORMATS),
         ]
+
+    def _cold_fused(self, format: str) -> Variant:
+        name = f"cold_{format}"
+
+        def write(lora: FusedLora) -> None:
+            self._held = None
+            self.files.write(lora.state_dict(format))
+
+        def bind(lora: FusedLora) -> None:
+            self._bind_file()
+
+        def check(lora: FusedLora) -> None:
+            self.files.note_read()
+            self._check(name, lora)
+
+        return in_turn(name, self._fused, bind, check, write)
 
     def _choose_target(self, lora: RandomLora) -> None:
         self._target = next(self._targets)
@@ -196,25 +227,29 @@ class Switch:
             raise BenchmarkError(f"read: {count:,} of {len(self._read_target):,} bytes came.")
 
     def _read_and_bind(self, lora: RandomLora) -> None:
+        for phase, phase_ms in self._bind_file().items():
+            self.cold_phases_ms[phase].append(phase_ms)
+
+    def _bind_file(self) -> dict[str, float]:
         # What Engine.read_lora and Engine.swap do with a file that they have not seen.
         times = [time.perf_counter()]
-        weights = read_lora(str(self.files.path), self._spec)
+        weights = read_lora(str(self.files.path), self._spec, buffers=self._buffers)
         times.append(time.perf_counter())
         stack = LoraStack().with_lora(weights, STRENGTH)
-        flat = flatten(stack.active, DTYPE, pin=False)
+        flat = flatten(stack.active, DTYPE, pin=False, buffers=self._buffers, order=self._order)
         times.append(time.perf_counter())
         self._cold.put(stack.key, flat)
         self._cold.bind(stack.key)
         times.append(time.perf_counter())
-        for phase, start, end in zip(("read_lora", "flatten", "put_and_bind"), times, times[1:], strict=False):
-            self.cold_phases_ms[phase].append((end - start) * 1e3)
         self._held = weights, flat  # the engine's pools keep both; freeing them is not part of the switch
+        phases = zip(("read_lora", "flatten", "put_and_bind"), times, times[1:], strict=False)
+        return {phase: (end - start) * 1e3 for phase, start, end in phases}
 
     def _check_cold(self, lora: RandomLora) -> None:
         self.files.note_read()
         self._check("cold", lora)
 
-    def _check(self, variant: str, lora: RandomLora) -> None:
+    def _check(self, variant: str, lora: RandomLora | FusedLora) -> None:
         bound = check_bound(variant, self._model, None, lora.scaled)
         if any(new is old for new, old in zip(bound, self._bound, strict=False)):
             raise BenchmarkError(f"{variant}: Parameters that were bound before are still bound.")
@@ -242,6 +277,8 @@ def _report(
     values = {
         "lora_bytes": switch.lora_bytes,
         **{f"{name}_ms": value for name, value in ms.items()},
+        "cold_diffusers_ms": ms["cold"],
+        "prefetch_slowdown": slowdown(samples),
         "warm_over_memcpy": ms["warm"] / ms["memcpy"],
         "hot_over_memcpy": ms["hot"] / ms["memcpy"],
         "cold_over_read_plus_memcpy": ms["cold"] / (ms["read"] + ms["memcpy"]),
@@ -263,6 +300,7 @@ def _report(
         Goal("cold over read and memcpy", values["cold_over_read_plus_memcpy"], 1.5),
         Goal("another strength, ms, against 2 × hot and the product", ms["strength"], 2 * ms["hot"] + ms["multiply"]),
         Goal("prefetched, ms, against 2 × hot", ms["prefetched"], 2 * ms["hot"]),
+        Goal("slowdown of a step while LoRAs are prepared without pause", values["prefetch_slowdown"], 0.03),
         Goal("300 × hot, ms, against diffusers", 300 * ms["hot"], ms["diffusers"]),
     )
     stock_note = (
@@ -290,7 +328,11 @@ def _rows(samples: Mapping[str, Sequence[float]], values: Mapping[str, float]) -
         "warm": f"in host memory: one copy, bind; {values['warm_over_memcpy']:.2f} × memcpy",
         "read": "one read of the cold file, for comparison",
         "cold": f"from a cold file; {values['cold_over_read_plus_memcpy']:.2f} × (read + memcpy)",
+        "cold_kohya": "from a cold file of sd-scripts: q, k and v share lora_A, so it is smaller",
+        "cold_native": "from a cold file in ComfyUI's names, likewise",
         **POOLED,
+        "step_alone": "matrix products of the model's width on all cores, for comparison",
+        "step_prefetching": f"while LoRAs are prepared behind it without pause: {values['prefetch_slowdown']:+.1%}",
         "peft": f"hotswap_adapter_from_state_dict; {values['peft_over_hot']:,.0f} × hot",
         "diffusers": f"load_lora_adapter(hotswap=True); {values['diffusers_over_hot']:,.0f} × hot",
         "stock_merge": f"ComfyUI, scaled up from a sample; {values['stock_over_hot']:,.0f} × hot",

@@ -23,6 +23,7 @@ from benchmarks.swap import LORA_COUNT, Switch, peer_variants
 from harness.paths import REPO
 
 MS_KEYS = {"memcpy_ms", "read_ms", "hot_ms", "warm_ms", "cold_ms", "peft_ms", "diffusers_ms", "stock_merge_ms",
+           "cold_kohya_ms", "cold_native_ms", "step_alone_ms", "step_prefetching_ms",
            "stack3_ms", "multiply_ms", "strength_ms", "prefetched_ms", "rank64_hot_ms", "rank128_hot_ms"}
 RATIOS = {
     "warm_over_memcpy": ("warm_ms", ("memcpy_ms",)),
@@ -60,6 +61,10 @@ def test_swap_writes_every_key(finished):
     for key in numbers:
         assert math.isfinite(figures[key]), key
         assert figures[key] > 0, key
+    assert figures["cold_diffusers_ms"] == figures["cold_ms"]
+    pairs = zip(*(figures["samples_ms"][name] for name in ("step_prefetching", "step_alone")), strict=True)
+    ratios = sorted(busy / alone for busy, alone in pairs)
+    assert figures["prefetch_slowdown"] == pytest.approx(ratios[len(ratios) // 2] - 1.0, abs=1e-3)
 
 
 def test_swap_ratios_follow_from_their_parts(finished):
@@ -90,7 +95,7 @@ def test_swap_prints_figures_goals_and_what_stood_in_for_what(finished):
     figures, stdout = finished
     for name in figures["samples_ms"]:
         assert f"  {name} " in stdout
-    assert len(figures["goals"]) == 7
+    assert len(figures["goals"]) == 8
     for goal in figures["goals"]:
         assert goal["met"] == (goal["value"] <= goal["limit"])
         assert goal["statement"] in stdout
@@ -177,7 +182,7 @@ def variant_of(variants, name):
     return next(variant for variant in variants if variant.name == name)
 
 
-@pytest.mark.parametrize("name", ["hot", "warm", "cold"])
+@pytest.mark.parametrize("name", ["hot", "warm", "cold", "cold_kohya", "cold_native"])
 def test_a_bind_that_does_nothing_is_noticed(switch, monkeypatch, name):
     variant = variant_of(switch.variants(), name)
     interleave([variant], rounds=LORA_COUNT, warm_up=0)

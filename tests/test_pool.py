@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from itertools import pairwise
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from accel.lora.file import read_lora
 from accel.lora.rescale import UnscaledB
 from accel.lora.slots import LoraSlots
 from accel.lora.stack import FlatLora, LoraStack, flatten
+from accel.lora.truncate import truncate
 from accel.memory import GIB, MIB, PoolBudgets, available_host_bytes, pinned_bytes
 from accel.settings import EngineSettings
 from harness.lora_files import in_attention, write_lora
@@ -159,6 +161,64 @@ def test_what_strength_changes_beyond_lora_B_is_flattened_anew(spec, loras, monk
     engine = make_engine(spec)
     sources = [engine.swap(stack_of(loras, ("kohya", strength))).source for strength in (0.5, 0.7, 0.5)]
     assert sources == ["cold", "cold", "hot"]
+
+
+# Stacks that are cut to a rank.
+
+
+def test_a_cut_stack_reports_the_error_of_its_truncation(spec, loras):
+    engine, stack = make_engine(spec), stack_of(loras, ("kohya", 0.8), ("bf16", 0.6)).with_max_rank(6)
+    order = tuple(part.module for linear in spec.family.layout(spec.config).linears for part in linear.parts)
+    cut = truncate(flatten(stack.active, torch.float32, pin=False, order=order), 6)
+    report = engine.swap(stack)
+    assert 0.0 < report.error < 1.0
+    assert report.error == cut.overall_error
+    assert engine.swap(stack).source == "unchanged"
+    assert report.bytes == cut.flat.bytes
+
+
+def test_another_strength_of_a_cut_stack_is_cut_anew(spec, loras):
+    """Which singular values are the largest depends on the strengths."""
+    engine, fresh = make_engine(spec), make_engine(spec)
+    reports = [
+        engine.swap(stack_of(loras, ("kohya", 0.8), ("bf16", strength)).with_max_rank(6)) for strength in (0.1, 3.0, 0.1)
+    ]
+    assert [report.source for report in reports] == ["cold", "cold", "hot"]
+    assert reports[0].error == reports[2].error != reports[1].error
+    fresh.swap(stack_of(loras, ("kohya", 0.8), ("bf16", 0.1)).with_max_rank(6))
+    assert torch.equal(output(engine), output(fresh))
+
+
+def test_a_max_rank_above_the_summed_rank_changes_no_bit(spec, loras):
+    engine, stack = make_engine(spec), stack_of(loras, ("kohya", 0.8), ("bf16", 0.6))
+    engine.swap(stack)
+    exact = output(engine)
+    engine.swap(LoraStack())
+    report = engine.swap(stack.with_max_rank(stack.cost.max_rank + 13))
+    assert report.source == "cold"
+    assert report.error == 0.0
+    assert torch.equal(output(engine), exact)
+    engine.swap(stack.with_max_rank(6))
+    assert not torch.equal(output(engine), exact)
+
+
+def test_lora_A_of_linears_that_read_the_same_input_adjoin(spec, loras):
+    """In a diffusers file, whose keys come in another order: one product then serves q, k, v (and the MLP)."""
+    engine, stack = make_engine(spec), stack_of(loras, ("diffusers", 1.0))
+    engine.swap(stack)
+    placed = engine._library.prepare(stack)[0].flat.placed
+    groups = {
+        "transformer_blocks.0.attn": ("to_q", "to_k", "to_v"),
+        "transformer_blocks.1.attn": ("add_q_proj", "add_k_proj", "add_v_proj"),
+        "single_transformer_blocks.1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
+    }
+    for block, names in groups.items():
+        places = [placed[f"{block}.{name}"] for name in names]
+        for place, following in pairwise(places):
+            assert following.a_start == place.a_start + place.a_shape[0] * place.a_shape[1]
+    alphabetical = flatten(stack.active, torch.float32, pin=False).placed
+    single = "single_transformer_blocks.1"
+    assert alphabetical[f"{single}.attn.to_k"].a_start < alphabetical[f"{single}.attn.to_q"].a_start
 
 
 # What is kept.

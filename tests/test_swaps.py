@@ -8,7 +8,6 @@ import random
 import subprocess
 import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -296,20 +295,21 @@ def test_a_swap_interrupted_at_any_line_is_made_good_by_the_next(small, one_thre
     last = {place: number for number, place in enumerate(lines.seen, 1)}
     assert len(first) > 20
     points = [(number, wanted) for number in first.values()] + [(number, before) for number in last.values()]
-    with ThreadPoolExecutor(1) as other_thread:
-        for number, next_one in points:
-            prepare()
-            with pytest.raises(ERRORS), Lines(number, ERRORS[number % len(ERRORS)]("injected")):
-                engine.swap(wanted)
-            where = lines.seen[number - 1]
-            # What is applied is what is computed with, or nothing is said to be applied.
-            for one in (before, wanted):
-                if engine.applied(one):
-                    assert torch.equal(draw(engine), expected[one.key]), (where, "applied")
-            # No lock is left behind.
-            other_thread.submit(engine.prefetch, before).result(timeout=60)
-            engine.swap(next_one)
-            assert torch.equal(draw(engine), expected[next_one.key]), (where, "after the next swap")
+    for number, next_one in points:
+        prepare()
+        with pytest.raises(ERRORS), Lines(number, ERRORS[number % len(ERRORS)]("injected")):
+            engine.swap(wanted)
+        where = lines.seen[number - 1]
+        # What is applied is what is computed with, or nothing is said to be applied.
+        for one in (before, wanted):
+            if engine.applied(one):
+                assert torch.equal(draw(engine), expected[one.key]), (where, "applied")
+        other_thread = threading.Thread(target=engine.prefetch, args=(before,), daemon=True)
+        other_thread.start()
+        other_thread.join(timeout=20)
+        assert not other_thread.is_alive(), (where, "a lock is left behind")
+        engine.swap(next_one)
+        assert torch.equal(draw(engine), expected[next_one.key]), (where, "after the next swap")
 
 
 # From another thread.

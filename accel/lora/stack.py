@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -28,6 +28,8 @@ BYTES_ALIGNMENT = 64
 # No matrix starts at the very beginning of a buffer: dynamo makes a storage offset of 0 a constant and every other one
 # a symbol, so a matrix at offset 0 would recompile what a matrix elsewhere compiled.
 HEAD_BYTES = BYTES_ALIGNMENT
+# at::internal::GRAIN_SIZE: elementwise operations on fewer elements take one thread (ATen/Parallel.h, torch 2.14).
+SERIAL_ELEMENTS = 32768
 
 
 @dataclass(frozen=True)
@@ -348,7 +350,8 @@ def _place(
 def _fill(target: Tensor, layers: Layers) -> None:
     start = 0
     for layer, _ in layers:
-        target[start : start + layer.rank].copy_(layer.lora_A)
+        for part, lora_A in _serial(target[start : start + layer.rank], layer.lora_A):
+            part.copy_(lora_A)
         start += layer.rank
     if start < len(target):
         target[start:].zero_()
@@ -361,7 +364,20 @@ def _fill_scaled(target: Tensor, layers: Layers) -> None:
         lora_B = layer.lora_B
         if lora_B.dtype not in (target.dtype, torch.float32):
             lora_B = lora_B.float()
-        torch.mul(lora_B, strength * layer.scale, out=target.narrow(1, start, layer.rank))
+        for part, values in _serial(target.narrow(1, start, layer.rank), lora_B):
+            torch.mul(values, strength * layer.scale, out=part)
         start += layer.rank
     if start < target.shape[1]:
         target[:, start:].zero_()
+
+
+def _serial(target: Tensor, source: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows of both, in parts that torch works on with the calling thread alone.
+
+    A thousand small operations that wait for other threads each take five times as long on a machine that is busy.
+    """
+    rows = max(1, (SERIAL_ELEMENTS - 1) // max(1, target.shape[1]))
+    if rows >= len(target):
+        yield target, source
+    else:
+        yield from zip(target.split(rows), source.split(rows), strict=True)
