@@ -1,10 +1,10 @@
-"""The engines that stay alive between prompts: the one piece of process-wide state of this package."""
+"""Engines and text encoders that stay alive between prompts: the one piece of process-wide state of this package."""
 
 from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Generic, TypeVar
@@ -35,10 +35,10 @@ class Registry(Generic[Held]):
     def __init__(self, capacity: int = 1) -> None:
         """Keep up to `capacity` engines: FLUX fills a card, so one is the default."""
         self.capacity = capacity
-        self._held: OrderedDict[EngineKey, Held] = OrderedDict()
+        self._held: OrderedDict[Hashable, Held] = OrderedDict()
         self._lock = threading.RLock()
 
-    def get_or_build(self, key: EngineKey, build: Callable[[], Held]) -> Held:
+    def get_or_build(self, key: Hashable, build: Callable[[], Held]) -> Held:
         """The value under `key`, built if it is not there; the least recently used one makes room first."""
         with self._lock:
             if key not in self._held:
@@ -48,7 +48,7 @@ class Registry(Generic[Held]):
             self._held.move_to_end(key)
             return self._held[key]
 
-    def keys(self) -> tuple[EngineKey, ...]:
+    def keys(self) -> tuple[Hashable, ...]:
         """Keys held, least recently used first."""
         with self._lock:
             return tuple(self._held)
@@ -66,3 +66,5 @@ class Registry(Generic[Held]):
 
 # Under this name for the whole process, so that a model outlives ComfyUI's own caches. It holds what the nodes give it.
 ENGINES: Registry = Registry()
+# Likewise for text encoders, which remember what they encoded.
+TEXT_ENCODERS: Registry = Registry()

@@ -1,4 +1,4 @@
-"""Small, seeded models that stock ComfyUI loads: FLUX.1, a 16-channel autoencoder, CLIP-L.
+"""Small, seeded models: FLUX.1, a 16-channel autoencoder and CLIP-L, which stock ComfyUI loads, and T5.
 
 The weights are random, but shaped so that pictures have structure and depend on the prompt, the noise, the guidance,
 every block and every LoRA. Each tensor has its own random stream, named by (seed, tensor name): a tensor does not
@@ -270,37 +270,95 @@ def _taesd_block(seed: int, name: str) -> dict[str, Tensor]:
     return tensors
 
 
-def tiny_clip_l_state_dict(seed: int = 0) -> dict[str, Tensor]:
-    """Random CLIP-L text encoder, all 12 layers, in the key layout of OpenAI's file.
+def tiny_clip_l_state_dict(seed: int = 0, hidden: int = 768, layers: int = 12) -> dict[str, Tensor]:
+    """Random CLIP-L text encoder in the key layout of OpenAI's file.
 
-    ComfyUI fixes its sizes (comfy/sd1_clip_config.json): hidden 768, vocabulary 49408, 77 positions. The token
-    embedding outweighs the position embedding, so that prompts differ clearly.
+    Stock ComfyUI fixes its sizes (comfy/sd1_clip_config.json): hidden 768, 12 layers, vocabulary 49408, 77 positions;
+    `FluxTextEncoderLoader` takes others. The token embedding outweighs the position embedding, so that prompts differ
+    clearly.
 
     Args:
         seed: Same seed, same values.
+        hidden: Width; heads are 64 wide.
+        layers: Number of layers.
     Returns:
-        Float16 CPU tensors, 246 MB in all.
+        Float16 CPU tensors, 246 MB in all by default.
     """
     tensors: dict[str, Tensor] = {}
+    mlp = 4 * hidden
 
     def add(name: str, shape: tuple[int, ...], std: float, mean: float = 0.0) -> None:
         tensors[name] = (seeded_normal(seed, name, shape, std) + mean).half()
 
-    add("text_model.embeddings.token_embedding.weight", (49408, 768), 1.0)
-    add("text_model.embeddings.position_embedding.weight", (77, 768), 0.3)
-    for index in range(12):
+    add("text_model.embeddings.token_embedding.weight", (49408, hidden), 1.0)
+    add("text_model.embeddings.position_embedding.weight", (77, hidden), 0.3)
+    for index in range(layers):
         layer = f"text_model.encoder.layers.{index}"
         for norm in ("layer_norm1", "layer_norm2"):
-            add(f"{layer}.{norm}.weight", (768,), 0.05, mean=1.0)
-            add(f"{layer}.{norm}.bias", (768,), 0.05)
+            add(f"{layer}.{norm}.weight", (hidden,), 0.05, mean=1.0)
+            add(f"{layer}.{norm}.bias", (hidden,), 0.05)
         for projection in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            add(f"{layer}.self_attn.{projection}.weight", (768, 768), 1.0 / math.sqrt(768))
-            add(f"{layer}.self_attn.{projection}.bias", (768,), 0.05)
-        add(f"{layer}.mlp.fc1.weight", (3072, 768), 1.0 / math.sqrt(768))
-        add(f"{layer}.mlp.fc1.bias", (3072,), 0.05)
-        add(f"{layer}.mlp.fc2.weight", (768, 3072), 0.7 / math.sqrt(3072))
-        add(f"{layer}.mlp.fc2.bias", (768,), 0.05)
-    add("text_model.final_layer_norm.weight", (768,), 0.05, mean=1.0)
-    add("text_model.final_layer_norm.bias", (768,), 0.05)
-    add("text_projection.weight", (768, 768), 1.0 / math.sqrt(768))
+            add(f"{layer}.self_attn.{projection}.weight", (hidden, hidden), 1.0 / math.sqrt(hidden))
+            add(f"{layer}.self_attn.{projection}.bias", (hidden,), 0.05)
+        add(f"{layer}.mlp.fc1.weight", (mlp, hidden), 1.0 / math.sqrt(hidden))
+        add(f"{layer}.mlp.fc1.bias", (mlp,), 0.05)
+        add(f"{layer}.mlp.fc2.weight", (hidden, mlp), 0.7 / math.sqrt(mlp))
+        add(f"{layer}.mlp.fc2.bias", (hidden,), 0.05)
+    add("text_model.final_layer_norm.weight", (hidden,), 0.05, mean=1.0)
+    add("text_model.final_layer_norm.bias", (hidden,), 0.05)
+    add("text_projection.weight", (hidden, hidden), 1.0 / math.sqrt(hidden))
+    return tensors
+
+
+@dataclass(frozen=True)
+class TinyT5Config:
+    """Shape of a T5 v1.1 encoder; T5-XXL has 24 layers of d_model 4096, d_ff 10240, 64 heads of 64."""
+
+    layers: int = 2
+    d_model: int = 128
+    d_ff: int = 256
+    heads: int = 4
+    d_kv: int = 32
+    vocab: int = 32128
+
+
+def t5_shapes(config: TinyT5Config) -> dict[str, tuple[int, ...]]:
+    """Every tensor of a T5 v1.1 encoder in Hugging Face's layout."""
+    inner = config.heads * config.d_kv
+    shapes: dict[str, tuple[int, ...]] = {"shared.weight": (config.vocab, config.d_model)}
+    for index in range(config.layers):
+        attention, dense = f"encoder.block.{index}.layer.0", f"encoder.block.{index}.layer.1"
+        shapes |= {f"{attention}.SelfAttention.{name}.weight": (inner, config.d_model) for name in "qkv"}
+        shapes[f"{attention}.SelfAttention.o.weight"] = (config.d_model, inner)
+        if not index:
+            shapes[f"{attention}.SelfAttention.relative_attention_bias.weight"] = (32, config.heads)
+        shapes[f"{attention}.layer_norm.weight"] = (config.d_model,)
+        shapes |= {f"{dense}.DenseReluDense.wi_{gate}.weight": (config.d_ff, config.d_model) for gate in (0, 1)}
+        shapes[f"{dense}.DenseReluDense.wo.weight"] = (config.d_model, config.d_ff)
+        shapes[f"{dense}.layer_norm.weight"] = (config.d_model,)
+    return {**shapes, "encoder.final_layer_norm.weight": (config.d_model,)}
+
+
+def tiny_t5_state_dict(config: TinyT5Config = TinyT5Config(), seed: int = 0) -> dict[str, Tensor]:
+    """Random T5 v1.1 encoder in Hugging Face's layout, whose attention is neither uniform nor stuck on one token.
+
+    T5 does not divide attention scores by the width of a head, so the query's weights are that much smaller.
+
+    Args:
+        config: Sizes.
+        seed: Same seed, same values.
+    Returns:
+        Float32 CPU tensors.
+    """
+    tensors = {}
+    for name, shape in t5_shapes(config).items():
+        gain = 1.0 / math.sqrt(shape[-1])
+        if "norm" in name:
+            tensors[name] = 1.0 + seeded_normal(seed, name, shape, 0.1)
+            continue
+        if name.endswith(".q.weight"):
+            gain *= config.d_kv**-0.5 * 1.5
+        elif name.startswith("shared") or "relative" in name:
+            gain = 1.0
+        tensors[name] = seeded_normal(seed, name, shape, gain)
     return tensors

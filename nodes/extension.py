@@ -6,6 +6,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from .loader import FluxAccelLoader
 from .lora import FluxHotswapLora
+from .text_encoder import FluxTextEncoderLoader
 
 
 class FluxHotswapExtension(ComfyExtension):
@@ -13,4 +14,4 @@ class FluxHotswapExtension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """Every node class, in menu order."""
-        return [FluxAccelLoader, FluxHotswapLora]
+        return [FluxAccelLoader, FluxHotswapLora, FluxTextEncoderLoader]

@@ -16,6 +16,7 @@ import torch
 from aiohttp import web
 from server import PromptServer
 
+from . import text_encoders  # noqa: F401 - its route
 from .power_lora_loader import ProbePowerLoraLoader
 from .recompiles import ProbeErrorOnRecompile, ProbeRecompile
 
