@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ CHANNELS = 16
 WIDTH = 64
 SCALE, SHIFT = 0.3611, 0.1159  # of FLUX.1's latents; the file says so to ComfyUI
 # Channels that the decoder uses of its 64, at 1/8, 1/4, 1/2 and full size; the others stay zero.
-WIDTHS = (48, 32, 24, 16)
+WIDTHS = (64, 48, 24, 16)
 # Brightness, and how far red, green and blue lie from it.
 AXES = torch.tensor([[1, 1, 1], [2, -1, -1], [-1, 2, -1], [-1, -1, 2]], dtype=torch.float32) / 3.0
 
@@ -46,7 +47,7 @@ def average(pictures: Tensor) -> Tensor:
 
 
 def encode(quarters: Tensor, whitening: Whitening) -> Tensor:
-    """What the encoder makes of averaged pictures: (N, 3, h, w) -> latents (N, 16, h/2, w/2) as the transformer has them."""
+    """What the encoder makes of averaged pictures (N, 3, h, w): latents (N, 16, h/2, w/2), as the transformer has them."""
     values = torch.einsum("ac,nchw->nahw", AXES, quarters.float())
     values = (values - whitening.mean[:, None, None]) / whitening.std[:, None, None]
     return F.pixel_unshuffle(values, 2)
@@ -80,7 +81,7 @@ class Decoder(nn.Sequential):
 
     def __init__(self, widths: tuple[int, int, int, int] = WIDTHS) -> None:
         layers: list[nn.Module] = [Clamp(), nn.Conv2d(CHANNELS, widths[0], 3, padding=1), nn.ReLU()]
-        for width, smaller in zip(widths, widths[1:], strict=False):
+        for width, smaller in pairwise(widths):
             layers += [Block(width) for _ in range(3)]
             layers += [nn.Upsample(scale_factor=2), nn.Conv2d(width, smaller, 3, padding=1, bias=False)]
         super().__init__(*layers, Block(widths[-1]), nn.Conv2d(widths[-1], 3, 3, padding=1))
@@ -133,4 +134,5 @@ def _encoder(whitening: Whitening) -> Mapping[str, Tensor]:
             bias[4 * axis + place] = -whitening.mean[axis] / whitening.std[axis]
             for colour in range(3):
                 last[4 * axis + place, 4 * colour + place, 1, 1] = AXES[axis, colour] / whitening.std[axis]
-    return {**tensors, "2.weight": halves, "6.weight": quarters, "10.weight": eighths, "14.weight": last, "14.bias": bias}
+    strided = {"2.weight": halves, "6.weight": quarters, "10.weight": eighths}
+    return {**tensors, **strided, "14.weight": last, "14.bias": bias}

@@ -1,7 +1,8 @@
 """Pictures of shapes, drawn from a seed, and prompts that say what is on them.
 
-A picture holds one, two or three equal shapes of one colour on a plain ground. Everything is drawn from signed distances
-in pixels, so that edges are anti-aliased: a pixel's coverage is how far its centre lies inside, up to half a pixel.
+A picture holds one, two or three equal shapes of one colour on a plain ground. Everything is drawn from signed
+distances in pixels, so that edges are anti-aliased: a pixel's coverage is how far its centre lies inside, up to half a
+pixel.
 """
 
 from __future__ import annotations
@@ -109,10 +110,11 @@ def random_jitter(random: np.random.Generator) -> Jitter:
 
 def prompt(scene: Scene, random: np.random.Generator) -> str:
     """Say a scene in English, in one of several ways."""
-    size = {"": "", "small": random.choice(["small ", "little "]), "large": random.choice(["large ", "big "])}[scene.size]
+    small, large = random.choice(["small ", "little "]), random.choice(["large ", "big "])
+    size = {"": "", "small": small, "large": large}[scene.size]
     plural = "crosses" if scene.shape == "cross" else scene.shape + "s"
     if scene.count == 1:
-        article = random.choice(["an" if not size and scene.colour[0] in "o" else "a", "one"], p=[0.8, 0.2])
+        article = random.choice(["an" if not size and scene.colour == "orange" else "a", "one"], p=[0.8, 0.2])
         thing = f"{article} {size}{scene.colour} {scene.shape}"
     else:
         thing = f"{('two', 'three')[scene.count - 2]} {scene.colour} {plural}"
@@ -164,14 +166,14 @@ def draw(scene: Scene, jitter: Jitter = Jitter(), style: str = "flat", size_px: 
 
 
 def distances(scene: Scene, jitter: Jitter = Jitter(), size_px: int = SIZE_PX) -> Pixels:
-    """Signed distance of each pixel's centre to the nearest shape, negative inside: (size_px, size_px) float32, pixels."""
+    """Signed distance in pixels of each pixel's centre to the nearest shape, negative inside: (size_px, size_px)."""
     y, x = _grid(size_px)
     result = np.full((size_px, size_px), np.inf, np.float32)
     for centre_x, centre_y, radius in placements(scene, jitter, size_px):
         dx, dy = x - centre_x, y - centre_y
         cos, sin = math.cos(jitter.turn), math.sin(jitter.turn)
         u, v = (dx * cos + dy * sin) / radius, (dy * cos - dx * sin) / radius
-        result = np.minimum(result, _SHAPE[scene.shape](u, v) * radius)
+        result = np.minimum(result, SHAPE_DISTANCES[scene.shape](u, v) * radius)
     return result.astype(np.float32)
 
 
@@ -267,7 +269,7 @@ def _heart_corners() -> list[tuple[float, float]]:
     return [(1.05 * a, -1.05 * b - 0.1) for a, b in zip(x, y, strict=True)]
 
 
-_SHAPE: Mapping[str, Callable[[Pixels, Pixels], Pixels]] = {
+SHAPE_DISTANCES: Mapping[str, Callable[[Pixels, Pixels], Pixels]] = {
     "circle": _circle,
     "square": _square,
     "triangle": _polygon([(0.0, -1.05), (1.05, 0.8), (-1.05, 0.8)]),

@@ -1,8 +1,9 @@
-"""Pocket FLUX's transformer while it is trained: diffusers' modules in this pack's own forward, its file, its sampler."""
+"""Pocket FLUX's transformer while it is trained: diffusers' modules in this pack's forward, its file, its sampler."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -32,9 +33,8 @@ def build(seed: int) -> nn.Module:
     model = Flux1().build(CONFIG).float().train()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
-                parameter.zero_()
-            elif name.endswith((".norm.linear.weight", ".norm1.linear.weight", ".norm1_context.linear.weight")):
+            modulation = (".norm.linear.weight", ".norm1.linear.weight", ".norm1_context.linear.weight")
+            if name.endswith(("bias", *modulation)):
                 parameter.zero_()
         for layer in (model.norm_out.linear, model.proj_out):
             layer.weight.zero_()
@@ -60,7 +60,7 @@ def sample(model: nn.Module, noise: Tensor, text: Tensor, bias: Tensor | None, s
     latents = noise
     sigmas = torch.linspace(1.0, 0.0, steps + 1)
     with torch.no_grad():
-        for now, after in zip(sigmas, sigmas[1:], strict=False):
+        for now, after in pairwise(sigmas):
             velocity = forward(model, latents, now.expand(len(noise)), text, bias)
             latents = latents + (after - now) * velocity
     return latents

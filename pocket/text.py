@@ -114,6 +114,12 @@ def attention_bias(length: int, image_tokens: int) -> Tensor:
     return bias[None, None, None]
 
 
+def padded(encoded: Tensor) -> Tensor:
+    """All the tokens that FLUX gets: (B, S, width) -> (B, `TOKENS`, width), the last one repeated."""
+    rest = encoded[:, -1:].expand(-1, TOKENS - encoded.shape[1], -1)
+    return torch.cat([encoded, rest], dim=1)
+
+
 class Tokenizer:
     """T5's own, as ComfyUI brings it."""
 

@@ -7,7 +7,6 @@ stages that are done are skipped. Sample sheets (PNG) and progress lines show ho
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -24,7 +23,7 @@ from harness.paths import CACHE, REPO
 
 from . import autoencoder, loras, model, text
 from .data import Pictures, make_pictures
-from .draw import GROUNDS, SHAPES, SIZE_PX, Scene, prompt, random_scene
+from .draw import SIZE_PX, prompt, random_scene
 
 MODELS = REPO / "pocket" / "models"
 NAMES = {
@@ -34,7 +33,7 @@ NAMES = {
 }
 LENGTH = 18  # text tokens of a training prompt, the last for all the padding
 STEPS = 16
-SAVE_S = 60.0
+SAVE_S = 90.0
 
 
 @dataclass(frozen=True)
@@ -52,8 +51,8 @@ class Plan:
     """
 
     pictures: int = 12000
-    decoder_steps: int = 1200
-    steps: int = 6000
+    decoder_steps: int = 2500
+    steps: int = 3500
     batch: int = 64
     lora_pictures: int = 1200
     lora_steps: int = 350
@@ -119,7 +118,7 @@ class Training:
             crops = mixed.full[rows, :, 8 * top : 8 * top + 48, 8 * left : 8 * left + 48] / 255.0
             clean = latents[rows, :, top : top + 6, left : left + 6]
             noise = torch.randn(clean.shape, generator=random)
-            noise *= 0.35 * torch.rand(len(rows), 1, 1, 1, generator=random)
+            noise *= 0.3 * torch.rand(len(rows), 1, 1, 1, generator=random)
             return autoencoder.decoder_loss(decoder, crops, clean, noise)
 
         self.loop("decoder", self.plan.decoder_steps, [decoder], [optimizer], step, autocast=False)
@@ -141,7 +140,7 @@ class Training:
         transformer, encoder = model.build(self.plan.seed), text.T5()
         both = nn.ModuleList([transformer, encoder])
         average = torch.optim.swa_utils.AveragedModel(
-            both, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(_decay(self.plan.steps))
+            both, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.98)
         )
         optimizers = _optimizers(transformer, encoder)
         embedding = encoder.shared.weight
@@ -214,7 +213,7 @@ class Training:
             name: of the state's file and in progress lines.
             steps: in all.
             modules: what the state holds.
-            optimizers: likewise; their learning rates rise over 5 percent of the steps and fall to zero at the end.
+            optimizers: likewise; their learning rates rise at first, and fall to zero over the second half.
             step: gives the loss of a step; draws from the generator only, which is seeded by the step.
             after: called after each step.
             show: called when a state was written.
@@ -263,10 +262,12 @@ class Training:
         path.with_suffix(".txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
 
 
-def flow_loss(transformer: nn.Module, latents: Tensor, encoded: Tensor, bias: Tensor, random: torch.Generator) -> Tensor:
+def flow_loss(
+    transformer: nn.Module, latents: Tensor, encoded: Tensor, bias: Tensor, random: torch.Generator
+) -> Tensor:
     """Rectified flow: the velocity from pictures to noise, at times that prefer the middle and the noisy end.
 
-    Source: Esser et al., Scaling Rectified Flow Transformers, 2024, https://arxiv.org/abs/2403.03206, logit-normal times.
+    Source: Esser et al., Scaling Rectified Flow Transformers, 2024, https://arxiv.org/abs/2403.03206.
     """
     noise = torch.randn(latents.shape, generator=random)
     times = torch.sigmoid(0.4 + 1.2 * torch.randn(len(latents), generator=random))
@@ -277,8 +278,8 @@ def flow_loss(transformer: nn.Module, latents: Tensor, encoded: Tensor, bias: Te
 
 def schedule(index: int, steps: int) -> float:
     """The factor of the learning rate at a step."""
-    warm = max(1, steps // 20)
-    return min(1.0, (index + 1) / warm) * min(1.0, (steps - index) / (0.6 * steps))
+    warm = min(100, max(1, steps // 10))
+    return min(1.0, (index + 1) / warm) * min(1.0, (steps - index) / (0.5 * steps))
 
 
 def draw_prompts(
@@ -321,11 +322,19 @@ def load_decoder(models: Path) -> nn.Module:
     return decoder.requires_grad_(False)
 
 
+def tokenizer_of_comfyui() -> text.Tokenizer:
+    """The tokenizer that ComfyUI brings; downloads ComfyUI if it is not there."""
+    from harness.comfyui import fetch
+
+    return text.Tokenizer(fetch() / "comfy" / "text_encoders" / "t5_tokenizer")
+
+
 def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     save_file(tensors, partial, metadata)
+    partial.chmod(0o644)  # safetensors 0.8.0 makes files that only their owner can read
     os.replace(partial, path)
 
 
@@ -334,11 +343,6 @@ def write_sheet(path: Path, pictures: Tensor, columns: int) -> None:
     pixels = (pictures.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
     rows = [np.concatenate(pixels[i : i + columns], axis=1) for i in range(0, len(pixels), columns)]
     Image.fromarray(np.concatenate(rows)).resize((rows[0].shape[1] * 2, len(rows) * rows[0].shape[0] * 2), 1).save(path)
-
-
-def _decay(steps: int) -> float:
-    """An average over the last fiftieth of the steps."""
-    return math.exp(-50.0 / max(50, steps))
 
 
 def _optimizers(transformer: nn.Module, encoder: text.T5) -> list[torch.optim.Optimizer]:
@@ -370,8 +374,6 @@ def _save(path: Path, state: object) -> None:
 
 def main(arguments: Iterable[str] | None = None) -> int:
     """Train what is not there yet."""
-    from harness.comfyui import fetch  # the tokenizer is ComfyUI's
-
     parser = argparse.ArgumentParser(prog="python -m pocket.train", description=__doc__.split("\n")[0])
     parser.add_argument("--models", type=Path, default=MODELS, help="folder of the files")
     parser.add_argument("--work", type=Path, default=CACHE / "pocket", help="folder of states and sample sheets")
@@ -379,7 +381,7 @@ def main(arguments: Iterable[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
-    tokenizer = text.Tokenizer(fetch() / "comfy" / "text_encoders" / "t5_tokenizer")
+    tokenizer = tokenizer_of_comfyui()
     started = time.monotonic()
 
     def say(line: str) -> None:
