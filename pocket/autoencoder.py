@@ -47,7 +47,7 @@ def average(pictures: Tensor) -> Tensor:
 
 
 def encode(quarters: Tensor, whitening: Whitening) -> Tensor:
-    """What the encoder makes of averaged pictures (N, 3, h, w): latents (N, 16, h/2, w/2), as the transformer has them."""
+    """What the encoder makes of averaged pictures (N, 3, h, w): the transformer's latents (N, 16, h/2, w/2)."""
     values = torch.einsum("ac,nchw->nahw", AXES, quarters.float())
     values = (values - whitening.mean[:, None, None]) / whitening.std[:, None, None]
     return F.pixel_unshuffle(values, 2)
