@@ -1,27 +1,64 @@
-"""From a checkpoint to a diffusers model in memory."""
+"""From a checkpoint, or the cache of its quantized weights, to a diffusers model in memory."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from .checkpoint import LinearWeights, read_weights
 from .errors import CheckpointError
+from .quantize import Mode
+from .quantize.cache import CacheWriter
 from .spec import ModelSpec
 
 Progress = Callable[[int, int], None]
 
+# What converting one weight on a GPU takes at most: it in float32 and two intermediates.
+CONVERSION_BYTES_PER_WEIGHT = 12
 
-def load_model(spec: ModelSpec, dtype: torch.dtype, device: torch.device, on_progress: Progress) -> nn.Module:
-    """Read the weights into a new diffusers model, one tensor at a time.
+
+@dataclass
+class Conversion:
+    """What became of a model's linears.
+
+    Attributes:
+        converted: how many were quantized.
+        left: how many the mode does not touch: embedders, final layer.
+        unfit: modules that it would have quantized, had its kernels taken their sizes.
+    """
+
+    converted: int = 0
+    left: int = 0
+    unfit: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        """For the log."""
+        text = f"{self.converted} of {self.converted + self.left + len(self.unfit)} linears quantized"
+        if self.unfit:
+            text += f", {len(self.unfit)} left because of their sizes ({', '.join(self.unfit[:3])}, …)"
+        return text
+
+
+def load_model(
+    spec: ModelSpec,
+    dtype: torch.dtype,
+    device: torch.device,
+    on_progress: Progress,
+    mode: Mode | None = None,
+    writer: CacheWriter | None = None,
+) -> nn.Module:
+    """Read the weights into a new diffusers model: one tensor at a time is read, cast, quantized, placed and released.
 
     Args:
         spec: what `inspect_checkpoint` gave.
-        dtype: dtype of all parameters.
+        dtype: dtype of all parameters, as the model sees them.
         device: where they go.
         on_progress: called with (linears and vectors read, both in all).
+        mode: what the linears of `family.quantizable` are converted to.
+        writer: gets every parameter as soon as it is placed; not finished here.
 
     Returns:
         The model in eval mode; its parameters do not require gradients, and are no inference tensors.
@@ -30,29 +67,120 @@ def load_model(spec: ModelSpec, dtype: torch.dtype, device: torch.device, on_pro
         FileError: the file is gone or was changed since it was inspected.
         CheckpointError: a tensor holds NaN or infinity.
     """
-    layout = spec.family.layout(spec.config)
-    total = sum(len(linear.parts) for linear in layout.linears) + len(layout.vectors)
+    total = count_parts(spec)
     # Parameters made under inference_mode could not be rebound outside it.
     with torch.inference_mode(False), torch.no_grad():
-        with torch.device("meta"):
-            model = spec.family.build(spec.config).eval().requires_grad_(False)
-        for done, weights in enumerate(read_weights(spec, dtype, device), start=1):
+        model = empty_model(spec)
+        read_to = device if mode is None else torch.device("cpu")
+        for done, weights in enumerate(read_weights(spec, dtype, read_to), start=1):
             if isinstance(weights, LinearWeights):
-                _assign(model, f"{weights.module}.weight", weights.weight)
-                _assign(model, f"{weights.module}.bias", weights.bias)
+                names = _place_linear(model, spec, weights, mode, device)
             else:
-                _assign(model, weights.parameter, weights.value)
+                assign(model, weights.parameter, weights.value.to(device))
+                names = (weights.parameter,)
+            if writer is not None:
+                for name in names:
+                    writer.add(name, model.get_parameter(name))
             on_progress(done, total)
-    left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    if left:
-        raise CheckpointError(f"'{spec.file.name}': no tensor for {', '.join(left[:3])}: a wrong layout.")
+    check_complete(model, spec)
     return model
 
 
-def _assign(model: nn.Module, parameter: str, tensor: Tensor) -> None:
-    module_name, _, name = parameter.rpartition(".")
-    module = model.get_submodule(module_name)
-    expected = tuple(module._parameters[name].shape)
+def empty_model(spec: ModelSpec) -> nn.Module:
+    """The diffusers model of a checkpoint's sizes, without data."""
+    with torch.device("meta"):
+        return spec.family.build(spec.config).eval().requires_grad_(False)
+
+
+def count_parts(spec: ModelSpec) -> int:
+    """Linears and vectors that `read_weights` yields."""
+    layout = spec.family.layout(spec.config)
+    return sum(len(linear.parts) for linear in layout.linears) + len(layout.vectors)
+
+
+def check_complete(model: nn.Module, spec: ModelSpec) -> None:
+    """Make sure that every parameter has data.
+
+    Raises:
+        CheckpointError: one has none.
+    """
+    left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if left:
+        raise CheckpointError(f"'{spec.file.name}': no tensor for {', '.join(left[:3])}: a wrong layout.")
+
+
+def conversion_of(spec: ModelSpec, mode: Mode) -> Conversion:
+    """What a mode does to a checkpoint's linears; known from their sizes, before anything is read."""
+    result = Conversion()
+    for module, out_features, in_features in linears(spec):
+        if not spec.family.quantizable(module):
+            result.left += 1
+        elif mode.fits(out_features, in_features):
+            result.converted += 1
+        else:
+            result.unfit.append(module)
+    return result
+
+
+def model_bytes(spec: ModelSpec, dtype: torch.dtype, mode: Mode | None) -> int:
+    """What `load_model` will take on the device, from the sizes alone."""
+    total = 0
+    for module, out_features, in_features in linears(spec):
+        if mode is not None and spec.family.quantizable(module) and mode.fits(out_features, in_features):
+            total += mode.weight_bytes(out_features, in_features)
+        else:
+            total += out_features * in_features * dtype.itemsize
+        total += out_features * dtype.itemsize
+    return total + sum(vector.size for vector in spec.family.layout(spec.config).vectors) * dtype.itemsize
+
+
+def linears(spec: ModelSpec) -> Iterator[tuple[str, int, int]]:
+    """(diffusers module, out_features, in_features) of every linear."""
+    for linear in spec.family.layout(spec.config).linears:
+        for part in linear.parts:
+            yield part.module, part.rows, linear.in_features
+
+
+def assign(model: nn.Module, parameter: str, tensor: Tensor) -> None:
+    """Put a tensor, plain or quantized, in a parameter's place.
+
+    Raises:
+        CheckpointError: the model has a parameter of another shape there.
+    """
+    module, _, name = parameter.rpartition(".")
+    if model.get_submodule(module)._parameters[name] is not None:  # a module made by the cache has no tensors yet
+        _check_shape(model, parameter, tensor)
+    model.get_submodule(module)._parameters[name] = nn.Parameter(tensor, requires_grad=False)
+
+
+def _place_linear(
+    model: nn.Module, spec: ModelSpec, weights: LinearWeights, mode: Mode | None, device: torch.device
+) -> tuple[str, ...]:
+    """Put a linear into the model, quantized if the mode does that. Returns the names of its parameters."""
+    name, weight, bias = weights.module, weights.weight, weights.bias
+    _check_shape(model, f"{name}.weight", weight)
+    _check_shape(model, f"{name}.bias", bias)
+    if mode is None or not spec.family.quantizable(name) or not mode.fits(*weight.shape):
+        assign(model, f"{name}.weight", weight.to(device))
+        assign(model, f"{name}.bias", bias.to(device))
+        return f"{name}.weight", f"{name}.bias"
+    if mode.needs_device or _conversion_fits(weight, device):
+        weight, bias = weight.to(device), bias.to(device)
+    linear = mode.convert(weight, bias, spec.family.per_picture(name)).to(device).eval()
+    model.set_submodule(name, linear)
+    return tuple(f"{name}.{parameter}" for parameter, _ in linear.named_parameters())
+
+
+def _conversion_fits(weight: Tensor, device: torch.device) -> bool:
+    """Whether a GPU has the memory to convert a weight; the weights before it are there already."""
+    if device.type != "cuda":
+        return device.type == "cpu"
+    free_bytes, _ = torch.cuda.mem_get_info(device)
+    cached_bytes = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return free_bytes + cached_bytes > weight.numel() * CONVERSION_BYTES_PER_WEIGHT
+
+
+def _check_shape(model: nn.Module, parameter: str, tensor: Tensor) -> None:
+    expected = tuple(model.get_parameter(parameter).shape)
     if expected != tuple(tensor.shape):
         raise CheckpointError(f"{parameter} is {tuple(tensor.shape)}, diffusers expects {expected}.")
-    module._parameters[name] = nn.Parameter(tensor, requires_grad=False)

@@ -12,24 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from .attention import resolve_attention
-from .build import load_model
+from .build import load_model, model_bytes
 from .compile import CompileObserver, RegionCompiler, mark_weights_static
 from .errors import EngineStateError
-from .files import FileIdentity
 from .hardware import resolve_dtype
-from .lora.device import DeviceLoras
-from .lora.file import read_lora
-from .lora.pool import ByteLru
+from .load import load_quantized
+from .lora.library import LoraLibrary
 from .lora.slots import LoraSlots
-from .lora.stack import FlatLora, LoraStack, flatten
+from .lora.stack import LoraStack
 from .lora.weights import LoraWeights
+from .memory import PoolBudgets
+from .quantize import check, find_mode
 from .settings import EngineSettings
 from .spec import ModelSpec
-
-MIB = 2**20
-FILE_POOL_BYTES = 1024 * MIB
-HOST_POOL_BYTES = 2048 * MIB
-DEVICE_POOL_BYTES = 512 * MIB
 
 
 class Observer(CompileObserver, Protocol):
@@ -38,11 +33,17 @@ class Observer(CompileObserver, Protocol):
     def loading(self, done: int, total: int) -> None:
         """`done` of `total` tensors are read."""
 
+    def notice(self, text: str, warning: bool) -> None:
+        """Something that a user should know, such as what was quantized."""
+
 
 class Silent:
     """An observer that ignores everything."""
 
     def loading(self, done: int, total: int) -> None:
+        """Ignore."""
+
+    def notice(self, text: str, warning: bool) -> None:
         """Ignore."""
 
     def compiling(self, region: str) -> None:
@@ -58,8 +59,8 @@ class SwapReport:
 
     Attributes:
         loras: the stack, as `LoraStack.__str__` writes it.
-        source: "unchanged", "hot" (was on the device: bound), "warm" (was prepared on the host: one copy, then bound)
-            or "cold" (prepared now).
+        source: "unchanged", "hot" (was on the device: bound), "strength" (was on the device: lora_B multiplied anew,
+            then bound), "warm" (was prepared on the host: one copy, then bound) or "cold" (prepared now).
         swap_ms: wall-clock time of the switch.
         bytes: size of the bound LoRA on the device.
     """
@@ -85,8 +86,20 @@ class Engine:
         load_count: how often the checkpoint was read.
     """
 
-    def __init__(self, spec: ModelSpec, settings: EngineSettings, observer: Observer | None = None) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        settings: EngineSettings,
+        observer: Observer | None = None,
+        pools: PoolBudgets | None = None,
+    ) -> None:
         """Check the settings against the machine; read nothing but the header.
+
+        Args:
+            spec: the checkpoint.
+            settings: how to build the engine.
+            observer: hears of what takes long.
+            pools: what LoRAs may keep of the memory; by default `PoolBudgets.of_free_memory`, taken at each `load`.
 
         Raises:
             SettingsError: the machine cannot do what the settings ask for.
@@ -95,18 +108,21 @@ class Engine:
         self.settings = settings
         self.device = torch.device(settings.device)
         self.dtype = resolve_dtype(settings.dtype, spec.stored_dtype, self.device)
-        self.bytes = spec.parameter_count * self.dtype.itemsize
+        self._mode = find_mode(settings.quantization.mode)
+        if self._mode is not None:
+            check(self._mode, self.device)
+            self.dtype = self._mode.compute_dtype(self.dtype, self.device, explicit=settings.dtype != "auto")
+        self.bytes = model_bytes(spec, self.dtype, self._mode)
         self.load_count = 0
         self._observer = observer or Silent()
         self._compiler = RegionCompiler(settings.compile, self._observer)
         regions = spec.family.regions(resolve_attention(settings.attention))
         self._regions = tuple(self._compiler.region(region) for region in regions)
-        self._files: ByteLru[LoraWeights] = ByteLru(FILE_POOL_BYTES, lambda weights: weights.bytes)
-        self._host: ByteLru[FlatLora] = ByteLru(HOST_POOL_BYTES, lambda flat: flat.bytes)
+        self._pools = pools
+        self._library = LoraLibrary(spec, self.dtype, self.device, self._budgets(reserved_bytes=self.bytes))
         self._lock = threading.RLock()
         self._model: nn.Module | None = None
         self._slots: LoraSlots | None = None
-        self._loras: DeviceLoras | None = None
         self._forward: Callable[[Any], Tensor] | None = None
         self._applied: tuple | None = None
 
@@ -141,7 +157,7 @@ class Engine:
             else:
                 self._model.to(self.device)
             self._slots.bind(self._slots.empty)
-            self._loras = DeviceLoras(self._slots, self.device, DEVICE_POOL_BYTES)
+            self._library.attach(self._slots, self._budgets())
             self._applied = LoraStack().key
             self._forward = self.spec.family.forward(self.spec.config, self._model, self._regions)
 
@@ -149,25 +165,41 @@ class Engine:
         """Move the weights to host memory. The next `load` moves them back, without reading or compiling."""
         with self._lock, torch.inference_mode(False), torch.no_grad():
             if self.loaded:
-                self._forward = self._loras = self._applied = None
+                self._forward = self._applied = None
+                self._library.detach()
                 self._slots.unbind()
                 self._model.to("cpu")
 
     def release(self) -> None:
         """Give all memory back. Compiled code stays, and serves the next `load`."""
         with self._lock:
-            self._forward = self._loras = self._applied = self._slots = self._model = None
-            self._host.clear()
-            self._files.clear()
+            self._forward = self._applied = self._slots = self._model = None
+            self._library.clear()
+
+    def _budgets(self, reserved_bytes: int = 0) -> PoolBudgets:
+        return self._pools or PoolBudgets.of_free_memory(self.device, reserved_bytes)
 
     def _assemble(self) -> None:
-        model = load_model(self.spec, self.dtype, self.device, self._observer.loading)
+        model = self._read_model()
         mark_weights_static(model)
         layout = self.spec.family.layout(self.spec.config)
         modules = [part.module for linear in layout.linears for part in linear.parts]
         self._slots = LoraSlots(model, modules, self.dtype, self.device)
         self._model = model
         self.load_count += 1
+
+    def _read_model(self) -> nn.Module:
+        mode, observer = self._mode, self._observer
+        if mode is None:
+            return load_model(self.spec, self.dtype, self.device, observer.loading)
+        if mode.needs_compile and self.settings.compile == "off":
+            observer.notice(
+                f"{mode.name} without compiling is slower than no quantization: set 'compile' to 'regional', or choose "
+                "a weight-only mode.",
+                True,
+            )
+        cache = self.settings.quantization.cache
+        return load_quantized(self.spec, self.dtype, self.device, mode, cache, observer.loading, observer.notice)
 
     def read_lora(self, path: str) -> LoraWeights:
         """Read and check a LoRA file for this model; from memory while the file is unchanged.
@@ -176,12 +208,27 @@ class Engine:
             FileError: see `lora.file.read_lora`.
             LoraError: likewise.
         """
-        identity = FileIdentity.of(path)
-        weights = self._files.get(identity)
-        if weights is None:
-            weights = read_lora(path, self.spec)
-            self._files.put(weights.identity, weights)
-        return weights
+        return self._library.read(path)
+
+    def prefetch(self, stack: LoraStack) -> None:
+        """Prepare a stack so that a later `swap` has little left to do; from any thread, while the engine computes.
+
+        It comes to the device when it fits beside what is there, and otherwise waits in host memory. What is bound
+        does not change.
+
+        Raises:
+            LoraError: see `lora.stack.flatten`.
+        """
+        if stack.active:
+            self._library.prepare(stack)  # takes long, so outside the lock: a swap must not wait for it
+            with self._lock:
+                if self.loaded:
+                    self._library.bring(stack, make_room=False)
+
+    def prefetch_room(self, stack: LoraStack) -> bool:
+        """Whether the host pool has room for a further stack like this without dropping anything."""
+        size = sum(entry.weights.bytes for entry in stack.active)
+        return self._library.prepared(stack) or self._library.host_bytes + size <= self._library.host_budget_bytes
 
     def swap(self, stack: LoraStack) -> SwapReport:
         """Make a stack the one that the engine computes with. A transaction: on any error the old one stays.
@@ -191,20 +238,15 @@ class Engine:
             LoraError: see `lora.stack.flatten`.
         """
         with self._lock:
-            loras = self._loras
-            if loras is None:
+            if not self.loaded:
                 raise EngineStateError("swap before load: call Engine.load first.")
             start = time.perf_counter()
             source, size = "unchanged", 0
             if stack.key != self._applied:
-                source = self._prepare(stack, loras)
+                source = self._library.bring(stack) if stack.active else "hot"
                 # An interrupt can rise between any two lines: what is not known to be bound counts as unknown.
                 self._applied = None
-                if stack.active:
-                    loras.bind(stack.key)
-                    size = loras.size_of(stack.key)
-                else:
-                    loras.bind_empty()
+                size = self._library.bind(stack)
                 self._applied = stack.key
             return SwapReport(str(stack), source, (time.perf_counter() - start) * 1e3, size)
 
@@ -224,14 +266,3 @@ class Engine:
             raise EngineStateError("forward before load: call Engine.load first.")
         with torch.inference_mode(), self._compiler.scope():
             return self._forward(inputs)
-
-    def _prepare(self, stack: LoraStack, loras: DeviceLoras) -> str:
-        """Bring a stack to the device. Returns the `SwapReport.source` that it took."""
-        if not stack.active or stack.key in loras:
-            return "hot"
-        flat, source = self._host.get(stack.key), "warm"
-        if flat is None:
-            flat, source = flatten(stack.active, self.dtype, pin=self.device.type == "cuda"), "cold"
-            self._host.put(stack.key, flat)
-        loras.put(stack.key, flat)
-        return source

@@ -1,10 +1,10 @@
-"""Safetensors files: who they are, what their header says, and why one cannot be read."""
+"""Files of tensors: who they are, what the header of a safetensors file says, and why one cannot be read."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,17 +29,28 @@ DTYPES: Mapping[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+# Block scales of mxfp8, so that such a file is refused by its name; older versions of torch lack the type.
+if hasattr(torch, "float8_e8m0fnu"):
+    DTYPES = {**DTYPES, "F8_E8M0": torch.float8_e8m0fnu}
 # What weights may be stored as.
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 @dataclass(frozen=True)
 class FileIdentity:
-    """What tells one state of a file from another without reading it."""
+    """What tells one state of a file, or of several that belong together, from another without reading them.
+
+    Attributes:
+        path: the real path; of several files the folder or the index that names them.
+        mtime_ns: when it was last written; of several the latest.
+        size_bytes: its size; of several all together.
+        parts: of several files each one's identity. Compare or hash the whole object, not the first three fields.
+    """
 
     path: str
     mtime_ns: int
     size_bytes: int
+    parts: tuple[FileIdentity, ...] = ()
 
     @classmethod
     def of(cls, path: str | os.PathLike[str]) -> FileIdentity:
@@ -57,6 +68,22 @@ class FileIdentity:
                 "Choose another file, or put it back and queue again."
             ) from exc
         return cls(real, stat.st_mtime_ns, stat.st_size)
+
+    @classmethod
+    def of_all(cls, path: str | os.PathLike[str], files: Sequence[str | os.PathLike[str]]) -> FileIdentity:
+        """Identify several files that are one model.
+
+        Args:
+            path: what names them all, such as their folder.
+            files: every file whose change matters.
+
+        Raises:
+            FileError: one of them is not there.
+        """
+        parts = tuple(cls.of(file) for file in files)
+        return cls(
+            os.path.realpath(path), max(part.mtime_ns for part in parts), sum(part.size_bytes for part in parts), parts
+        )
 
     @property
     def name(self) -> str:

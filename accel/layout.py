@@ -91,6 +91,16 @@ class Layout:
             shapes[vector.name] = (vector.size,)
         return shapes
 
+    def separate(self) -> Layout:
+        """The same model as diffusers saves it: every part by itself, under its module's name, in its order of rows."""
+        linears = tuple(
+            FusedLinear(part.module, linear.in_features, (LinearPart(part.module, 0, part.rows),))
+            for linear in self.linears
+            for part in linear.parts
+        )
+        vectors = tuple(VectorWeight(vector.parameter, vector.parameter, vector.size) for vector in self.vectors)
+        return Layout(linears, vectors)
+
 
 def swap_halves(rows: Tensor) -> Tensor:
     """Exchange the first and the second half of the rows: (shift, scale) to (scale, shift)."""

@@ -10,6 +10,7 @@ from importlib.metadata import version
 from typing import Generic, TypeVar
 
 from .files import FileIdentity
+from .quantize import find_mode
 from .settings import EngineSettings
 
 Held = TypeVar("Held")
@@ -26,7 +27,9 @@ class EngineKey:
     @classmethod
     def of(cls, file: FileIdentity, settings: EngineSettings) -> EngineKey:
         """Key of a checkpoint with settings under the installed libraries."""
-        return cls(file, settings, tuple(f"{name} {version(name)}" for name in ("torch", "diffusers")))
+        libraries = tuple(f"{name} {version(name)}" for name in ("torch", "diffusers"))
+        mode = find_mode(settings.quantization.mode)
+        return cls(file, settings, libraries if mode is None else (*libraries, *mode.libraries))
 
 
 class Registry(Generic[Held]):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -11,6 +11,43 @@ from .errors import SettingsError
 
 DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 COMPILE_MODES = ("regional", "off")
+QUANTIZATION_MODES = (
+    "none", "fp8", "fp8_weight_only", "int8", "int8_weight_only", "int4", "nvfp4", "mxfp8", "nf4",
+)
+
+
+@dataclass(frozen=True)
+class QuantizedCache:
+    """Where quantized weights are kept for the next start.
+
+    Attributes:
+        folder: made when it is first written to.
+        limit_bytes: what all its files may take; the least recently used ones are deleted.
+    """
+
+    folder: str
+    limit_bytes: int
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How the weights of the transformer's blocks are stored.
+
+    Attributes:
+        mode: one of `QUANTIZATION_MODES`; what "auto" means on a device is asked from `accel.quantize.choose`.
+        cache: where the result is kept, or None. It changes how a model is loaded, not what it becomes, so it is no
+            part of an engine's identity.
+    """
+
+    mode: str = "none"
+    cache: QuantizedCache | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        """Reject unknown names."""
+        if self.mode not in QUANTIZATION_MODES:
+            raise SettingsError(
+                f"quantization is '{self.mode}', expected one of: {', '.join(QUANTIZATION_MODES)}."
+            )
 
 
 @dataclass(frozen=True)
@@ -22,12 +59,14 @@ class EngineSettings:
         attention: a name of `accel.attention.BACKENDS`, or "auto".
         compile: one of `COMPILE_MODES`.
         device: where the transformer runs, such as "cuda:0" or "cpu".
+        quantization: how its weights are stored.
     """
 
     dtype: str = "auto"
     attention: str = "auto"
     compile: str = "regional"
     device: str = "cpu"
+    quantization: Quantization = Quantization()
 
     def __post_init__(self) -> None:
         """Reject unknown names, before anything is built with them."""

@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import torch
 
-from .files import TensorFile
+from .layout import Layout
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor of the layout lies in its file.
+
+    Attributes:
+        key: its name there.
+        scale: the name of the scale, one for all or one per row, that its values are multiplied by; None without.
+    """
+
+    key: str
+    scale: str | None = None
 
 
 @dataclass(frozen=True)
@@ -15,18 +30,22 @@ class ModelSpec:
     """A checkpoint that was recognised, of which nothing but the header was read.
 
     Attributes:
-        file: the header.
+        file: the files' headers, a `checkpoint.source.Checkpoint`; `file.name` for messages, `file.identity` for keys.
         family: the family object of `accel.families` that serves it.
         config: the family's configuration, derived from the tensors' shapes.
-        stored_dtype: the dtype of most of its bytes.
+        stored_dtype: the dtype of most of its bytes; bfloat16 for GGUF's block formats.
+        stored_layout: the layout that the file follows: the family's, or diffusers' with every linear by itself.
+        stored: each name of that layout -> where it lies.
     """
 
-    file: TensorFile
+    file: Any
     family: Any
     config: Any
     stored_dtype: torch.dtype
+    stored_layout: Layout | None = None
+    stored: Mapping[str, StoredTensor] = field(default_factory=dict)
 
     @property
     def parameter_count(self) -> int:
-        """Weights and biases in all."""
-        return sum(info.numel for info in self.file.tensors.values())
+        """Weights and biases in all, without scales."""
+        return sum(prod(shape) for shape in self.family.layout(self.config).expected_shapes().values())

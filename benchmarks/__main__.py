@@ -17,16 +17,24 @@ class Benchmark:
     Attributes:
         summary: one line, for `--help`.
         module: where its `run(quick: bool) -> report.Report` is; imported only when it runs.
+        scales: whether `run` also takes `scale`, the share of FLUX.1-dev's blocks.
     """
 
     summary: str
     module: str
+    scales: bool = False
 
 
 BENCHMARKS: Mapping[str, Benchmark] = {
     "swap": Benchmark(
         "switch a LoRA at FLUX.1-dev's sizes: hot, warm, cold, beside PEFT, diffusers and ComfyUI's merge",
         "benchmarks.swap",
+    ),
+    "load": Benchmark(
+        "load a checkpoint of FLUX.1-dev's size into fp8 and int8: memory, time, and the next start from the cache; "
+        "needs 40 GB of disk in the current folder, which it gives back",
+        "benchmarks.load",
+        scales=True,
     ),
 }
 
@@ -41,7 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from .report import BenchmarkError, print_report, write_json  # imports torch: not for --help
 
     try:
-        report = import_module(BENCHMARKS[options.name].module).run(quick=options.quick)
+        benchmark = BENCHMARKS[options.name]
+        extra = {"scale": options.scale} if benchmark.scales else {}
+        report = import_module(benchmark.module).run(quick=options.quick, **extra)
     except BenchmarkError as error:
         print(f"error: {options.name}: {error}", file=sys.stderr)
         return 1
@@ -58,6 +68,8 @@ def _parser() -> argparse.ArgumentParser:
         one = names.add_parser(name, help=benchmark.summary, description=benchmark.summary)
         one.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to FILE")
         one.add_argument("--quick", action="store_true", help="small sizes: shows that it works, says nothing of speed")
+        if benchmark.scales:
+            one.add_argument("--scale", type=float, default=1.0, help="share of FLUX.1-dev's blocks (default 1)")
     return parser
 
 

@@ -48,7 +48,11 @@ class RandomLora:
     @cached_property
     def scaled(self) -> Pairs:
         """What has to be bound at `STRENGTH`, computed apart from the code under test."""
-        return {module: (a, (b.float() * STRENGTH).to(DTYPE)) for module, (a, b) in self.pairs.items()}
+        return self.scaled_by(STRENGTH)
+
+    def scaled_by(self, strength: float) -> Pairs:
+        """The same for any strength."""
+        return {module: (a, (b.float() * strength).to(DTYPE)) for module, (a, b) in self.pairs.items()}
 
     @property
     def bytes(self) -> int:
@@ -85,7 +89,7 @@ def slots_of(config: Flux1Config) -> tuple[nn.Module, LoraSlots]:
     return model, LoraSlots(model, modules, DTYPE, torch.device("cpu"))
 
 
-def random_lora(config: Flux1Config, name: str, seed: int) -> RandomLora:
+def random_lora(config: Flux1Config, name: str, seed: int, rank: int = RANK) -> RandomLora:
     """Make a LoRA; the same seed gives the same values."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -95,7 +99,7 @@ def random_lora(config: Flux1Config, name: str, seed: int) -> RandomLora:
     return RandomLora(
         name,
         {
-            module: (normal(RANK, in_features), normal(out_features, RANK))
+            module: (normal(rank, in_features), normal(out_features, rank))
             for module, out_features, in_features in block_linears(Flux1().layout(config))
         },
     )

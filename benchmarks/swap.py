@@ -30,6 +30,7 @@ from . import flux_loras
 from .cold_files import ColdFiles, read_into
 from .flux_loras import DTYPE, KEY_PREFIX, RANK, STRENGTH, RandomLora, check_bound, random_lora
 from .peers import DiffusersHotswap, PeftHotswap
+from .pooled import POOLED, Pooled
 from .report import BenchmarkError, Goal, OtherLoad, Report, Row, Variant, figure, interleave, spread
 from .stock_merge import StockMerge
 
@@ -69,6 +70,8 @@ def run(quick: bool) -> Report:
     ):
         switch = Switch(config, loras, ColdFiles(Path(folder)))
         variants = [*switch.variants(), *peer_variants(config, loras)]
+        pooled = Pooled(config, loras)
+        variants += pooled.variants()
         variants.append(in_turn("stock_merge", loras, lambda lora: stock.merge(lora.name)))
         samples = interleave(variants, rounds, warm_up=LORA_COUNT)
     return _report(config, samples, switch, stock, load.share())
@@ -246,6 +249,7 @@ def _report(
         "peft_over_hot": ms["peft"] / ms["hot"],
         "diffusers_over_hot": ms["diffusers"] / ms["hot"],
         "stock_over_hot": ms["stock_merge"] / ms["hot"],
+        "strength_over_multiply": ms["strength"] / ms["multiply"],
         "stock_merge_sampled_layers": stock.sampled_layers,
         "stock_merge_layers": stock.layers,
         "cold_phases_ms": {phase: statistics.median(each[-rounds:]) for phase, each in switch.cold_phases_ms.items()},
@@ -256,7 +260,11 @@ def _report(
     goals = (
         Goal("hot, ms, against a hundredth of PEFT's hotswap", ms["hot"], ms["peft"] / 100),
         Goal("hot, ms, against a tenth of one memcpy", ms["hot"], ms["memcpy"] / 10),
-        Goal("warm over memcpy", values["warm_over_memcpy"], 1.2),
+        Goal("warm over memcpy", values["warm_over_memcpy"], 1.1),
+        Goal("cold over read and memcpy", values["cold_over_read_plus_memcpy"], 1.5),
+        Goal("another strength, ms, against 2 × hot and the product", ms["strength"], 2 * ms["hot"] + ms["multiply"]),
+        Goal("prefetched, ms, against 2 × hot", ms["prefetched"], 2 * ms["hot"]),
+        Goal("300 × hot, ms, against diffusers", 300 * ms["hot"], ms["diffusers"]),
     )
     stock_note = (
         f"ComfyUI {stock.version}'s merge ran on {stock.sampled_layers} of {stock.layers} weights, one block of each "
@@ -283,6 +291,7 @@ def _rows(samples: Mapping[str, Sequence[float]], values: Mapping[str, float]) -
         "warm": f"in host memory: one copy, bind; {values['warm_over_memcpy']:.2f} × memcpy",
         "read": "one read of the cold file, for comparison",
         "cold": f"from a cold file; {values['cold_over_read_plus_memcpy']:.2f} × (read + memcpy)",
+        **POOLED,
         "peft": f"hotswap_adapter_from_state_dict; {values['peft_over_hot']:,.0f} × hot",
         "diffusers": f"load_lora_adapter(hotswap=True); {values['diffusers_over_hot']:,.0f} × hot",
         "stock_merge": f"ComfyUI, scaled up from a sample; {values['stock_over_hot']:,.0f} × hot",

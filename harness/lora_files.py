@@ -1,7 +1,7 @@
 """Random FLUX.1 LoRA files in the formats that trainers write.
 
 A LoRA is described by BFL module names (`double_blocks.0.img_attn.qkv`). A format says which parts of each module get
-matrices of their own, and how their keys are spelled; to add a format, add one entry to `FORMATS`.
+matrices of their own, and how their keys are spelled; to add a format, add one entry to `OTHER_FORMATS`.
 """
 
 import math
@@ -97,32 +97,88 @@ _DIFFUSERS_BLOCKS = {
 }
 
 
-def _diffusers_parts(module: str, config: TinyFluxConfig) -> tuple[Part, ...]:
+def _diffusers_parts(module: str, config: TinyFluxConfig, prefix: str = "transformer.") -> tuple[Part, ...]:
     """Split q, k, v and the MLP of single blocks; `norm_out` holds (scale, shift) where BFL holds (shift, scale)."""
     hidden = config.hidden
     if module == "final_layer.adaLN_modulation.1":
-        return (Part("transformer.norm_out.linear", ((hidden, 2 * hidden), (0, hidden))),)
+        return (Part(f"{prefix}norm_out.linear", ((hidden, 2 * hidden), (0, hidden))),)
     if module in _DIFFUSERS_EMBEDDERS:
-        return _whole(f"transformer.{_DIFFUSERS_EMBEDDERS[module]}", module, config)
+        return _whole(f"{prefix}{_DIFFUSERS_EMBEDDERS[module]}", module, config)
     family, index, inner = module.split(".", 2)
     block = {"double_blocks": "transformer_blocks", "single_blocks": "single_transformer_blocks"}[family]
-    names = [f"transformer.{block}.{index}.{name}" for name in _DIFFUSERS_BLOCKS[inner]]
+    names = [f"{prefix}{block}.{index}.{name}" for name in _DIFFUSERS_BLOCKS[inner]]
     if len(names) == 1:
         return _whole(names[0], module, config)
     stops = [hidden, 2 * hidden, 3 * hidden, 3 * hidden + config.mlp]
     return tuple(Part(name, ((start, stop),)) for name, start, stop in zip(names, [0, *stops], stops, strict=False))
 
 
-FORMATS: dict[str, LoraFormat] = {
-    "kohya": LoraFormat(
-        _kohya_parts, "lora_down.weight", "lora_up.weight", "lora_te1_text_model_encoder_layers_{layer}_", "_"),
-    "diffusers": LoraFormat(
-        _diffusers_parts, "lora_A.weight", "lora_B.weight", "text_encoder.text_model.encoder.layers.{layer}.", "."),
-    "native": LoraFormat(
-        _native_parts, "lora_A.weight", "lora_B.weight",
-        "text_encoders.clip_l.transformer.text_model.encoder.layers.{layer}.", "."),
+def _underscored(prefix: str) -> Callable[[str, TinyFluxConfig], tuple[Part, ...]]:
+    """Diffusers' names with underscores, behind a prefix."""
+
+    def parts(module: str, config: TinyFluxConfig) -> tuple[Part, ...]:
+        return tuple(
+            Part(prefix + part.prefix.replace(".", "_"), part.rows) for part in _diffusers_parts(module, config, "")
+        )
+
+    return parts
+
+
+def _original(prefix: str) -> Callable[[str, TinyFluxConfig], tuple[Part, ...]]:
+    return lambda module, config: _whole(prefix + module, module, config)
+
+
+_XLABS = {
+    "img_attn.qkv": "processor.qkv_lora1",
+    "txt_attn.qkv": "processor.qkv_lora2",
+    "img_attn.proj": "processor.proj_lora1",
+    "txt_attn.proj": "processor.proj_lora2",
+    "linear2": "processor.proj_lora",
 }
-"""`kohya`: kohya-ss/sd-scripts; `diffusers`: diffusers and PEFT; `native`: BFL names under ComfyUI's prefix."""
+
+
+def _xlabs_parts(module: str, config: TinyFluxConfig) -> tuple[Part, ...]:
+    """Attention only; of a single block's first linear the q, k and v rows."""
+    for suffix, name in _XLABS.items():
+        if module.endswith(f".{suffix}"):
+            return _whole(module.removesuffix(suffix) + name, module, config)
+    if module.endswith(".linear1"):
+        return (Part(module.removesuffix("linear1") + "processor.qkv_lora", ((0, 3 * config.hidden),)),)
+    return ()
+
+
+_CLIP_KOHYA = "lora_te1_text_model_encoder_layers_{layer}_"
+_CLIP_DIFFUSERS = "text_encoder.text_model.encoder.layers.{layer}."
+_PEFT = ("lora_A.weight", "lora_B.weight")
+_LYCORIS = ("lora_down.weight", "lora_up.weight")
+
+FORMATS: dict[str, LoraFormat] = {
+    "kohya": LoraFormat(_kohya_parts, *_LYCORIS, _CLIP_KOHYA, "_"),
+    "diffusers": LoraFormat(_diffusers_parts, *_PEFT, _CLIP_DIFFUSERS, "."),
+    "native": LoraFormat(
+        _native_parts, *_PEFT, "text_encoders.clip_l.transformer.text_model.encoder.layers.{layer}.", "."),
+}
+"""The formats that cover every way to split and name a model: `kohya` kohya-ss/sd-scripts; `diffusers` diffusers, PEFT,
+ai-toolkit, SimpleTuner; `native` BFL names under ComfyUI's prefix."""
+
+OTHER_FORMATS: dict[str, LoraFormat] = {
+    "diffusers_old": LoraFormat(_diffusers_parts, "lora.down.weight", "lora.up.weight", _CLIP_DIFFUSERS, "."),
+    "onetrainer": LoraFormat(_underscored("lora_transformer_"), *_LYCORIS, _CLIP_KOHYA, "_"),
+    "lycoris": LoraFormat(_underscored("lycoris_"), *_LYCORIS, _CLIP_KOHYA, "_"),
+    "diffsynth": LoraFormat(
+        lambda module, config: _diffusers_parts(module, config, ""),
+        "lora_A.default.weight", "lora_B.default.weight", _CLIP_DIFFUSERS, "."),
+    "bfl": LoraFormat(_original(""), *_PEFT, _CLIP_DIFFUSERS, "."),
+    "fal": LoraFormat(_original("base_model.model."), *_PEFT, _CLIP_DIFFUSERS, "."),
+    "xlabs": LoraFormat(_xlabs_parts, "down.weight", "up.weight", _CLIP_DIFFUSERS, "."),
+}
+"""Others' names for the same parts, by the sources that read them (comfy/lora.py, diffusers' lora_conversion_utils.py):
+`diffusers_old` diffusers before PEFT; `onetrainer` OneTrainer; `lycoris` LyCORIS in SimpleTuner; `diffsynth` DiffSynth;
+`bfl` Black Forest Labs; `fal` fal's Kontext trainer; `xlabs` XLabs' x-flux."""
+
+ALL_FORMATS = {**FORMATS, **OTHER_FORMATS}
+STOCK_FORMATS = tuple(name for name in ALL_FORMATS if name not in ("bfl", "fal", "xlabs"))
+"""Those that stock ComfyUI reads too, in models of every size (it knows XLabs' names by the last block's)."""
 
 
 def in_blocks(module: str) -> bool:
@@ -136,9 +192,9 @@ def in_attention(module: str) -> bool:
 
 
 def _format(name: str) -> LoraFormat:
-    if name not in FORMATS:
-        raise ValueError(f"LoRA format {name!r} is not known; expected one of {', '.join(FORMATS)}.")
-    return FORMATS[name]
+    if name not in ALL_FORMATS:
+        raise ValueError(f"LoRA format {name!r} is not known; expected one of {', '.join(ALL_FORMATS)}.")
+    return ALL_FORMATS[name]
 
 
 def _rank_of(rank: Rank, module: str) -> int:
@@ -164,7 +220,7 @@ def lora_state_dict(format: str, config: TinyFluxConfig = TinyFluxConfig(), *, r
     """Random LoRA for a FLUX.1 transformer; both matrices of every layer are non-zero.
 
     Args:
-        format: A name in `FORMATS`.
+        format: A name in `ALL_FORMATS`.
         config: The model that it fits.
         rank: One rank, or one per BFL module name, as a mapping or a function.
         alpha: Written as `.alpha` keys; None writes none, which readers take as alpha = rank.
@@ -216,7 +272,7 @@ def clip_l_lora_state_dict(format: str, *, rank: int = 4, alpha: float | None = 
     """Random LoRA for CLIP-L, to be merged into a FLUX LoRA's dict: files that train the text encoder hold both.
 
     Args:
-        format: A name in `FORMATS`.
+        format: A name in `ALL_FORMATS`.
         rank: Of every layer.
         alpha: As in `lora_state_dict`.
         layers: Which of the 12 encoder layers.
@@ -251,3 +307,152 @@ def demo_a() -> dict[str, Tensor]:
 def demo_b() -> dict[str, Tensor]:
     """The demo's second LoRA: PEFT format, rank 16, bf16, attention only."""
     return lora_state_dict("diffusers", rank=16, targets=in_attention, seed=29, scale=0.6, dtype=torch.bfloat16)
+
+
+def _split_size(size: int, factor: int) -> tuple[int, int]:
+    """Two factors of a size, the first the largest one up to `factor`: what LyCORIS calls factorization."""
+    first = next(number for number in range(factor, 0, -1) if size % number == 0)
+    return first, size // first
+
+
+def kind_tensors(kind: str, shape: tuple[int, int], *, rank: int = 4, alpha: float | None = None, rms: float = 0.05,
+                 seed: int = 0, name: str = "") -> dict[str, Tensor]:
+    """Random tensors of one kind of change of a linear, by the ends of their keys.
+
+    Args:
+        kind: a name in `KINDS`.
+        shape: (out_features, in_features).
+        rank: of every low-rank part.
+        alpha: written as `alpha`; for OFT the constraint on the rotation.
+        rms: rough size of the change per entry, so that no kind vanishes or explodes.
+        seed: same arguments, same values.
+        name: of the linear; names the random stream.
+    Returns:
+        Float32 CPU tensors, named as LyCORIS (https://github.com/KohakuBlueleaf/LyCORIS) and PEFT name them.
+    """
+    (rows, columns), counter = shape, 0
+
+    def normal(*size: int, std: float = 1.0) -> Tensor:
+        nonlocal counter
+        counter += 1
+        return seeded_normal(seed, f"{name}.{kind}.{counter}", size, std)
+
+    def pair(rows: int, columns: int, down: str = "lora_down.weight", up: str = "lora_up.weight") -> dict[str, Tensor]:
+        return {down: normal(rank, columns), up: normal(rows, rank, std=rms / math.sqrt(rank))}
+
+    lengths = 1.0 + 0.2 * normal(rows, 1).clamp(-2.0, 2.0)
+    (rows1, rows2), (columns1, columns2) = _split_size(rows, 8), _split_size(columns, 8)
+    tensors: dict[str, Tensor]
+    if kind in ("LoRA", "LoRA 1x1", "LoCon", "DoRA", "PEFT DoRA", "PEFT bias"):
+        tensors = pair(rows, columns)
+        if kind == "LoRA 1x1":
+            tensors = {key: value[:, :, None, None] for key, value in tensors.items()}
+        if kind == "LoCon":
+            tensors = {key: value[:, :, None, None] for key, value in tensors.items()}
+            tensors["lora_mid.weight"] = normal(rank, rank, 1, 1, std=1.0 / math.sqrt(rank))
+        if kind == "DoRA":
+            tensors["dora_scale"] = lengths
+        if kind.startswith("PEFT"):
+            tensors = {"lora_A.weight": tensors["lora_down.weight"], "lora_B.weight": tensors["lora_up.weight"]}
+            if kind == "PEFT DoRA":
+                tensors["lora_magnitude_vector"] = lengths.flatten()
+            else:
+                tensors["lora_B.bias"] = normal(rows, std=0.1)
+    elif kind in ("LoHa", "LoHa DoRA"):
+        tensors = {
+            "hada_w1_a": normal(rows, rank, std=rms / rank), "hada_w1_b": normal(rank, columns),
+            "hada_w2_a": normal(rows, rank), "hada_w2_b": normal(rank, columns),
+        }
+    elif kind == "LoHa Tucker":
+        tensors = {
+            "hada_w1_a": normal(rank, rows, std=rms / rank), "hada_w1_b": normal(rank, columns),
+            "hada_w2_a": normal(rank, rows), "hada_w2_b": normal(rank, columns),
+            "hada_t1": normal(rank, rank, 1, 1, std=1.0 / math.sqrt(rank)),
+            "hada_t2": normal(rank, rank, 1, 1, std=1.0 / math.sqrt(rank)),
+        }
+    elif kind in ("LoKr", "LoKr DoRA"):
+        tensors = {
+            "lokr_w1": normal(rows1, columns1), "lokr_w2_a": normal(rows2, rank, std=rms / math.sqrt(rank)),
+            "lokr_w2_b": normal(rank, columns2),
+        }
+    elif kind == "LoKr products":
+        tensors = {
+            "lokr_w1_a": normal(rows1, rank), "lokr_w1_b": normal(rank, columns1),
+            "lokr_w2_a": normal(rows2, rank, std=rms / rank), "lokr_w2_b": normal(rank, columns2),
+        }
+    elif kind == "LoKr full":
+        tensors = {"lokr_w1": normal(rows1, columns1), "lokr_w2": rms * _decaying(normal(rows2, columns2))}
+    elif kind == "LoKr Tucker":
+        tensors = {
+            "lokr_w1": normal(rows1, columns1), "lokr_w2_a": normal(rank, rows2, std=rms / math.sqrt(rank)),
+            "lokr_w2_b": normal(rank, columns2), "lokr_t2": normal(rank, rank, 1, 1, std=1.0 / math.sqrt(rank)),
+        }
+    elif kind == "OFT":
+        tensors = {"oft_blocks": normal(rows // 16, 16, 16, std=0.05)}
+    elif kind == "bias":
+        tensors = {"diff_b": normal(rows, std=0.1)}
+    else:
+        raise ValueError(f"The kind of change {kind!r} is not known; expected one of {', '.join(KINDS)}.")
+    if kind.endswith(" DoRA") and not kind.startswith("PEFT"):
+        tensors["dora_scale"] = lengths
+    if alpha is not None and kind != "bias":
+        tensors["alpha"] = torch.tensor(alpha)
+    return tensors
+
+
+def _decaying(matrix: Tensor) -> Tensor:
+    """A matrix whose singular values fall as those of trained ones do, so that cutting it off makes sense."""
+    u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+    return u @ torch.diag(s[0] * torch.exp(-torch.arange(len(s)) / 3.0)) @ v
+
+
+KINDS = (
+    "LoRA", "LoRA 1x1", "LoCon", "DoRA", "PEFT DoRA", "PEFT bias", "LoHa", "LoHa DoRA", "LoHa Tucker", "LoKr",
+    "LoKr DoRA", "LoKr products", "LoKr full", "LoKr Tucker", "OFT", "bias",
+)
+"""Kinds of change of a linear. The names of PEFT's own are read by PEFT and diffusers, not by ComfyUI."""
+
+
+def kind_state_dict(kind: str, format: str = "native", config: TinyFluxConfig = TinyFluxConfig(), *,
+                    targets: Callable[[str], bool] | None = None, rank: int = 4, alpha: float | None = None,
+                    seed: int = 0, rms: float = 0.02, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """A file with one kind of change on every targeted linear, in the names of a format.
+
+    Args:
+        kind: A name in `KINDS`.
+        format: A name in `ALL_FORMATS`; only its module names are used.
+        config: The model that it fits.
+        targets: Which BFL modules change; all linears by default.
+        rank: See `kind_tensors`.
+        alpha: See `kind_tensors`.
+        seed: See `kind_tensors`.
+        rms: See `kind_tensors`.
+        dtype: Of every tensor.
+    """
+    tensors: dict[str, Tensor] = {}
+    for module, (_, in_features) in flux_linears(config).items():
+        if targets is None or targets(module):
+            for part in _format(format).parts(module, config):
+                shape = (part.out_features, in_features)
+                values = kind_tensors(kind, shape, rank=rank, alpha=alpha, rms=rms, seed=seed, name=part.prefix)
+                tensors |= {f"{part.prefix}.{end}": value.to(dtype) for end, value in values.items()}
+    return tensors
+
+
+def norm_state_dict(config: TinyFluxConfig = TinyFluxConfig(), format: str = "native", seed: int = 0,
+                    std: float = 0.2) -> dict[str, Tensor]:
+    """Differences of every RMS norm's scale, `.diff` behind the norm's name, in BFL's or diffusers' names."""
+    tensors = {}
+    for index in range(config.depth):
+        for stream, added in (("img", ""), ("txt", "added_")):
+            for kind, short in (("query", "q"), ("key", "k")):
+                native = f"diffusion_model.double_blocks.{index}.{stream}_attn.norm.{kind}_norm"
+                diffusers = f"transformer.transformer_blocks.{index}.attn.norm_{added}{short}"
+                name = native if format == "native" else diffusers
+                tensors[f"{name}.diff"] = seeded_normal(seed, name, (128,), std)
+    for index in range(config.depth_single):
+        for kind, short in (("query", "q"), ("key", "k")):
+            native = f"diffusion_model.single_blocks.{index}.norm.{kind}_norm"
+            name = native if format == "native" else f"transformer.single_transformer_blocks.{index}.attn.norm_{short}"
+            tensors[f"{name}.diff"] = seeded_normal(seed, name, (128,), std)
+    return tensors

@@ -75,13 +75,13 @@ class FluxClip(comfy.sd.CLIP):
             return encoded
         keys = {part: self._key(part, tokens[part]) for part in PARTS}
         outputs = {part: self.cache.get(key) for part, key in keys.items()}
-        missing = [part for part, output in outputs.items() if output is None]
-        if missing:
-            self._prepare(tokens)
-            with comfy.model_management.cuda_device_context(self.patcher.load_device):
-                for part in missing:
-                    outputs[part] = self.cond_stage_model.encode_part(part, tokens[part])
-                    self.cache.put(keys[part], outputs[part].cpu().clone())
+        if any(output is None for output in outputs.values()):
+            known = {part: output for part, output in outputs.items() if output is not None}
+            with self.cond_stage_model.knowing(known):
+                encoded = super().encode_from_tokens(tokens, return_pooled or True)
+            outputs = dict(zip(PARTS, encoded, strict=True))
+            for part in PARTS.keys() - known.keys():
+                self.cache.put(keys[part], outputs[part].cpu().clone())
             self._release_if_scarce()
         # Copies: a node may change what it gets.
         device = comfy.model_management.intermediate_device()
@@ -106,14 +106,6 @@ class FluxClip(comfy.sd.CLIP):
         """What merging nodes ask for, when the T5 is not quantized."""
         self.patcher.refuse_quantized("merged")
         return super().get_key_patches()
-
-    def _prepare(self, tokens: dict[str, Any]) -> None:
-        """Load, and set the encoders' options as comfy.sd.CLIP does. `projected_pooled` is off for FLUX anyway."""
-        self.cond_stage_model.reset_clip_options()
-        if self.layer_idx is not None:
-            self.cond_stage_model.set_clip_options({"layer": self.layer_idx})
-        self.load_model(tokens)
-        self.cond_stage_model.set_clip_options({"execution_device": self.patcher.load_device})
 
     def _can_remember(self) -> bool:
         """Whether tokens, layer and LoRAs decide the output alone: other nodes may have put hooks on the patcher."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import comfy.clip_model
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 
 from ..accel.errors import SettingsError
 from ..accel.text_encoder.linear import WeightOnlyLinear
-from ..accel.text_encoder.load import EncoderWeights
+from ..accel.text_encoder.load import EncoderWeights, trim_heap
 from ..accel.text_encoder.spec import EncoderSpec
 from .progress import NodeObserver, show_text
 
@@ -56,8 +58,9 @@ class FluxEncoders(nn.Module):
             weights["clip_l"] = EncoderWeights(self.clip_l.transformer, clip, "none")
         self.mode = mode
         self.encode_counts = dict.fromkeys(("t5xxl", "l"), 0)
-        # Hidden from nn.Module and state dicts.
-        object.__setattr__(self, "weights", weights)
+        # Not modules: nn.Module must not see them.
+        self.weights = weights
+        self._known: Mapping[str, Tensor] = {}
         for block in self.t5xxl.transformer.encoder.block:
             block.register_forward_pre_hook(_interruptible)
 
@@ -85,11 +88,13 @@ class FluxEncoders(nn.Module):
                 report.bytes / 1e9,
                 self.mode if weights.quantized else "none",
             )
+        trim_heap()
 
     def clear(self) -> None:
         """Give the memory back. The next `fill` reads the files again."""
         for weights in self.weights.values():
             weights.clear()
+        trim_heap()
 
     def set_clip_options(self, options: dict[str, Any]) -> None:
         """As ComfyUI's text encoders have it."""
@@ -116,9 +121,21 @@ class FluxEncoders(nn.Module):
         self.encode_counts[part] += 1
         return self.clip_l.encode_token_weights(tokens)[1]
 
+    @contextmanager
+    def knowing(self, outputs: Mapping[str, Tensor]) -> Iterator[None]:
+        """Take these for what `encode_part` would give, and run only the other encoder."""
+        self._known = outputs
+        try:
+            yield
+        finally:
+            self._known = {}
+
     def encode_token_weights(self, token_weight_pairs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """T5's hidden states and CLIP-L's pooled vector, as ComfyUI's FLUX text encoder gives them."""
-        return tuple(self.encode_part(part, token_weight_pairs[part]) for part in ("t5xxl", "l"))
+        return tuple(
+            self._known[part] if part in self._known else self.encode_part(part, token_weight_pairs[part])
+            for part in ("t5xxl", "l")
+        )
 
     def _encoders(self) -> list[nn.Module]:
         return [encoder for encoder in (self.t5xxl, self.clip_l) if encoder is not None]
@@ -130,7 +147,8 @@ class EncodersPatcher(comfy.model_patcher.ModelPatcher):
     def partially_load(self, *args: Any, **kwargs: Any) -> int:
         """Read the weights if they are not there, then load as ComfyUI does."""
         if not self.model.loaded:
-            self.model.fill(self.offload_device, self.load_device)
+            on_gpu = comfy.model_management.is_device_cuda(self.load_device)
+            self.model.fill(self.offload_device, self.load_device if on_gpu else self.offload_device)
         return super().partially_load(*args, **kwargs)
 
     def load(self, *args: Any, **kwargs: Any) -> None:

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import comfy.model_management
-import folder_paths
 from comfy_api.latest import io
 
 from ..accel.attention import BACKENDS
 from ..accel.checkpoint import inspect_checkpoint
 from ..accel.engine import Engine
 from ..accel.registry import ENGINES, EngineKey
-from ..accel.settings import COMPILE_MODES, DTYPES, EngineSettings
-from .files import CATEGORY, find_file, fingerprint
+from ..accel.settings import COMPILE_MODES, DTYPES, EngineSettings, Quantization
+from .files import CATEGORY, find_model, fingerprint_model, model_files
 from .model import AcceleratedFlux
 from .patcher import AcceleratedModelPatcher
 from .progress import NodeObserver
-
-FOLDER = "diffusion_models"
+from .quantize import FluxQuantization
 
 
 class FluxAccelLoader(io.ComfyNode):
@@ -34,8 +32,9 @@ class FluxAccelLoader(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "model_name",
-                    options=folder_paths.get_filename_list(FOLDER),
-                    tooltip="A FLUX.1 checkpoint in models/diffusion_models.",
+                    options=model_files(),
+                    tooltip="A FLUX.1 model in models/diffusion_models or models/checkpoints: safetensors, GGUF, or a "
+                    "diffusers folder.",
                 ),
                 io.Combo.Input(
                     "dtype",
@@ -56,21 +55,34 @@ class FluxAccelLoader(io.ComfyNode):
                     tooltip="regional: compile each block type once; the first image takes a minute longer, every "
                     "later one is faster, whatever LoRA, size or prompt. off: start at once, run slower.",
                 ),
+                FluxQuantization.Input(
+                    "quantization",
+                    optional=True,
+                    tooltip="From Quantize Transformer. Without it the weights keep their precision.",
+                ),
             ],
             outputs=[io.Model.Output()],
         )
 
     @classmethod
-    def fingerprint_inputs(cls, model_name: str, **_: str) -> tuple[int, int]:
+    def fingerprint_inputs(cls, model_name: str, **_: object) -> tuple[int, int]:
         """Run again when the file changes."""
-        return fingerprint(FOLDER, model_name)
+        return fingerprint_model(model_name)
 
     @classmethod
-    def execute(cls, model_name: str, dtype: str, attention: str, compile: str) -> io.NodeOutput:
+    def execute(
+        cls, model_name: str, dtype: str, attention: str, compile: str, quantization: Quantization | None = None
+    ) -> io.NodeOutput:
         """Read the header, and hand out a clone of the model that lives in the registry."""
-        spec = inspect_checkpoint(find_file(FOLDER, model_name))
+        spec = inspect_checkpoint(find_model(model_name))
         device = comfy.model_management.get_torch_device()
-        settings = EngineSettings(dtype=dtype, attention=attention, compile=compile, device=str(device))
+        settings = EngineSettings(
+            dtype=dtype,
+            attention=attention,
+            compile=compile,
+            device=str(device),
+            quantization=quantization or Quantization(),
+        )
 
         def build() -> AcceleratedModelPatcher:
             engine = Engine(spec, settings, NodeObserver())

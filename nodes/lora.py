@@ -10,6 +10,7 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..accel.errors import SettingsError
+from ..accel.lora.schedule import between
 from ..accel.lora.weights import LoraWeights
 from .files import CATEGORY, find_file, fingerprint
 from .patcher import AcceleratedModelPatcher
@@ -25,6 +26,7 @@ class FluxHotswapLora(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         """Inputs and outputs."""
         strength = {"default": 1.0, "min": -100.0, "max": 100.0, "step": 0.01}
+        percent = {"min": 0.0, "max": 1.0, "step": 0.001, "optional": True, "advanced": True}
         return io.Schema(
             node_id="FluxHotswapLora",
             display_name="Hotswap LoRA",
@@ -43,6 +45,19 @@ class FluxHotswapLora(io.ComfyNode):
                 io.Float.Input(
                     "strength_clip", **strength, optional=True, tooltip="Effect on the text encoder, if connected."
                 ),
+                io.Float.Input(
+                    "start_percent",
+                    default=0.0,
+                    **percent,
+                    tooltip="Where in the sampling the LoRA sets in; 0 is its begin.",
+                ),
+                io.Float.Input(
+                    "end_percent",
+                    default=1.0,
+                    **percent,
+                    tooltip="Where in the sampling the LoRA ends; 1 is its end. Switching on the way costs "
+                    "milliseconds.",
+                ),
             ],
             outputs=[io.Model.Output(), io.Clip.Output()],
         )
@@ -54,7 +69,14 @@ class FluxHotswapLora(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, lora_name: str, strength: float, clip=None, strength_clip: float = 1.0
+        cls,
+        model,
+        lora_name: str,
+        strength: float,
+        clip=None,
+        strength_clip: float = 1.0,
+        start_percent: float = 0.0,
+        end_percent: float = 1.0,
     ) -> io.NodeOutput:
         """Check the file against the model, and put it on the clone's stack; it is bound when sampling starts."""
         if not isinstance(model, AcceleratedModelPatcher):
@@ -62,9 +84,11 @@ class FluxHotswapLora(io.ComfyNode):
                 f"Hotswap LoRA got a model of type {type(model.model).__name__}, expected one from Accelerated Flux "
                 "Loader. For other models use ComfyUI's Load LoRA."
             )
+        keyframes = between(start_percent, end_percent)
         path = find_file(FOLDER, lora_name)
         weights = model.engine.read_lora(path)
-        return io.NodeOutput(model.with_lora(weights, strength), _patch_clip(clip, path, weights, strength_clip))
+        patched_clip = _patch_clip(clip, path, weights, strength_clip)
+        return io.NodeOutput(model.with_lora(weights, strength, keyframes), patched_clip)
 
 
 def _patch_clip(clip, path: str, weights: LoraWeights, strength: float):

@@ -45,9 +45,9 @@ class AcceleratedFlux(comfy.model_base.Flux):
         return self.diffusion_model.skeleton.state_dict(prefix="diffusion_model.")
 
     def _apply_model(self, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **kwargs):
-        # A ControlNet with a VAE reloads models in the middle of sampling, without pre_run.
+        # A ControlNet with a VAE reloads models in the middle of sampling, without pre_run; and schedules move on here.
         if self.current_patcher is not None:
-            self.current_patcher.ensure_applied()
+            self.current_patcher.ensure_applied(transformer_options)
         # super() casts every condition to the model's dtype, and guidance is multiplied by 1000 afterwards: 3.5 would
         # become 3504 in bfloat16. It travels beside the others, in float32.
         options = {**(transformer_options or {}), GUIDANCE: kwargs.pop("guidance", None)}

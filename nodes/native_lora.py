@@ -9,24 +9,43 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from comfy.weight_adapter import LoRAAdapter
+from comfy.weight_adapter import LoHaAdapter, LoKrAdapter, LoRAAdapter, OFTAdapter
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..accel.errors import LoraError
-from ..accel.layout import FusedLinear, Layout, LinearPart, LoraTarget
-from ..accel.lora.weights import LoraWeights, TensorPair, from_pairs, tensor_digest
+from ..accel.layout import FusedLinear, Layout, LinearPart, LoraTarget, VectorWeight
+from ..accel.lora.patches import LinearPatch, NormPatch, from_patches, tensor_digest
+from ..accel.lora.weights import LoraWeights
 
 PREFIX = "diffusion_model."
 INSTEAD = "Choose a LoRA without it, or use ComfyUI's Load Diffusion Model for this one."
+
+# Adapter -> what the entries of its `weights` are; see the `load` of each in comfy/weight_adapter.
+ROLES: Mapping[type, tuple[str, ...]] = {
+    LoRAAdapter: ("B", "A", "alpha", "mid", "dora_scale", "reshape_weight"),
+    LoHaAdapter: (
+        "hada_w1_a", "hada_w1_b", "alpha", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2", "dora_scale",
+    ),
+    LoKrAdapter: (
+        "lokr_w1", "lokr_w2", "alpha", "lokr_w1_a", "lokr_w1_b", "lokr_w2_a", "lokr_w2_b", "lokr_t2", "dora_scale",
+    ),
+    OFTAdapter: ("oft_blocks", "rescale", "alpha", "dora_scale"),
+}
 
 
 class NativeLoras:
     """Reads patches for one model."""
 
     def __init__(self, layout: Layout) -> None:
-        """Know the linears by the names that patches use."""
-        self._linears = {f"{PREFIX}{linear.name}.weight": linear for linear in layout.linears}
+        """Know the linears and norms by the names that patches use."""
+        self._linears = {f"{PREFIX}{linear.name}": linear for linear in layout.linears}
+        # ComfyUI calls a norm's scale `scale` up to 0.18 and `weight` later.
+        self._norms = {
+            f"{PREFIX}{vector.name.removesuffix('scale')}{end}": vector
+            for vector in layout.vectors
+            for end in ("scale", "weight")
+        }
         # Loader nodes keep a file's tensors, and patch with the same ones again when only the strength changes.
         self._digests: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
@@ -50,27 +69,30 @@ class NativeLoras:
             )
         if not ours:
             return None, []
-        return from_pairs(self._pair(key, patches[key]) for key in ours), ours
+        return from_patches([self._patch(key, patches[key]) for key in ours], self._digest), ours
 
-    def _pair(self, key: Any, patch: Any) -> TensorPair:
+    def _patch(self, key: Any, patch: Any) -> LinearPatch | NormPatch:
         name = _name(key)
-        linear = self._linears.get(name)
-        if linear is None or type(patch) is not LoRAAdapter:
+        if name in self._norms:
+            return _norm_patch(name, self._norms[name], patch)
+        module, _, end = name.rpartition(".")
+        linear = self._linears.get(module)
+        if linear is not None and end == "bias" and isinstance(key, str) and _is_difference(patch):
+            return LinearPatch(name, _target(key, linear), {"diff_b": patch[1][0]})
+        roles = ROLES.get(type(patch))
+        if linear is None or end != "weight" or roles is None:
             kind = type(patch).__name__ if not isinstance(patch, tuple) else f"'{patch[0]}' patch"
             raise LoraError(
-                f"LoRA: '{name}' has a {kind}, expected low-rank matrices on a linear layer's weight. The accelerated "
-                f"model cannot carry it. {INSTEAD}"
+                f"LoRA: '{name}' has a {kind}, expected a low-rank change or a rotation of a linear layer's weight, or "
+                f"a difference of a bias or norm. The accelerated model cannot carry it. {INSTEAD}"
             )
-        lora_B, lora_A, alpha, middle, dora_scale, reshape = patch.weights
-        for value, what in (
-            (middle, "LoCon middle matrix"),
-            (dora_scale, "DoRA scale"),
-            (reshape, "reshaped weight, as BFL's control LoRAs have"),
-        ):
-            if value is not None:
-                raise LoraError(f"LoRA: '{name}' has a {what}, which the accelerated model cannot carry. {INSTEAD}")
-        digest = self._digest(name, lora_A) + self._digest(name, lora_B)
-        return TensorPair(name, _target(key, linear), lora_A, lora_B, None if alpha is None else float(alpha), digest)
+        values = {role: value for role, value in zip(roles, patch.weights, strict=True) if value is not None}
+        if "reshape_weight" in values:
+            raise LoraError(
+                f"LoRA: '{name}' has a reshaped weight, as BFL's control LoRAs have: the model's input has another "
+                f"width then, which a compiled model cannot take on. {INSTEAD}"
+            )
+        return LinearPatch(name, _target(key, linear), values)
 
     def _digest(self, name: str, tensor: Tensor) -> str:
         if tensor not in self._digests:
@@ -80,6 +102,18 @@ class NativeLoras:
 
 def _name(key: Any) -> str:
     return key if isinstance(key, str) else key[0]
+
+
+def _is_difference(patch: Any) -> bool:
+    """`("diff", (tensor,))`, without the option to pad a weight."""
+    return isinstance(patch, tuple) and len(patch) == 2 and patch[0] == "diff" and len(patch[1]) == 1
+
+
+def _norm_patch(name: str, vector: VectorWeight, patch: Any) -> NormPatch:
+    if _is_difference(patch) or (isinstance(patch, tuple) and len(patch) == 2 and patch[0] == "set"):
+        return NormPatch(name, vector, patch[1][0], patch[0] == "set")
+    kind = type(patch).__name__ if not isinstance(patch, tuple) else f"'{patch[0]}' patch"
+    raise LoraError(f"LoRA: '{name}' has a {kind}, expected a difference of the norm's scale. {INSTEAD}")
 
 
 def _target(key: Any, linear: FusedLinear) -> LoraTarget:

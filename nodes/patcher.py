@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 import uuid
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,8 +14,11 @@ import torch
 
 from ..accel.engine import Engine, SwapReport
 from ..accel.errors import SettingsError
+from ..accel.lora.schedule import Keyframes, Playback, ScheduledStack
 from ..accel.lora.stack import LoraStack
 from ..accel.lora.weights import LoraWeights
+from ..accel.prefetch import Prefetcher
+from .prefetch import prefetcher_for
 from .progress import show_text
 
 log = logging.getLogger(__name__)
@@ -52,7 +56,9 @@ class AcceleratedModelPatcher(comfy.model_patcher.ModelPatcher):
     ) -> None:
         """Take ModelPatcher's own arguments: its `clone` calls this."""
         super().__init__(model, load_device, offload_device, size, weight_inplace_update)
-        self.lora_stack = LoraStack()
+        self.loras = ScheduledStack()
+        self._playback: Playback | None = None
+        self._prefetcher: Prefetcher | None = None
 
     @property
     def engine(self) -> Engine:
@@ -62,13 +68,15 @@ class AcceleratedModelPatcher(comfy.model_patcher.ModelPatcher):
     def clone(self, *args: Any, **kwargs: Any) -> AcceleratedModelPatcher:
         """Copy the handle, not the engine."""
         copy = super().clone(*args, **kwargs)
-        copy.lora_stack = self.lora_stack
+        copy.loras = self.loras
         return copy
 
-    def with_lora(self, weights: LoraWeights, strength: float) -> AcceleratedModelPatcher:
+    def with_lora(
+        self, weights: LoraWeights, strength: float, keyframes: Keyframes = ()
+    ) -> AcceleratedModelPatcher:
         """A clone with one more LoRA on its stack."""
         copy = self.clone()
-        copy.lora_stack = self.lora_stack.with_lora(weights, strength)
+        copy.loras = self.loras.with_lora(weights, strength, keyframes)
         return copy
 
     def add_patches(self, patches: Any, strength_patch: float = 1.0, strength_model: float = 1.0) -> list[Any]:
@@ -85,7 +93,7 @@ class AcceleratedModelPatcher(comfy.model_patcher.ModelPatcher):
             raise SettingsError(MERGING)
         weights, keys = self.model.native_loras.read(patches)
         if weights is not None:
-            self.lora_stack = self.lora_stack.with_lora(weights, strength_patch)
+            self.loras = self.loras.with_lora(weights, strength_patch)
             self.patches_uuid = uuid.uuid4()
         return keys
 
@@ -129,36 +137,65 @@ class AcceleratedModelPatcher(comfy.model_patcher.ModelPatcher):
     def pre_run(self) -> None:
         """Bind this clone's LoRAs: ComfyUI calls it once per sampling, after loading."""
         other = self.model.current_patcher
-        if other is not None and other is not self and other.lora_stack.key != self.lora_stack.key:
+        if other is not None and other is not self and other.loras.key != self.loras.key:
             log.warning(
                 "Flux Hotswap: two models with different LoRAs (%s; %s) sample at once on one engine, as Dual Model "
                 "Guider does; both will use the second. Give one of them a loader with another dtype or compile mode.",
-                other.lora_stack,
-                self.lora_stack,
+                other.loras,
+                self.loras,
             )
         super().pre_run()
         engine = self.engine
         self.model.sampling_record = SamplingRecord(time.perf_counter(), engine.compile_count, engine.recompile_count)
-        self.ensure_applied()
+        if not engine.loaded:
+            self._load()
+        if self.loras.varies:
+            self._playback = Playback(self.loras, self.model.model_sampling.percent_to_sigma)
+            # All of them now, the first one last, so that a change between two steps only binds.
+            for stack in reversed(list(self.loras.stacks())):
+                self._apply(stack)
+        else:
+            self._playback = None
+            self._apply(self.loras.stack)
+        self._prefetcher = prefetcher_for(engine)
+        self._prefetcher.start()
 
-    def ensure_applied(self) -> None:
-        """Load the engine and bind this clone's LoRAs, if either is not so already."""
+    def ensure_applied(self, transformer_options: dict[str, Any] | None) -> None:
+        """Before each call of the model: load the engine and bind the LoRAs of this step, if either is not so already.
+
+        Args:
+            transformer_options: of the call; a schedule reads `sigmas` and `sample_sigmas` from them.
+        """
         if not self.engine.loaded:
             self._load()
-        if not self.engine.applied(self.lora_stack):
-            self.model.sampling_record.swaps.append(self.engine.swap(self.lora_stack))
+        options = transformer_options or {}
+        if self._playback is None:
+            self._apply(self.loras.stack)
+        elif "sigmas" in options:
+            sigma = float(options["sigmas"][0])
+            first = options.get("sample_sigmas")
+            self._apply(self._playback.at(sigma, sigma if first is None else float(first.max())))
+
+    def _apply(self, stack: LoraStack) -> None:
+        if not self.engine.applied(stack):
+            self.model.sampling_record.swaps.append(self.engine.swap(stack))
 
     def cleanup(self) -> None:
         """Say what the sampling did. The LoRAs stay bound: the next prompt may want them again."""
         super().cleanup()
+        self._playback = None
+        if self._prefetcher is not None:
+            self._prefetcher.stop()
+            self._prefetcher = None
         record, self.model.sampling_record = getattr(self.model, "sampling_record", None), None
         if record is None:
             return
         engine = self.engine
         swap_ms = sum(swap.swap_ms for swap in record.swaps)
-        sources = ", ".join(swap.source for swap in record.swaps) or "already bound"
+        counts = Counter(swap.source for swap in record.swaps)
+        sources = ", ".join(f"{count} × {source}" if count > 1 else source for source, count in counts.items())
         summary = (
-            f"LoRAs {self.lora_stack} | swap {swap_ms:.2f} ms ({sources}) | "
+            f"LoRAs {self.loras} | swap {swap_ms:.2f} ms ({sources or 'already bound'}) | "
             f"compiled {engine.compile_count - record.compiles_before} | "
             f"recompiles {engine.recompile_count - record.recompiles_before} | "
             f"sampling {time.perf_counter() - record.started:.2f} s"

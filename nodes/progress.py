@@ -25,6 +25,11 @@ class NodeObserver:
         if done == total:
             self._bar = None
 
+    def notice(self, text: str, warning: bool) -> None:
+        """Pass it on."""
+        show_text(text)
+        log.log(logging.WARNING if warning else logging.INFO, "Flux Hotswap: %s", text)
+
     def compiling(self, region: str) -> None:
         """Say why the first step takes long."""
         show_text(f"Compiling the {region} blocks, once")

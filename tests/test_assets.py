@@ -207,7 +207,7 @@ def test_mixed_ranks_and_targets() -> None:
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    ({"format": "lycoris"}, "LoRA format 'lycoris' is not known; expected one of kohya, diffusers, native"),
+    ({"format": "webui"}, "LoRA format 'webui' is not known; expected one of kohya, diffusers, native"),
     ({"format": "kohya", "rank": 0}, "The rank of img_in is 0, expected 1 or more"),
     ({"format": "kohya", "targets": lambda module: False}, "would be empty"),
 ])

@@ -1,5 +1,6 @@
 """`python -m benchmarks` at a small size: it works, its figures fit together, and it notices work that was not done."""
 
+import dataclasses
 import json
 import math
 import os
@@ -12,19 +13,23 @@ import pytest
 import torch
 
 from accel.lora.device import DeviceLoras
+from accel.lora.rescale import UnscaledB
 from accel.lora.slots import LoraSlots
 from benchmarks import flux_loras, peers
 from benchmarks.cold_files import ColdFiles
+from benchmarks.pooled import Pooled
 from benchmarks.report import BenchmarkError, Goal, OtherLoad, Variant, interleave
 from benchmarks.swap import LORA_COUNT, Switch, peer_variants
 from harness.paths import REPO
 
-MS_KEYS = {"memcpy_ms", "read_ms", "hot_ms", "warm_ms", "cold_ms", "peft_ms", "diffusers_ms", "stock_merge_ms"}
+MS_KEYS = {"memcpy_ms", "read_ms", "hot_ms", "warm_ms", "cold_ms", "peft_ms", "diffusers_ms", "stock_merge_ms",
+           "stack3_ms", "multiply_ms", "strength_ms", "prefetched_ms", "rank64_hot_ms", "rank128_hot_ms"}
 RATIOS = {
     "warm_over_memcpy": ("warm_ms", ("memcpy_ms",)),
     "hot_over_memcpy": ("hot_ms", ("memcpy_ms",)),
     "peft_over_hot": ("peft_ms", ("hot_ms",)),
     "diffusers_over_hot": ("diffusers_ms", ("hot_ms",)),
+    "strength_over_multiply": ("strength_ms", ("multiply_ms",)),
     "stock_over_hot": ("stock_merge_ms", ("hot_ms",)),
     "cold_over_read_plus_memcpy": ("cold_ms", ("read_ms", "memcpy_ms")),
 }
@@ -85,7 +90,7 @@ def test_swap_prints_figures_goals_and_what_stood_in_for_what(finished):
     figures, stdout = finished
     for name in figures["samples_ms"]:
         assert f"  {name} " in stdout
-    assert len(figures["goals"]) == 3
+    assert len(figures["goals"]) == 7
     for goal in figures["goals"]:
         assert goal["met"] == (goal["value"] <= goal["limit"])
         assert goal["statement"] in stdout
@@ -237,3 +242,19 @@ def test_loras_differ_by_seed_and_strength(loras):
     assert not flux_loras.same_bits(lora_B, loras[0].scaled[module][1])
     assert flux_loras.same_bits(lora_B, flux_loras.random_lora(flux_loras.QUICK, "again", 0).pairs[module][1])
     assert not flux_loras.same_bits(lora_B, lora_B.float())
+
+
+@pytest.mark.parametrize("name", ["stack3", "strength", "prefetched", "rank64_hot", "rank128_hot"])
+def test_a_pooled_switch_that_does_nothing_is_noticed(loras, name):
+    variant = variant_of(Pooled(flux_loras.QUICK, loras).variants(), name)
+    interleave([variant], rounds=2, warm_up=0)
+    with pytest.raises(BenchmarkError, match=f"^{name}: "):
+        interleave([dataclasses.replace(variant, run=lambda: None)], rounds=1, warm_up=0)
+
+
+def test_a_product_that_is_not_made_is_noticed(loras, monkeypatch):
+    variant = variant_of(Pooled(flux_loras.QUICK, loras).variants(), "strength")
+    interleave([variant], rounds=2, warm_up=0)
+    monkeypatch.setattr(UnscaledB, "multiply", lambda self, entries, flat: None)
+    with pytest.raises(BenchmarkError, match=r"^strength: lora_B"):
+        interleave([variant], rounds=1, warm_up=0)

@@ -144,13 +144,6 @@ def test_relatives_are_named(tmp_path, model, key):
         inspect_checkpoint(str(path))
 
 
-def test_scaled_fp8_is_refused_instead_of_loaded_without_its_scales(tmp_path):
-    path = tmp_path / "scaled.safetensors"
-    write_tensors(path, {**tiny_flux_state_dict(TinyFluxConfig()), "img_in.scale_weight": torch.ones(())})
-    with pytest.raises(CheckpointError, match=r"scaled fp8.*choose"):
-        inspect_checkpoint(str(path))
-
-
 def test_a_checkpoint_replaced_after_inspection_is_refused(tmp_path):
     path = tmp_path / "changing.safetensors"
     write_tensors(path, tiny_flux_state_dict(TinyFluxConfig()))

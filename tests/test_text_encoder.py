@@ -153,7 +153,7 @@ def test_sizes_per_mode(paths):
 
 
 def test_nf4_is_bitsandbytes(t5):
-    """The packed bytes and scales are those of bitsandbytes' own Linear4bit, whatever the pieces it was made in."""
+    """The packed bytes and scales are those of bitsandbytes' own Linear4bit."""
     import bitsandbytes as bnb
 
     from accel.text_encoder import linear
@@ -165,12 +165,16 @@ def test_nf4_is_bitsandbytes(t5):
     whole = linear.Nf4().quantize(weight)
     assert torch.equal(whole["weight"], theirs.data)
     assert torch.equal(whole["absmax"], theirs.quant_state.absmax)
-    original = linear.NF4_CHUNK
-    try:
-        linear.NF4_CHUNK = 4096
-        pieces = linear.Nf4().quantize(weight)
-    finally:
-        linear.NF4_CHUNK = original
+
+
+@pytest.mark.parametrize("mode", FORMATS)
+def test_pieces_give_the_same_as_the_whole(t5, mode, monkeypatch):
+    from accel.text_encoder import linear
+
+    weight = t5["encoder.block.0.layer.1.DenseReluDense.wo.weight"]
+    whole = FORMATS[mode].quantize(weight)
+    monkeypatch.setattr(linear, "CHUNK", 4096)
+    pieces = FORMATS[mode].quantize(weight)
     assert all(torch.equal(pieces[name], whole[name]) for name in whole)
 
 

@@ -275,7 +275,7 @@ def test_chinese_names_appear(server, browser):
     shown = [type_ for type_ in NODES if type_ in titles]
     assert {"FluxAccelLoader", "FluxHotswapLora"} <= set(shown)
     assert {type_: titles[type_] for type_ in shown} == {type_: chinese[type_]["display_name"] for type_ in shown}
-    assert labels == ["LoRA名称", "强度", "CLIP强度"]
+    assert labels == ["LoRA名称", "强度", "CLIP强度", "起始百分比", "结束百分比"]
     assert menu == "Flux 热切换"
 
 

@@ -97,6 +97,14 @@ class DeviceLoras:
         """Bytes of one stack's buffer."""
         return self._residents[key].bytes
 
+    def flat(self, key: Hashable) -> FlatLora:
+        """One stack as it lies on the device; with `share_host` the very object that `put` got."""
+        return self._residents[key].flat
+
+    def fits(self, size: int) -> bool:
+        """Whether a stack of `size` bytes would come to the device without another one having to go."""
+        return self.bytes + size <= self._budget_bytes
+
     def _moved(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         with torch.inference_mode(False), torch.no_grad():
             return {name: tensor.to(self._device) for name, tensor in tensors.items()}

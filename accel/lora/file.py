@@ -1,200 +1,155 @@
-"""Read a LoRA file: recognise every key, check every shape and value, split it over the model's linears."""
+"""Read a LoRA file: account for every key, check every shape and value, turn it into changes of the model's parts."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping
-from dataclasses import dataclass
+import math
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
-from ..errors import LoraError
-from ..files import FLOAT_DTYPES, TensorFile, TensorInfo, open_tensors, read_header
-from ..layout import LoraTarget
+from ..files import TensorFile, read_header
 from ..spec import ModelSpec
-from .weights import LoraLayer, LoraWeights, check_finite, split
+from .buffers import HostBuffers
+from .bulk import read_tensors
+from .factor_cache import FactorCache
+from .keys import FileKeys, account, name_format
+from .kinds import Change, convert, product_factors
+from .lowrank import Factors, Tolerance
+from .metadata import adapter_config
+from .report import LoraReport, overall_error
+from .weights import LoraLayer, LoraWeights, RotationLayer, VectorLayer, check_finite, to_float
 
-# The last part of a key -> what it is. The first that fits counts, so longer ones stand before their own endings.
-ROLES: Mapping[str, str] = {
-    ".lora_down.weight": "A",  # sd-scripts, LyCORIS, OneTrainer
-    ".lora_up.weight": "B",
-    ".lora_A.default.weight": "A",  # PEFT, saved with its adapter's name
-    ".lora_B.default.weight": "B",
-    ".lora_A.weight": "A",  # PEFT, diffusers, ai-toolkit
-    ".lora_B.weight": "B",
-    ".lora.down.weight": "A",  # diffusers before PEFT
-    ".lora.up.weight": "B",
-    ".down.weight": "A",  # XLabs
-    ".up.weight": "B",
-    ".alpha": "alpha",
-}
-TEXT_ENCODER_PREFIXES = ("lora_te", "text_encoder", "clip_l.", "t5xxl.")
-# Names that LoRAs for other models carry, for the message only.
-OTHER_MODELS: Mapping[str, str] = {
-    "lora_unet_input_blocks_": "Stable Diffusion XL",
-    "lora_unet_output_blocks_": "Stable Diffusion XL",
-    "lora_unet_down_blocks_": "Stable Diffusion 1.5 or XL",
-    "unet.down_blocks.": "Stable Diffusion 1.5 or XL",
-    "lora_unet_joint_blocks_": "Stable Diffusion 3",
-    "diffusion_model.joint_blocks.": "Stable Diffusion 3",
-    "diffusion_model.blocks.": "Wan",
-    "diffusion_model.layers.": "Z-Image or Lumina",
-    "transformer.transformer_blocks.0.img_mod.": "Qwen-Image",
-}
-# Kinds of change that are no low-rank pair, by a part of their keys, for the message only.
-OTHER_KINDS: Mapping[str, str] = {
-    ".dora_scale": "DoRA",
-    ".lora_magnitude_vector": "DoRA",
-    ".lokr_": "LoKr",
-    ".hada_": "LoHa",
-    ".oft_": "OFT",
-    ".lora_mid": "LoCon with a middle matrix",
-    ".lora_B.bias": "a bias, as in BFL's control LoRAs",
-    ".diff_b": "a difference of biases",
-    ".diff": "a difference of whole weights",
-    ".set_weight": "whole weights",
-    "_norm": "a norm",
-}
+# LoHa and LoKr, whose matrices are computed.
+PRODUCTS = ("LoHa", "LoKr")
 
 
-@dataclass(frozen=True)
-class _Pair:
-    """Keys of one module in the file."""
-
-    target: LoraTarget
-    keys: Mapping[str, str]
-    rank: int
-
-
-def read_lora(path: str, spec: ModelSpec) -> LoraWeights:
+def read_lora(
+    path: str,
+    spec: ModelSpec,
+    cache_dir: str | os.PathLike[str] | None = None,
+    tolerance: Tolerance = Tolerance(),
+    buffers: HostBuffers | None = None,
+) -> LoraWeights:
     """Read a LoRA for a model. Nothing is returned unless every key, shape, rank and value is right.
 
     Args:
         path: a safetensors file.
         spec: the model that it must fit.
+        cache_dir: where matrices that are slow to compute are kept; None computes them each time.
+        tolerance: how far a LoHa or LoKr of high rank may be cut.
+        buffers: where memory comes from; None takes it from the system, which is slower.
 
     Returns:
-        Weights on the CPU, unscaled, in the file's dtype.
+        Weights on the CPU, unscaled; ordinary matrices in the file's dtype.
 
     Raises:
         FileError: see `files.read_header`.
-        LoraError: an unknown key, a missing half, a wrong shape, NaN, or nothing for this model in it.
+        LoraError: an unknown key, a missing half, a wrong shape, NaN, a kind that cannot be carried, or nothing for
+            this model in it.
     """
     file = read_header(path)
-    pairs, text_encoder_keys = _recognise(file, spec)
-    with torch.inference_mode(False), torch.no_grad(), open_tensors(file) as handle:
-        layers = [layer for pair in pairs.values() for layer in _read_pair(file, handle, pair)]
-    return LoraWeights(file.identity, tuple(layers), text_encoder_keys)
-
-
-def _recognise(file: TensorFile, spec: ModelSpec) -> tuple[dict[str, _Pair], tuple[str, ...]]:
-    aliases = spec.family.lora_aliases(spec.config)
-    found: dict[str, dict[str, str]] = defaultdict(dict)
-    text_encoder, unknown = [], []
-    for key in file.tensors:
-        if key.startswith(TEXT_ENCODER_PREFIXES):
-            text_encoder.append(key)
-            continue
-        suffix = next((suffix for suffix in ROLES if key.endswith(suffix)), None)
-        module = key.removesuffix(suffix) if suffix else key
-        if suffix is None or module not in aliases:
-            unknown.append(key)
-            continue
-        role = ROLES[suffix]
-        if role in found[module]:
-            raise LoraError(f"LoRA '{file.name}': '{key}' and '{found[module][role]}' say the same thing twice.")
-        found[module][role] = key
-    if unknown or not found:
-        raise LoraError(_unknown_message(file, spec, unknown, bool(found), text_encoder))
-    return {name: _check_pair(file, name, aliases[name], keys) for name, keys in found.items()}, tuple(text_encoder)
-
-
-def _check_pair(file: TensorFile, name: str, target: LoraTarget, keys: Mapping[str, str]) -> _Pair:
-    for role, word in (("A", "lora_down / lora_A"), ("B", "lora_up / lora_B")):
-        if role not in keys:
-            raise LoraError(
-                f"LoRA '{file.name}': '{name}' has {', '.join(keys.values())} but no {word} matrix. The file is "
-                "incomplete: get it again."
-            )
-    lora_A, lora_B = file.tensors[keys["A"]], file.tensors[keys["B"]]
-    for info, key, expected in (
-        (lora_A, keys["A"], f"(rank, {target.in_features})"),
-        (lora_B, keys["B"], f"({target.out_features}, rank)"),
-    ):
-        fixed = (info.shape[1:], (target.in_features,)) if info is lora_A else (info.shape[:1], (target.out_features,))
-        if len(info.shape) != 2 or fixed[0] != fixed[1]:
-            raise LoraError(
-                f"LoRA '{file.name}': '{key}' is {info.shape}, expected {expected}: this file is for a model of "
-                f"another size or kind{_hint(file)}."
-            )
-        if info.dtype not in FLOAT_DTYPES:
-            raise LoraError(f"LoRA '{file.name}': '{key}' is stored as {info.dtype}, expected a float type.")
-    rank = lora_A.shape[0]
-    if rank < 1 or lora_B.shape[1] != rank:
-        raise LoraError(
-            f"LoRA '{file.name}': '{keys['A']}' has rank {rank}, '{keys['B']}' has rank {lora_B.shape[1]}; they must "
-            "be equal and at least 1. The file is damaged: get it again."
-        )
-    _check_alpha(file, keys)
-    return _Pair(target, keys, rank)
-
-
-def _check_alpha(file: TensorFile, keys: Mapping[str, str]) -> None:
-    alpha: TensorInfo | None = file.tensors.get(keys.get("alpha", ""))
-    if alpha is not None and alpha.numel != 1:
-        raise LoraError(f"LoRA '{file.name}': '{keys['alpha']}' has shape {alpha.shape}, expected one number.")
-
-
-def _read_pair(file: TensorFile, handle, pair: _Pair) -> list[LoraLayer]:
-    lora_A, lora_B = (_read_finite(file, handle, pair.keys[role]) for role in "AB")
-    scale = 1.0
-    if "alpha" in pair.keys:
-        alpha = float(_read_finite(file, handle, pair.keys["alpha"]))
-        scale = alpha / pair.rank
-    return split(pair.target, lora_A, lora_B, scale)
-
-
-def _read_finite(file: TensorFile, handle, key: str) -> Tensor:
-    # A copy: the handle's tensors map the file, and a mapped file that shrinks kills the process.
-    tensor = handle.get_tensor(key).clone()
-    check_finite(f"'{file.name}': '{key}'", tensor)
-    return tensor
-
-
-def _hint(file: TensorFile) -> str:
-    for prefix, model in OTHER_MODELS.items():
-        if any(key.startswith(prefix) for key in file.tensors):
-            return f" ({model} by its names)"
-    return ""
-
-
-def _kind(key: str) -> str:
-    for part, kind in OTHER_KINDS.items():
-        if part in key:
-            return f" ({kind}, which is not supported)"
-    return ""
-
-
-def _unknown_message(
-    file: TensorFile, spec: ModelSpec, unknown: list[str], some_fit: bool, text_encoder: list[str]
-) -> str:
-    model = spec.family.name
-    if not unknown:
-        return (
-            f"LoRA '{file.name}' changes only text encoders ({len(text_encoder)} keys), expected keys for a {model} "
-            "transformer. Load it with ComfyUI's Load LoRA node on the CLIP."
-        )
-    first = f"'{unknown[0]}'{_kind(unknown[0])}"
-    if some_fit:
-        return (
-            f"LoRA '{file.name}': {len(unknown)} of {len(file.tensors)} keys have no place in this {model} model, such "
-            f"as {first}. Applying only the rest would not be this LoRA: choose a file without "
-            f"them{_hint(file)}."
-        )
-    return (
-        f"LoRA '{file.name}' does not fit {model}{_hint(file)}: none of its {len(file.tensors)} keys has a place in "
-        f"the model, such as {first}. Expected names like lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight, "
-        "transformer.transformer_blocks.0.attn.to_q.lora_A.weight or "
-        "diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight."
+    keys = account(file, spec)
+    config = adapter_config(file)
+    with torch.inference_mode(False), torch.no_grad():
+        cut = [change for change in keys.changes if change.approximated(tolerance)]
+        cache = FactorCache(cache_dir, file.identity, tolerance) if cut and cache_dir is not None else None
+        factors = cache.load(cut) if cache is not None else None
+        values, peak = _read(file, keys, factors or {}, buffers)
+        if factors is None:
+            factors = {change.name: product_factors(change, values[change.name], tolerance) for change in cut}
+            if cache is not None:
+                cache.store(factors)
+        errors = {name: (value.error, value.norm) for name, value in factors.items()}
+        layers: list[LoraLayer | RotationLayer] = []
+        vectors = [
+            VectorLayer(vector.parameter, to_float(values[""][vector.key]).flatten(), 1.0, vector.replaces)
+            for vector in keys.vectors
+        ]
+        for change in keys.changes:
+            tensors = values[change.name]
+            if change.kind in PRODUCTS and change.name not in factors:
+                factors[change.name] = product_factors(change, tensors, tolerance)
+            scale = None
+            if config is not None and change.kind == "LoRA" and "alpha" not in change.pieces:
+                scale = config.scale(change.name, change.rank)
+            converted = convert(change, tensors, scale, factors.get(change.name))
+            layers += converted.layers
+            vectors += converted.vectors
+    # What was computed may be larger than what was read.
+    computed = any(change.kind != "LoRA" or "mid" in change.pieces for change in keys.changes)
+    report = make_report(name_format(file), keys.changes, layers, vectors, errors, len(keys.text_encoder))
+    return LoraWeights(
+        file.identity, tuple(layers), keys.text_encoder, tuple(vectors), math.inf if computed else peak, report
     )
+
+
+def make_report(
+    format_name: str,
+    changes: Iterable[Change],
+    layers: Iterable[LoraLayer | RotationLayer],
+    vectors: Iterable[VectorLayer],
+    errors: Mapping[str, tuple[float, float]],
+    text_encoder_keys: int,
+) -> LoraReport:
+    """Count what became of the keys.
+
+    Args:
+        format_name: as a person knows it.
+        changes: of linears.
+        layers: what they became.
+        vectors: likewise, and what the norms became.
+        errors: name of a change that was cut -> its relative error and its norm.
+        text_encoder_keys: how many there are.
+    """
+    kinds: Counter[str] = Counter()
+    applied = approximated = biases = 0
+    for change in changes:
+        if change.kind != "bias":
+            kinds[change.label] += 1
+        biases += bool({"diff_b", "up_bias"} & change.pieces.keys())
+        cut = errors.get(change.name, (0.0, 0.0))[0] > 0.0
+        exact = len({"diff_b"} & change.pieces.keys()) if cut else len(change.pieces)
+        applied += exact
+        approximated += len(change.pieces) - exact
+    norms = sum(not vector.parameter.endswith(".bias") for vector in vectors)
+    kinds.update({kind: count for kind, count in (("bias", biases), ("norm", norms)) if count})
+    ranks = [layer.rank for layer in layers if isinstance(layer, LoraLayer)]
+    largest, overall = overall_error(errors)
+    return LoraReport(
+        format_name,
+        dict(kinds),
+        (min(ranks, default=0), max(ranks, default=0)),
+        len({layer.module for layer in layers}),
+        applied + norms,
+        approximated,
+        largest,
+        overall,
+        text_encoder_keys,
+    )
+
+
+def _read(
+    file: TensorFile, keys: FileKeys, known: Mapping[str, Factors], buffers: HostBuffers | None
+) -> tuple[dict[str, dict[str, Tensor]], float]:
+    """Name of a change -> role -> values; those of norms by their key under the name "". And the largest element."""
+    wanted = [vector.key for vector in keys.vectors]
+    for change in keys.changes:
+        for role, piece in change.pieces.items():
+            if change.name not in known or role in ("alpha", "dora_scale", "diff_b"):
+                wanted.append(piece.key)
+    bulk = read_tensors(file, wanted, buffers)
+    if not math.isfinite(bulk.peak):
+        for key, tensor in bulk.tensors.items():
+            if tensor.dtype.is_floating_point:
+                check_finite(f"'{file.name}': '{key}'", tensor)
+    values = {
+        change.name: {
+            role: bulk.tensors[piece.key] for role, piece in change.pieces.items() if piece.key in bulk.tensors
+        }
+        for change in keys.changes
+    }
+    values[""] = {vector.key: bulk.tensors[vector.key] for vector in keys.vectors}
+    return values, bulk.peak

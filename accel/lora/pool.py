@@ -21,7 +21,8 @@ class ByteLru(Generic[Value]):
         self.budget_bytes = budget_bytes
         self._size_of = size_of
         self._values: OrderedDict[Hashable, Value] = OrderedDict()
-        self._lock = threading.Lock()
+        # Reentrant: an interrupt just before a `with` ends must not lock its own thread out for ever.
+        self._lock = threading.RLock()
 
     @property
     def bytes(self) -> int:
@@ -45,6 +46,17 @@ class ByteLru(Generic[Value]):
             while total > self.budget_bytes and len(self._values) > 1:
                 _, dropped = self._values.popitem(last=False)
                 total -= self._size_of(dropped)
+
+    def __contains__(self, key: Hashable) -> bool:
+        """Whether there is a value, without using it."""
+        with self._lock:
+            return key in self._values
+
+    def drop(self, outdated: Callable[[Hashable], bool]) -> None:
+        """Drop the values whose keys are outdated."""
+        with self._lock:
+            for key in [key for key in self._values if outdated(key)]:
+                del self._values[key]
 
     def clear(self) -> None:
         """Drop everything."""

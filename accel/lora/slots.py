@@ -114,11 +114,42 @@ class LoraSlots:
                 others.append((owner, last, _constant_size(vector)))
         return Bindings(tuple(matrices), tuple(others))
 
+    def weight(self, module: str) -> Tensor:
+        """A linear's own weight, (out_features, in_features) float32 on the CPU, whatever is bound.
+
+        A quantized one is what the linear computes with: what it makes of unit vectors, where its weight cannot say.
+        """
+        base = self._layers[module].base
+        weight = base.weight
+        if type(weight) is nn.Parameter and weight.is_floating_point() and weight.shape == _sizes(base):
+            return weight.detach().to("cpu", torch.float32)
+        if type(weight) is not nn.Parameter and hasattr(weight, "dequantize"):
+            return weight.detach().dequantize().to("cpu", torch.float32)
+        with torch.inference_mode(False), torch.no_grad():
+            dtype = self.empty.matrices[0].dtype
+            units = torch.eye(base.in_features, dtype=dtype, device=weight.device)
+            rows = base(units).float() - (0.0 if base.bias is None else base.bias.float())
+        return rows.T.cpu().contiguous()
+
+    def parameter(self, name: str) -> Tensor:
+        """A bias or the scale of a norm, as the model itself has it, whatever is bound."""
+        module, _, last = name.rpartition(".")
+        layer = self._layers.get(module)
+        owner = (layer.base if layer else self._model.get_submodule(module))._parameters
+        for replaced, key, parameter in self._replaced:
+            if replaced is owner and key == last:
+                return parameter
+        return owner[last]
+
     def _restore(self) -> None:
         while self._replaced:
             owner, name, parameter = self._replaced[-1]
             owner[name] = parameter
             self._replaced.pop()
+
+
+def _sizes(linear: nn.Module) -> tuple[int, int]:
+    return linear.out_features, linear.in_features
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> nn.Parameter:

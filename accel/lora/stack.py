@@ -1,7 +1,7 @@
 """Stacks of LoRAs, and the one flat buffer that a stack becomes before it is bound.
 
 Stacks are exact: the ranks of all LoRAs on a linear are concatenated, A = [A₁; A₂; …], B = [s₁ B₁, s₂ B₂, …], with
-strength · alpha / rank folded into B in float32.
+strength · alpha / rank folded into B in float32. Where DoRA or OFT is among them, see `compose`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -17,7 +17,9 @@ from torch import Tensor
 from ..errors import LoraError
 from ..files import FileIdentity
 from ..tensors import all_finite
-from .weights import LoraLayer, LoraWeights
+from .buffers import HostBuffers
+from .compose import BaseWeights, Composed, compose, is_plain
+from .weights import LoraLayer, LoraWeights, RotationLayer, VectorLayer, to_float
 
 # GEMMs on a GPU want sizes in multiples of 16 bytes; 16 columns serve every dtype down to float8.
 RANK_ALIGNMENT = 16
@@ -34,6 +36,27 @@ class StackEntry:
 
     weights: LoraWeights
     strength: float
+
+
+@dataclass(frozen=True)
+class StackCost:
+    """What a bound stack costs: memory, and matrix products in every step.
+
+    Attributes:
+        elements: numbers that lie on the device.
+        linears: that have low-rank matrices.
+        max_rank: the ranks of all LoRAs on one linear, summed, where that is most.
+        summed_rank: the same over all linears: what the products of a step grow with.
+    """
+
+    elements: int
+    linears: int
+    max_rank: int
+    summed_rank: int
+
+    def megabytes(self, dtype: torch.dtype) -> float:
+        """Size on the device in MB (10**6 bytes)."""
+        return self.elements * dtype.itemsize / 1e6
 
 
 @dataclass(frozen=True)
@@ -58,9 +81,37 @@ class LoraStack:
         return tuple(entry for entry in self.entries if entry.strength != 0.0)
 
     @property
+    def cost(self) -> StackCost:
+        """What the stack takes when it is bound; see `StackCost`."""
+        ranks: dict[str, int] = defaultdict(int)
+        elements = 0
+        shared: set[tuple[str, int]] = set()
+        for number, entry in enumerate(self.active):
+            for layer in entry.weights.layers:
+                if isinstance(layer, RotationLayer):
+                    elements += layer.turn.numel()
+                    continue
+                ranks[layer.module] += layer.rank
+                elements += layer.lora_B.numel()
+                if (number, id(layer.lora_A)) not in shared:
+                    shared.add((number, id(layer.lora_A)))
+                    elements += layer.lora_A.numel()
+        return StackCost(elements, len(ranks), max(ranks.values(), default=0), sum(ranks.values()))
+
+    @property
     def key(self) -> tuple[tuple[FileIdentity, float], ...]:
         """What the bound tensors depend on: equal keys, equal output."""
         return tuple((entry.weights.identity, entry.strength) for entry in self.active)
+
+    @property
+    def identities(self) -> tuple[FileIdentity, ...]:
+        """Which LoRAs change anything, in order."""
+        return tuple(entry.weights.identity for entry in self.active)
+
+    @property
+    def strengths(self) -> tuple[float, ...]:
+        """How much each of `identities` does."""
+        return tuple(entry.strength for entry in self.active)
 
     def __str__(self) -> str:
         """The stack as a person would write it: `a.safetensors × 0.8 + b.safetensors × 1`."""
@@ -79,14 +130,14 @@ class Placed:
 
 @dataclass(frozen=True)
 class FlatLora:
-    """A stack, ready to bind: every matrix of it in one buffer.
+    """A stack, ready to bind: every low-rank matrix of it in one buffer.
 
     Attributes:
         buffer: (elements,) of the transformer's dtype, on the host or the device.
         placed: module -> its place. Linears of one fused layer share their lora_A.
-        mixing: module -> (blocks, b, b), the blocks of a block-diagonal matrix that the base linear's output, without
-            its bias, is multiplied by before the LoRA is added.
-        vectors: parameter -> (size,), what takes the place of the model's own.
+        mixing: module -> (blocks, b, b) of the same dtype: a block-diagonal matrix that the base linear's output,
+            without its bias, is multiplied with before the LoRA is added. b = 1 scales rows (DoRA).
+        vectors: parameter -> (size,) of the same dtype: biases and norms that stand in the place of the base's.
     """
 
     buffer: Tensor
@@ -100,40 +151,130 @@ class FlatLora:
         return sum(tensor.nbytes for tensor in (self.buffer, *self.mixing.values(), *self.vectors.values()))
 
 
-def flatten(entries: Sequence[StackEntry], dtype: torch.dtype, pin: bool) -> FlatLora:
+Layers = list[tuple[LoraLayer | RotationLayer, float]]
+
+
+def flatten(
+    entries: Sequence[StackEntry],
+    dtype: torch.dtype,
+    pin: bool,
+    base: BaseWeights | None = None,
+    buffers: HostBuffers | None = None,
+) -> FlatLora:
     """Concatenate, scale and cast a stack into one flat host buffer.
 
     Args:
         entries: at least one; strengths are not 0.
         dtype: the transformer's dtype.
         pin: whether to use page-locked memory, from which a copy to a CUDA device is asynchronous and twice as fast.
+        base: the model's weights, for DoRA and for changes of biases and norms.
+        buffers: where memory comes from that is not page-locked; None takes it from the system, which is slower.
 
     Returns:
         The buffer on the CPU; ranks are rounded up to `RANK_ALIGNMENT` with zeros.
 
     Raises:
-        LoraError: a strength makes a matrix overflow the dtype.
+        LoraError: a strength makes a matrix overflow the dtype, or see `compose.compose`.
+        ValueError: an entry needs `base`, and there is none.
     """
     with torch.inference_mode(False), torch.no_grad():
-        by_module: dict[str, list[tuple[LoraLayer, float]]] = defaultdict(list)
+        by_module: dict[str, Layers] = defaultdict(list)
         for entry in entries:
             for layer in entry.weights.layers:
                 by_module[layer.module].append((layer, entry.strength))
-        placed, elements = _place(by_module, dtype)
-        buffer = torch.zeros(elements, dtype=dtype, pin_memory=pin)
-        filled = set()
+        mixing: dict[str, Tensor] = {}
+        composed: dict[str, Layers] = {}
         for module, layers in by_module.items():
-            place = placed[module]
-            if place.a_start not in filled:
-                filled.add(place.a_start)
-                lora_A = buffer[place.a_start :][: math.prod(place.a_shape)].view(place.a_shape)
-                _fill(lora_A, layers)
-            lora_B = buffer[place.b_start :][: math.prod(place.b_shape)].view(place.b_shape)
-            _fill_scaled(lora_B, layers)
-        if not all_finite(buffer):
+            if is_plain(layers):
+                composed[module] = layers
+                continue
+            result = _compose(module, layers, base)
+            if result.mixing is not None:
+                mixing[module] = _store(result.mixing, dtype, pin)
+            low_rank = [layer for layer, _ in layers if isinstance(layer, LoraLayer)]
+            if low_rank:
+                # lora_A is what it was, so that the linears of a fused layer go on sharing it.
+                columns = result.lora_B.split([layer.rank for layer in low_rank], dim=1)
+                composed[module] = [
+                    (LoraLayer(module, layer.lora_A, lora_B, 1.0), 1.0)
+                    for layer, lora_B in zip(low_rank, columns, strict=True)
+                ]
+        buffer, placed = flat_buffer(composed, dtype, pin, buffers)
+        vectors = {name: _store(value, dtype, pin) for name, value in _vectors(entries, base).items()}
+        if not (
+            ((not mixing and _fits(entries, dtype)) or all_finite(buffer))
+            and all(all_finite(tensor) for tensor in (*mixing.values(), *vectors.values()))
+        ):
             names = " + ".join(f"'{entry.weights.name}' × {entry.strength:g}" for entry in entries)
             raise LoraError(f"LoRA {names} overflows {dtype}: lower the strength, or choose another dtype.")
-    return FlatLora(buffer, placed)
+    return FlatLora(buffer, placed, mixing, vectors)
+
+
+def flat_buffer(
+    by_module: Mapping[str, Layers], dtype: torch.dtype, pin: bool, buffers: HostBuffers | None = None
+) -> tuple[Tensor, dict[str, Placed]]:
+    """Write low-rank layers, module by module, into one buffer; see `flatten`."""
+    placed, elements, gaps = _place(by_module, dtype)
+    if pin or buffers is None:
+        buffer = torch.empty(elements, dtype=dtype, pin_memory=pin)
+    else:
+        buffer = buffers.take(elements * dtype.itemsize).view(dtype)
+    for start, end in gaps:
+        buffer[start:end].zero_()
+    filled = set()
+    for module, layers in by_module.items():
+        place = placed[module]
+        if place.a_start not in filled:
+            filled.add(place.a_start)
+            _fill(buffer.as_strided(place.a_shape, (place.a_shape[1], 1), place.a_start), layers)
+        _fill_scaled(buffer.as_strided(place.b_shape, (place.b_shape[1], 1), place.b_start), layers)
+    return buffer, placed
+
+
+def _compose(module: str, layers: Layers, base: BaseWeights | None) -> Composed:
+    if base is None and any(isinstance(layer, LoraLayer) and layer.magnitude is not None for layer, _ in layers):
+        raise ValueError(f"'{module}' has a DoRA, which needs the base weights.")
+    first = layers[0][0]
+    if isinstance(first, LoraLayer):
+        shape = (first.lora_B.shape[0], first.lora_A.shape[1])
+    else:
+        low_rank = [layer for layer, _ in layers if isinstance(layer, LoraLayer)]
+        shape = (first.turn.shape[0] * first.turn.shape[1], low_rank[0].lora_A.shape[1] if low_rank else 0)
+    return compose(module, layers, base, shape)
+
+
+def _vectors(entries: Sequence[StackEntry], base: BaseWeights | None) -> dict[str, Tensor]:
+    """Parameter -> its value under the stack, float32."""
+    values: dict[str, Tensor] = {}
+    for entry in entries:
+        for vector in entry.weights.vectors:
+            values[vector.parameter] = _changed(values.get(vector.parameter), vector, entry.strength, base)
+    return values
+
+
+def _changed(value: Tensor | None, vector: VectorLayer, strength: float, base: BaseWeights | None) -> Tensor:
+    if vector.replaces:
+        return vector.value
+    if value is None:
+        if base is None:
+            raise ValueError(f"a change of '{vector.parameter}' needs the base weights.")
+        value = to_float(base.parameter(vector.parameter).detach().cpu())
+    return value + strength * vector.scale * vector.value
+
+
+def _store(value: Tensor, dtype: torch.dtype, pin: bool) -> Tensor:
+    stored = torch.empty(value.shape, dtype=dtype, pin_memory=pin)
+    return stored.copy_(value)
+
+
+def _fits(entries: Sequence[StackEntry], dtype: torch.dtype) -> bool:
+    """Whether no element can overflow, from what is known without looking at it."""
+    largest = torch.finfo(dtype).max
+    for entry in entries:
+        scales = {layer.scale for layer in entry.weights.layers if isinstance(layer, LoraLayer)}
+        if entry.weights.peak * max([1.0, *(abs(entry.strength * scale) for scale in scales)]) > largest:
+            return False
+    return True
 
 
 def aligned_rank(rank: int) -> int:
@@ -142,38 +283,47 @@ def aligned_rank(rank: int) -> int:
 
 
 def _place(
-    by_module: Mapping[str, list[tuple[LoraLayer, float]]], dtype: torch.dtype
-) -> tuple[dict[str, Placed], int]:
+    by_module: Mapping[str, Layers], dtype: torch.dtype
+) -> tuple[dict[str, Placed], int, list[tuple[int, int]]]:
+    """Where the matrices lie, the buffer's elements, and the elements between matrices."""
     step = BYTES_ALIGNMENT // dtype.itemsize
     placed: dict[str, Placed] = {}
     shared: dict[tuple[int, ...], int] = {}
     end = HEAD_BYTES // dtype.itemsize
+    gaps = [(0, end)]
 
     def take(elements: int) -> int:
         nonlocal end
         start, end = end, end + -(-elements // step) * step
+        if start + elements < end:
+            gaps.append((start + elements, end))
         return start
 
     for module, layers in by_module.items():
         rank = aligned_rank(sum(layer.rank for layer, _ in layers))
         first = layers[0][0]
-        a_shape, b_shape = (rank, first.lora_A.shape[1]), (first.lora_B.shape[0], rank)
         # q, k and v of a fused file have the same lora_A: stored once, copied once, read from the cache.
         same = tuple(id(layer.lora_A) for layer, _ in layers)
+        a_shape = (rank, first.lora_A.shape[1])
         if same not in shared:
             shared[same] = take(math.prod(a_shape))
-        placed[module] = Placed(shared[same], a_shape, take(math.prod(b_shape)), b_shape)
-    return placed, end
+        placed[module] = Placed(shared[same], a_shape, 0, (first.lora_B.shape[0], rank))
+    # Every lora_B behind every lora_A: another strength is one product over one stretch of memory, see rescale.py.
+    for module, place in placed.items():
+        placed[module] = replace(place, b_start=take(math.prod(place.b_shape)))
+    return placed, end, gaps
 
 
-def _fill(target: Tensor, layers: Sequence[tuple[LoraLayer, float]]) -> None:
+def _fill(target: Tensor, layers: Layers) -> None:
     start = 0
     for layer, _ in layers:
         target[start : start + layer.rank].copy_(layer.lora_A)
         start += layer.rank
+    if start < len(target):
+        target[start:].zero_()
 
 
-def _fill_scaled(target: Tensor, layers: Sequence[tuple[LoraLayer, float]]) -> None:
+def _fill_scaled(target: Tensor, layers: Layers) -> None:
     """Write strength · scale · B, rounded once, without a temporary where the kernel computes in float32 by itself."""
     start = 0
     for layer, strength in layers:
@@ -182,3 +332,5 @@ def _fill_scaled(target: Tensor, layers: Sequence[tuple[LoraLayer, float]]) -> N
             lora_B = lora_B.float()
         torch.mul(lora_B, strength * layer.scale, out=target.narrow(1, start, layer.rank))
         start += layer.rank
+    if start < target.shape[1]:
+        target[:, start:].zero_()

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 Parts = dict[str, Tensor]
 
 NF4_BLOCK = 64
-# Elements at a time: bitsandbytes' CPU kernel needs 13 bytes for each of them.
-NF4_CHUNK = 1 << 24
+# Weights that are quantized at a time: bitsandbytes' CPU kernel needs 13 bytes for each.
+CHUNK = 1 << 22
 
 
 class WeightFormat(Protocol):
@@ -52,14 +52,24 @@ class RowScaled:
         return {"weight": (shape, self.dtype), "scale": ((1 if self.per_tensor else shape[0], 1), torch.float32)}
 
     def quantize(self, weight: Tensor) -> Parts:
-        """See `WeightFormat`. The largest value of a row becomes the largest number of the dtype."""
+        """See `WeightFormat`. The largest value of a row becomes the largest number of the dtype.
+
+        Raises:
+            ValueError: the format has one scale in all, which only files do.
+        """
+        if self.per_tensor:
+            raise ValueError("a format with one scale is read from files, not made")
         integer = self.dtype == torch.int8
         limit = 127.0 if integer else torch.finfo(self.dtype).max
-        weight = weight.float()
-        largest = weight.abs().amax() if self.per_tensor else weight.abs().amax(dim=1, keepdim=True)
-        scale = (largest / limit).clamp_min(torch.finfo(torch.float32).tiny).reshape(-1, 1)
-        scaled = weight / scale
-        return {"weight": (scaled.round_() if integer else scaled).clamp_(-limit, limit).to(self.dtype), "scale": scale}
+        values = torch.empty(weight.shape, dtype=self.dtype, device=weight.device)
+        scale = torch.empty(weight.shape[0], 1, dtype=torch.float32, device=weight.device)
+        rows = max(1, CHUNK // weight.shape[1])
+        for source, target, factor in zip(weight.split(rows), values.split(rows), scale.split(rows), strict=True):
+            run = source.float()
+            factor.copy_(run.abs().amax(dim=1, keepdim=True) / limit).clamp_min_(torch.finfo(torch.float32).tiny)
+            run = run / factor
+            target.copy_((run.round_() if integer else run).clamp_(-limit, limit))
+        return {"weight": values, "scale": scale}
 
     def dequantize(self, parts: Parts, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
         """See `WeightFormat`."""
@@ -84,8 +94,8 @@ class Nf4:
         from bitsandbytes.functional import quantize_4bit
 
         packed, absmax = [], []
-        for chunk in weight.float().flatten().split(NF4_CHUNK):
-            values, state = quantize_4bit(chunk, blocksize=NF4_BLOCK, quant_type="nf4")
+        for chunk in weight.flatten().split(CHUNK):
+            values, state = quantize_4bit(chunk.float(), blocksize=NF4_BLOCK, quant_type="nf4")
             packed.append(values)
             absmax.append(state.absmax)
         return {"weight": torch.cat(packed), "absmax": torch.cat(absmax)}

@@ -125,6 +125,11 @@ class Comfy:
         assert len(held) == 1, f"the registry holds {len(held)} engines"
         return held[0]
 
+    def stacks_of(self, nodes: Graph, checkpoint: Path) -> list:
+        """[[file, strength], …] of each stack that the prefetch finds in a graph."""
+        asked = {"graph": nodes, "checkpoint": str(checkpoint.resolve())}
+        return json.loads(http_request(f"{self.server.url}/probe/stacks_of", asked))
+
     def open_gate(self) -> None:
         """Let a waiting ProbeGate go on."""
         http_request(f"{self.server.url}/probe/open", {})

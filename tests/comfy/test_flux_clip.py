@@ -330,6 +330,8 @@ def test_two_loras_in_turn_leave_no_trace(make):
     assert same(encode(clip), plain)
     clip.cache.clear()
     assert same(encode(stacked), first)
+    stacked.patcher.detach()
+    assert not any(layer.weight_function for layer in clip.cond_stage_model.quantized.values())
 
 
 def test_partial_loading_applies_a_lora_once(make):

@@ -7,7 +7,7 @@ import torch
 
 from harness import broken_files
 from harness.graphs import Graph, Picture, graph, latents, node, relative_distance
-from harness.lora_files import clip_l_lora_state_dict, lora_state_dict
+from harness.lora_files import clip_l_lora_state_dict, kind_state_dict, lora_state_dict, norm_state_dict
 
 FP32 = 1e-4
 
@@ -89,14 +89,55 @@ def test_text_encoder_keys_go_to_the_clip(comfy):
     assert relative_distance(ours, stock) < FP32
 
 
+# Kinds of change that ComfyUI's loader hands over as adapters of their own.
+KINDS = {
+    "LoCon": {}, "LoHa": {}, "LoKr": {}, "LoKr products": {}, "DoRA": {"rms": 0.01}, "OFT": {}, "bias": {},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_that_our_node_reads(comfy, kind):
+    name = f"native-{kind.replace(' ', '-')}.safetensors"
+    comfy.tensors("loras", name, kind_state_dict(kind, **({} if kind == "bias" else {"alpha": 2.0}), **KINDS[kind]))
+    picture = Picture(loras=[(name, 0.7)])
+    ours, stock = both(comfy, native(picture))
+    assert relative_distance(ours, stock) < FP32
+    assert relative_distance(ours, comfy.sample(replace(picture, loras=()))) > 0.02
+
+
+@pytest.mark.parametrize("format", ["native", "diffusers"])
+def test_norms(comfy, format):
+    comfy.tensors("loras", "native-norms.safetensors", norm_state_dict(format=format, std=0.6))
+    picture = Picture(loras=[("native-norms.safetensors", 1.0)])
+    ours, stock = both(comfy, native(picture))
+    assert relative_distance(ours, stock) < FP32
+    assert relative_distance(ours, comfy.sample(replace(picture, loras=()))) > 0.02
+
+
+LAYER = "diffusion_model.double_blocks.0.img_attn.proj"
 REFUSED = {
     "bypass": ("LoraLoaderBypassModelOnly", "native-a.safetensors", ["Bypass", "Use one of them"]),
     "for another model": ("LoraLoaderModelOnly", "sdxl_lora.safetensors", ["no key that fits", "Choose a LoRA"]),
-    "another width": ("LoraLoaderModelOnly", "lora_wrong_width.safetensors", ["another size", "Choose a LoRA"]),
+    "another width": ("LoraLoaderModelOnly", "lora_wrong_width.safetensors", ["another size", "expected (256, rank)"]),
     "not a number": ("LoraLoaderModelOnly", "lora_nan.safetensors", ["NaN", "choose another file"]),
-    "LoKr": ("LoraLoaderModelOnly", "lokr.safetensors", ["LoKrAdapter", "Load Diffusion Model"]),
-    "DoRA": ("LoraLoaderModelOnly", "dora.safetensors", ["DoRA", "Load Diffusion Model"]),
-    "a bias": ("LoraLoaderModelOnly", "bias.safetensors", ["'diff' patch", "Load Diffusion Model"]),
+    "BOFT": ("LoraLoaderModelOnly", "boft.safetensors", ["BOFTAdapter", "Load Diffusion Model"]),
+    "GLoRA": ("LoraLoaderModelOnly", "glora.safetensors", ["GLoRAAdapter", "Load Diffusion Model"]),
+    "DoRA over columns": ("LoraLoaderModelOnly", "columns.safetensors", ["input's columns", "Load Diffusion Model"]),
+    "OFT with a DoRA scale": ("LoraLoaderModelOnly", "oft_dora.safetensors", ["does not belong with the OFT"]),
+    "a whole weight": ("LoraLoaderModelOnly", "whole.safetensors", ["'diff' patch", "Load Diffusion Model"]),
+    "set": ("LoraLoaderModelOnly", "set.safetensors", ["'set' patch", "Load Diffusion Model"]),
+    "reshape": ("LoraLoaderModelOnly", "reshape.safetensors", ["reshaped weight", "Load Diffusion Model"]),
+}
+FILES = {
+    "boft": {f"{LAYER}.oft_blocks": torch.zeros(2, 16, 16, 16)},
+    "glora": {f"{LAYER}.{part}.weight": torch.zeros(256, 256) for part in ("a1", "a2", "b1", "b2")},
+    "columns": {**lora_state_dict("native", rank=4), f"{LAYER}.dora_scale": torch.ones(1, 256)},
+    "oft_dora": {f"{LAYER}.oft_blocks": torch.zeros(16, 16, 16), f"{LAYER}.dora_scale": torch.ones(256, 1)},
+    "whole": {f"{LAYER}.diff": torch.zeros(256, 256)},
+    "set": {f"{LAYER}.set_weight": torch.zeros(256, 256)},
+    "reshape": {
+        **lora_state_dict("native", rank=4), f"{LAYER}.reshape_weight": torch.tensor([256, 512]),
+    },
 }
 
 
@@ -104,12 +145,8 @@ REFUSED = {
 def test_what_cannot_be_carried_is_refused_at_the_node(comfy, class_type, name, words):
     for broken in (broken_files.sdxl_lora, broken_files.lora_wrong_width, broken_files.lora_nan):
         broken(comfy.model_file("loras", f"{broken.__name__}.safetensors"))
-    layer = "diffusion_model.double_blocks.0.img_attn.proj"
-    good = lora_state_dict("native", rank=4)
-    lokr = {f"{layer}.lokr_w1": torch.ones(4, 4), f"{layer}.lokr_w2": torch.ones(64, 64)}
-    comfy.tensors("loras", "lokr.safetensors", lokr)
-    comfy.tensors("loras", "dora.safetensors", {**good, f"{layer}.dora_scale": torch.ones(256, 1)})
-    comfy.tensors("loras", "bias.safetensors", {**good, f"{layer}.diff_b": torch.ones(256)})
+    for file, tensors in FILES.items():
+        comfy.tensors("loras", f"{file}.safetensors", tensors)
     before = comfy.sample(Picture())
     result = comfy.client.run(native(Picture(loras=[(name, 1.0)]), class_type))
     assert result.error.node_id == "p0_lora0"

@@ -17,6 +17,11 @@ FP32 = 1e-4
 
 @pytest.fixture(scope="module", autouse=True)
 def assets(comfy):
+    """What the tests' graphs name."""
+    write_assets(comfy)
+
+
+def write_assets(comfy):
     """A FLUX model for a T5 of width 128, T5 files for it, and a LoRA for the model and CLIP-L."""
     comfy.checkpoint(MODEL, context=128)
     tensors = tiny_t5_state_dict()
@@ -167,3 +172,13 @@ def test_a_quantized_clip_is_not_saved(comfy):
     nodes["save"] = node("CLIPSave", clip=["p0_text", 0], filename_prefix="clip/never")
     assert "cannot be saved" in error_of(comfy, nodes, "save")
     assert not list(comfy.server.base_directory.rglob("never*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", ["0.18.2", "0.24.0"])
+def test_older_versions(start_comfy, version):
+    with start_comfy(version=version) as older:
+        write_assets(older)
+        test_loras_with_a_text_encoder_part(older, "nf4")
+        test_repeated_prompts_need_no_text_encoder(older)
+        test_a_quantized_clip_is_not_saved(older)

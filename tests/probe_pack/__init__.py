@@ -4,6 +4,7 @@ Its HTTP routes answer without queueing a prompt, so asking does not change what
 """
 
 import gc
+import os
 import sys
 import threading
 import weakref
@@ -17,7 +18,7 @@ from aiohttp import web
 from server import PromptServer
 
 from . import text_encoders  # noqa: F401 - its route
-from .power_lora_loader import ProbePowerLoraLoader
+from .power_lora_loader import ProbeAddPatches, ProbeCachedLoraLoader, ProbePowerLoraLoader
 from .recompiles import ProbeErrorOnRecompile, ProbeRecompile
 
 CATEGORY = "test"
@@ -55,6 +56,8 @@ def _describe(key, root):
         "compile_count": engine.compile_count,
         "recompile_count": engine.recompile_count,
         "bytes": engine.bytes,
+        "resident_stacks": len(engine._library._on_device),
+        "lora_files": engine._library._files.bytes,
     }
 
 
@@ -76,6 +79,15 @@ async def engines(request):
         "alive": sorted(alive),
         "weight_bytes": {serial: _alive_bytes(serial) for serial in _weights},
     })
+
+
+@PromptServer.instance.routes.post("/probe/stacks_of")
+async def stacks_of(request):
+    """What the prefetch reads in a graph."""
+    asked = await request.json()
+    prefetch = sys.modules[next(name for name in sys.modules if name.endswith(".nodes.prefetch"))]
+    stacks = prefetch.stacks_of(asked["graph"], asked["checkpoint"])
+    return web.json_response([[[os.path.basename(lora.path), lora.strength] for lora in stack] for stack in stacks])
 
 
 @PromptServer.instance.routes.post("/probe/open")
@@ -123,6 +135,34 @@ class ProbeGate:
         if not opened:
             raise TimeoutError("nobody opened the gate")
         return (latent,)
+
+
+class ProbeSamplingGate:
+    """Holds the first step of a sampling until /probe/open is called."""
+
+    RETURN_TYPES, FUNCTION, CATEGORY = ("MODEL",), "execute", CATEGORY
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"model": ("MODEL",)}}
+
+    @classmethod
+    def IS_CHANGED(cls, **_):
+        return float("nan")
+
+    def execute(self, model):
+        passed = False
+
+        def wrapper(executor, *args, **kwargs):
+            nonlocal passed
+            if not passed:
+                passed = gate.wait(60)
+                gate.clear()
+            return executor(*args, **kwargs)
+
+        patched = model.clone()
+        patched.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, "gate", wrapper)
+        return (patched,)
 
 
 class ProbeConditioning:
@@ -239,6 +279,7 @@ class ProbeAttentionMask:
 
 NODE_CLASS_MAPPINGS = {
     node.__name__: node
-    for node in (ProbeGate, ProbeConditioning, ProbeBlockPatch, ProbePostInputPatch, ProbeWrapper, ProbeAttentionMask,
-                 ProbeErrorOnRecompile, ProbePowerLoraLoader, ProbeRecompile)
+    for node in (ProbeGate, ProbeSamplingGate, ProbeConditioning, ProbeBlockPatch, ProbePostInputPatch, ProbeWrapper,
+                 ProbeAttentionMask, ProbeErrorOnRecompile, ProbePowerLoraLoader, ProbeCachedLoraLoader,
+                 ProbeAddPatches, ProbeRecompile)
 }

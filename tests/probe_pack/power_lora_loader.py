@@ -1,8 +1,11 @@
-"""A LoRA loader of another pack, as rgthree's Power Lora Loader and LoRA Manager call ComfyUI's API."""
+"""LoRA loaders of other packs, as rgthree's Power Lora Loader, LoRA Manager and others call ComfyUI's API."""
 
+import comfy.lora
 import comfy.sd
 import comfy.utils
 import folder_paths
+
+_cached = {}  # file -> its tensors
 
 
 class ProbePowerLoraLoader:
@@ -22,3 +25,31 @@ class ProbePowerLoraLoader:
         tensors = comfy.utils.load_torch_file(folder_paths.get_full_path("loras", lora_name), safe_load=True)
         model, _ = comfy.sd.load_lora_for_models(model, None, tensors, strength_model, 0)
         return (model,)
+
+
+class ProbeCachedLoraLoader(ProbePowerLoraLoader):
+    """Keeps the files' tensors, and patches with the same ones each time."""
+
+    def execute(self, model, lora_name, strength_model):
+        if lora_name not in _cached:
+            path = folder_paths.get_full_path("loras", lora_name)
+            _cached[lora_name] = comfy.utils.load_torch_file(path, safe_load=True)
+        model, _ = comfy.sd.load_lora_for_models(model, None, _cached[lora_name], strength_model, 0)
+        return (model,)
+
+
+class ProbeAddPatches(ProbePowerLoraLoader):
+    """Calls add_patches itself."""
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {**super().INPUT_TYPES(), "optional": {"keep": ("FLOAT", {"default": 1.0})}}
+
+    def execute(self, model, lora_name, strength_model, keep=1.0):
+        tensors = comfy.utils.load_torch_file(folder_paths.get_full_path("loras", lora_name), safe_load=True)
+        keys = comfy.lora.model_lora_keys_unet(model.model, {})
+        patched = model.clone()
+        taken = patched.add_patches(comfy.lora.load_lora(tensors, keys), strength_model, keep)
+        if not taken:
+            raise ValueError("no key was taken")
+        return (patched,)

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
 from ...attention import Attention
 from ...files import TensorInfo
-from ...layout import Layout, LoraTarget
+from ...layout import Layout, LoraTarget, VectorWeight
 from . import blocks
-from .config import AXES_DIM, HEAD_DIM, PATCH_SIZE, Flux1Config
+from .config import AXES_DIM, DIFFUSERS, HEAD_DIM, PATCH_SIZE, Flux1Config
 from .config import recognise as recognise_config
 from .forward import Flux1Forward, Flux1Inputs
 from .layout import checkpoint_layout
-from .lora_names import lora_aliases
+from .lora_names import lora_aliases, lora_norms
 
 __all__ = ["AXES_DIM", "PATCH_SIZE", "Flux1", "Flux1Config", "Flux1Inputs"]
 
@@ -24,9 +25,19 @@ class Flux1:
 
     name = "FLUX.1"
 
-    def recognise(self, tensors: Mapping[str, TensorInfo], file_name: str) -> Flux1Config | None:
-        """See `config.recognise`."""
-        return recognise_config(tensors, file_name)
+    diffusers_class = "FluxTransformer2DModel"
+
+    def recognise(self, tensors: Mapping[str, TensorInfo], file_name: str) -> tuple[Flux1Config, Layout] | None:
+        """The configuration of a checkpoint and the layout that it follows; see `config.recognise`."""
+        config = recognise_config(tensors, file_name)
+        if config is not None:
+            return config, checkpoint_layout(config)
+        config = recognise_config(tensors, file_name, DIFFUSERS)
+        return None if config is None else (config, checkpoint_layout(config).separate())
+
+    def canonical(self, name: str) -> str:
+        """The layout's name of a tensor: ComfyUI saves the scales of RMS norms as `.weight`."""
+        return f"{name.removesuffix('.weight')}.scale" if name.endswith("_norm.weight") else name
 
     def layout(self, config: Flux1Config) -> Layout:
         """See `layout.checkpoint_layout`."""
@@ -36,23 +47,43 @@ class Flux1:
         """See `lora_names.lora_aliases`."""
         return lora_aliases(checkpoint_layout(config))
 
+    def lora_norms(self, config: Flux1Config) -> dict[str, VectorWeight]:
+        """See `lora_names.lora_norms`."""
+        return lora_norms(checkpoint_layout(config))
+
+    def quantizable(self, module: str) -> bool:
+        """Whether a linear of the diffusers model may be stored in fewer bits: those inside the blocks.
+
+        The embedders, the norms and the final layer stay. They are 0.5 % of FLUX.1's weights, so there is nothing to
+        gain; but every token, every block's conditioning and every pixel pass through them once, unaveraged.
+        """
+        return module.startswith(("transformer_blocks.", "single_transformer_blocks."))
+
+    def per_picture(self, module: str) -> bool:
+        """Whether a linear of a block runs once per picture, not on every token: the modulations."""
+        return self.quantizable(module) and module.endswith((".norm1.linear", ".norm1_context.linear", ".norm.linear"))
+
     def build(self, config: Flux1Config) -> nn.Module:
         """Make the diffusers model; inside `torch.device("meta")` it costs no memory."""
         from diffusers import FluxTransformer2DModel  # takes seconds to import: only when a model is built
 
-        return FluxTransformer2DModel(
-            patch_size=1,
-            in_channels=config.in_channels,
-            out_channels=config.out_channels,
-            num_layers=config.depth,
-            num_single_layers=config.depth_single,
-            attention_head_dim=HEAD_DIM,
-            num_attention_heads=config.num_heads,
-            joint_attention_dim=config.context_dim,
-            pooled_projection_dim=config.pooled_dim,
-            guidance_embeds=config.guidance,
-            axes_dims_rope=AXES_DIM,
-        )
+        return FluxTransformer2DModel(**self.diffusers_config(config))
+
+    def diffusers_config(self, config: Flux1Config) -> dict[str, Any]:
+        """What diffusers' `config.json` says about a model with these sizes."""
+        return {
+            "patch_size": 1,
+            "in_channels": config.in_channels,
+            "out_channels": config.out_channels,
+            "num_layers": config.depth,
+            "num_single_layers": config.depth_single,
+            "attention_head_dim": HEAD_DIM,
+            "num_attention_heads": config.num_heads,
+            "joint_attention_dim": config.context_dim,
+            "pooled_projection_dim": config.pooled_dim,
+            "guidance_embeds": config.guidance,
+            "axes_dims_rope": AXES_DIM,
+        }
 
     def regions(self, attention: Attention) -> tuple[Callable, Callable]:
         """The functions that run a double and a single block: the regions that are compiled."""

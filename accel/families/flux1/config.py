@@ -1,4 +1,4 @@
-"""Recognise a FLUX.1 checkpoint in the original layout from its header, and derive its sizes."""
+"""Recognise a FLUX.1 checkpoint from its header, in the original or in diffusers' layout, and derive its sizes."""
 
 from __future__ import annotations
 
@@ -53,37 +53,82 @@ class Flux1Config:
         return kind
 
 
-def recognise(tensors: Mapping[str, TensorInfo], name: str) -> Flux1Config | None:
+@dataclass(frozen=True)
+class Names:
+    """What one layout calls the tensors that the sizes follow from.
+
+    Attributes:
+        double: the double blocks, without their number; `single` likewise.
+        mlp: a linear in the first double block, after its number; the others are whole names.
+    """
+
+    double: str
+    single: str
+    mlp: str
+    image: str
+    text: str
+    pooled: str
+    guidance: str
+    out: str
+
+
+# Source: black-forest-labs/flux model.py.
+ORIGINAL = Names(
+    double="double_blocks",
+    single="single_blocks",
+    mlp="img_mlp.0",
+    image="img_in",
+    text="txt_in",
+    pooled="vector_in.in_layer",
+    guidance="guidance_in.in_layer",
+    out="final_layer.linear",
+)
+# Source: diffusers models/transformers/transformer_flux.py.
+DIFFUSERS = Names(
+    double="transformer_blocks",
+    single="single_transformer_blocks",
+    mlp="ff.net.0.proj",
+    image="x_embedder",
+    text="context_embedder",
+    pooled="time_text_embed.text_embedder.linear_1",
+    guidance="time_text_embed.guidance_embedder.linear_1",
+    out="proj_out",
+)
+
+
+def recognise(tensors: Mapping[str, TensorInfo], file_name: str, names: Names = ORIGINAL) -> Flux1Config | None:
     """Derive the configuration of a FLUX.1 checkpoint from its header.
 
     Args:
-        tensors: header of a checkpoint whose keys follow black-forest-labs/flux.
-        name: the file's name, for messages.
+        tensors: header of a checkpoint.
+        file_name: the file's name, for messages.
+        names: the layout to look for.
 
     Returns:
-        The configuration, or None when nothing in the header looks like FLUX.1.
+        The configuration, or None when nothing in the header looks like FLUX.1 in this layout.
 
     Raises:
-        CheckpointError: it looks like FLUX.1 but is a relative or a damaged one.
+        CheckpointError: it looks like FLUX.1 but is damaged.
     """
-    depth = _count(tensors, r"double_blocks\.(\d+)\.", name)
-    depth_single = _count(tensors, r"single_blocks\.(\d+)\.", name)
-    if not depth and not depth_single:
+    name = file_name
+    depth = _count(tensors, names.double, name)
+    depth_single = _count(tensors, names.single, name)
+    # SD3, Qwen-Image and others have "transformer_blocks" too.
+    if not depth_single and (names is DIFFUSERS or not depth):
         return None
-    _refuse_relatives(tensors, name)
-    hidden_size, in_channels = _matrix(tensors, "img_in.weight", name)
-    _, context_dim = _matrix(tensors, "txt_in.weight", name)
-    _, pooled_dim = _matrix(tensors, "vector_in.in_layer.weight", name)
-    out_channels, _ = _matrix(tensors, "final_layer.linear.weight", name)
-    mlp_dim, _ = _matrix(tensors, "double_blocks.0.img_mlp.0.weight", name)
+    hidden_size, in_channels = _matrix(tensors, names.image, name)
+    _, context_dim = _matrix(tensors, names.text, name)
+    _, pooled_dim = _matrix(tensors, names.pooled, name)
+    out_channels, _ = _matrix(tensors, names.out, name)
+    mlp_dim, _ = _matrix(tensors, f"{names.double}.0.{names.mlp}", name)
     if hidden_size % HEAD_DIM:
         raise CheckpointError(
-            f"'{name}': img_in.weight has {hidden_size} rows, expected a multiple of {HEAD_DIM} (FLUX.1 heads are "
-            f"{HEAD_DIM} wide). This is not a FLUX.1 checkpoint."
+            f"'{name}': {names.image}.weight has {hidden_size} rows, expected a multiple of {HEAD_DIM} (FLUX.1 heads "
+            f"are {HEAD_DIM} wide). This is not a FLUX.1 checkpoint."
         )
     if in_channels not in VARIANT_BY_IN_CHANNELS:
         raise CheckpointError(
-            f"'{name}': img_in reads {in_channels} channels, expected one of "
+            f"'{name}': {names.image} reads {in_channels} channels, expected one of "
             f"{', '.join(map(str, VARIANT_BY_IN_CHANNELS))} (dev/schnell, Canny/Depth, Fill)."
         )
     return Flux1Config(
@@ -95,23 +140,26 @@ def recognise(tensors: Mapping[str, TensorInfo], name: str) -> Flux1Config | Non
         context_dim=context_dim,
         pooled_dim=pooled_dim,
         mlp_dim=mlp_dim,
-        guidance="guidance_in.in_layer.weight" in tensors,
+        guidance=f"{names.guidance}.weight" in tensors,
     )
 
 
-def _count(tensors: Mapping[str, TensorInfo], pattern: str, name: str) -> int:
-    found = {int(match.group(1)) for key in tensors if (match := re.match(pattern, key))}
-    missing = sorted(set(range(max(found, default=-1) + 1)) - found)
-    if missing:
-        block = pattern.split("\\")[0]
+def _count(tensors: Mapping[str, TensorInfo], block: str, name: str) -> int:
+    pattern = re.compile(rf"{block}\.(\d+)\.")
+    found = {int(match.group(1)) for key in tensors if (match := pattern.match(key))}
+    last = max(found, default=-1)
+    # Not a range up to `last`: a damaged name may hold a number of any size.
+    missing = next((index for index in range(len(found)) if index not in found), None)
+    if missing is not None:
         raise CheckpointError(
-            f"'{name}': {block}.{missing[0]} is missing, though {block}.{max(found)} is there. The file is incomplete: "
+            f"'{name}': {block}.{missing} is missing, though {block}.{last} is there. The file is incomplete: "
             "get it again."
         )
     return len(found)
 
 
-def _matrix(tensors: Mapping[str, TensorInfo], key: str, name: str) -> tuple[int, int]:
+def _matrix(tensors: Mapping[str, TensorInfo], linear: str, name: str) -> tuple[int, int]:
+    key = f"{linear}.weight"
     info = tensors.get(key)
     if info is None:
         raise CheckpointError(
@@ -120,18 +168,3 @@ def _matrix(tensors: Mapping[str, TensorInfo], key: str, name: str) -> tuple[int
     if len(info.shape) != 2:
         raise CheckpointError(f"'{name}': '{key}' has shape {info.shape}, expected a matrix.")
     return info.shape[0], info.shape[1]
-
-
-def _refuse_relatives(tensors: Mapping[str, TensorInfo], name: str) -> None:
-    relatives = {
-        "double_stream_modulation_img.lin.weight": "FLUX.2",
-        "distilled_guidance_layer.in_proj.weight": "Chroma",
-        "distilled_guidance_layer.layers.0.in_layer.weight": "Chroma",
-        "txt_in.individual_token_refiner.blocks.0.adaLN_modulation.1.weight": "HunyuanVideo",
-    }
-    for key, model in relatives.items():
-        if key in tensors:
-            raise CheckpointError(
-                f"'{name}' is a {model} checkpoint; this pack runs FLUX.1 (dev, schnell, Krea, Kontext, Fill, Canny, "
-                f"Depth). Load it with ComfyUI's own Load Diffusion Model."
-            )

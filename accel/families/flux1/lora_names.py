@@ -1,10 +1,10 @@
-"""By which names LoRA files call the linears of FLUX.1."""
+"""By which names LoRA files call the linears and norms of FLUX.1."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ...layout import FusedLinear, Layout, LinearPart, LoraTarget
+from ...layout import FusedLinear, Layout, LinearPart, LoraTarget, VectorWeight
 
 # XLabs-AI/x-flux names a LoRA by its place in the attention processor: 1 is the image stream, 2 the text stream.
 XLABS = {
@@ -13,6 +13,13 @@ XLABS = {
     "img_attn.proj": "processor.proj_lora1",
     "txt_attn.proj": "processor.proj_lora2",
     "linear2": "processor.proj_lora",
+}
+# Other names for diffusers' modules that LyCORIS files have (ComfyUI, comfy/utils.py, flux_to_diffusers).
+LYCORIS = {
+    ".ff.net.0.proj": ".ff.linear_in",
+    ".ff.net.2": ".ff.linear_out",
+    ".ff_context.net.0.proj": ".ff_context.linear_in",
+    ".ff_context.net.2": ".ff_context.linear_out",
 }
 
 
@@ -24,38 +31,81 @@ def lora_aliases(layout: Layout) -> dict[str, LoraTarget]:
         `diffusion_model.double_blocks.0.img_attn.qkv` ComfyUI, ai-toolkit,
         `double_blocks.0.img_attn.qkv` black-forest-labs,
         `base_model.model.double_blocks.0.img_attn.qkv` fal's Kontext trainer,
-        `double_blocks.0.processor.qkv_lora1` XLabs.
+        `double_blocks.0.processor.qkv_lora1` XLabs, also under `diffusion_model.`.
     diffusers' names, where it is split:
         `transformer.transformer_blocks.0.attn.to_q` diffusers, PEFT, ai-toolkit, SimpleTuner,
+        `base_model.model.transformer_blocks.0.attn.to_q` PEFT's own save_pretrained,
         `transformer_blocks.0.attn.to_q` DiffSynth,
         `lora_transformer_transformer_blocks_0_attn_to_q` OneTrainer,
         `lycoris_transformer_blocks_0_attn_to_q` LyCORIS in SimpleTuner.
+    diffusers' names of blocks whose first linear stays fused, as FLUX.2's are called:
+        `transformer.single_transformer_blocks.0.attn.to_qkv_mlp_proj`.
     """
     aliases: dict[str, LoraTarget] = {}
     for linear in layout.linears:
         fused = LoraTarget(linear.parts, linear.in_features, linear.out_features, linear.swap_halves)
         for name in _original_names(linear.name):
             aliases[name] = fused
+        for name in _fused_diffusers_names(linear):
+            aliases[name] = fused
         for part, alone in _split(linear):
             for name in _diffusers_names(part.module):
                 aliases[name] = alone
+            for end, other in LYCORIS.items():
+                if part.module.endswith(end):
+                    for name in _diffusers_names(part.module.removesuffix(end) + other):
+                        aliases[name] = alone
         if linear.name.endswith(".linear1"):
             block = linear.name.removesuffix("linear1")
-            aliases[f"{block}processor.qkv_lora"] = aliases[f"diffusion_model.{block}linear1_qkv"] = _attention(linear)
+            qkv = _attention(linear)
+            for name in (f"{block}processor.qkv_lora", f"{block}linear1_qkv"):
+                aliases[name] = aliases[f"diffusion_model.{name}"] = qkv
     return aliases
 
 
+def lora_norms(layout: Layout) -> dict[str, VectorWeight]:
+    """Name of a norm as written in LoRA files -> its scale.
+
+    The names are those of `lora_aliases`; the original ones without the `.scale` at their end.
+    """
+    norms: dict[str, VectorWeight] = {}
+    for vector in layout.vectors:
+        original = vector.name.removesuffix(".scale")
+        for name in (*_prefixed(original), *_diffusers_names(vector.parameter.removesuffix(".weight"))):
+            norms[name] = vector
+    return norms
+
+
 def _original_names(name: str) -> Iterator[str]:
-    underscored = name.replace(".", "_")
-    yield from (f"lora_unet_{underscored}", f"diffusion_model.{name}", name, f"base_model.model.{name}")
+    yield from _prefixed(name)
     for suffix, xlabs in XLABS.items():
         if name.endswith(f".{suffix}"):
-            yield name.removesuffix(suffix) + xlabs
+            other = name.removesuffix(suffix) + xlabs
+            yield from (other, f"diffusion_model.{other}")
+
+
+def _prefixed(name: str) -> tuple[str, ...]:
+    underscored = name.replace(".", "_")
+    return f"lora_unet_{underscored}", f"diffusion_model.{name}", name, f"base_model.model.{name}"
 
 
 def _diffusers_names(module: str) -> tuple[str, ...]:
     underscored = module.replace(".", "_")
-    return f"transformer.{module}", module, f"lora_transformer_{underscored}", f"lycoris_{underscored}"
+    return (
+        f"transformer.{module}",
+        module,
+        f"base_model.model.{module}",
+        f"lora_transformer_{underscored}",
+        f"lycoris_{underscored}",
+    )
+
+
+def _fused_diffusers_names(linear: FusedLinear) -> Iterator[str]:
+    """A single block's linears as diffusers names them where q, k, v and the MLP are one (as in FLUX.2)."""
+    for suffix, other in ((".linear1", ".attn.to_qkv_mlp_proj"), (".linear2", ".attn.to_out")):
+        if linear.name.endswith(suffix):
+            block = linear.name.removesuffix(suffix).replace("single_blocks", "single_transformer_blocks")
+            yield from _diffusers_names(block + other)
 
 
 def _split(linear: FusedLinear) -> Iterator[tuple[LinearPart, LoraTarget]]:

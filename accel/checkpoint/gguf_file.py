@@ -1,0 +1,213 @@
+"""A checkpoint in a GGUF file, dequantized row by row through the `gguf` package.
+
+Sources: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md for the format, city96/ComfyUI-GGUF for what FLUX
+files hold: the original tensor names, `general.architecture` "flux", `comfy.gguf.orig_shape.*` for reshaped tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError, FileError
+from ..files import FileIdentity, TensorInfo
+from .locate import Located
+from .source import Rows
+
+ARCHITECTURE = "flux"
+ORIGINAL_SHAPE = "comfy.gguf.orig_shape."
+FLOATS: Mapping[str, torch.dtype] = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# A quantized weight has no dtype of its own; bfloat16 holds what its 8 bits and fewer distinguish.
+QUANTIZED_DTYPE = torch.bfloat16
+_READ_FIELDS = ("general.", ORIGINAL_SHAPE)
+# What the package's reader raises for a file that ends early or holds nonsense.
+DAMAGE = (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError)
+
+
+@dataclass(frozen=True)
+class GgufTensor(TensorInfo):
+    """One tensor of a GGUF file.
+
+    Attributes:
+        type_name: the GGML type, such as "Q4_K".
+        offset: its first byte in the file.
+        stored_shape: the shape that its blocks follow; differs from `shape` where a converter reshaped it.
+        row_bytes: bytes of one stored row.
+    """
+
+    type_name: str
+    offset: int
+    stored_shape: tuple[int, ...]
+    row_bytes: int
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that the tensor takes in the file."""
+        return self.rows * self.row_bytes
+
+    @property
+    def rows(self) -> int:
+        """Number of stored rows."""
+        return prod(self.stored_shape[:-1])
+
+
+@dataclass(frozen=True)
+class GgufCheckpoint:
+    """One model in a GGUF file, of which only the header was read; see `source.Checkpoint`."""
+
+    name: str
+    located: Located
+    identity: FileIdentity
+    tensors: Mapping[str, GgufTensor]
+    metadata: Mapping[str, str]
+
+    @contextmanager
+    def open(self) -> Iterator[Callable[[str], Rows]]:
+        """Map the file; see `source.Checkpoint.open`."""
+        import numpy
+
+        if self.located.identity() != self.identity:
+            raise FileError(f"'{self.name}' was changed after it was read. Queue the prompt again to use the new file.")
+        gguf = _package(self.name)
+        data = numpy.memmap(self.identity.path, mode="r", dtype=numpy.uint8)
+
+        def rows(key: str) -> Rows:
+            info = self.tensors[key]
+            stored = _GgufRows(data[info.offset : info.offset + info.bytes], info, gguf)
+            if info.shape == info.stored_shape:
+                return stored
+            return stored.whole().reshape(info.shape)
+
+        yield rows
+
+
+class _GgufRows:
+    """A tensor's rows, dequantized to float32 as they are asked for; plain floats are views of the file."""
+
+    def __init__(self, data: Any, info: GgufTensor, gguf: ModuleType) -> None:
+        self._data = data.reshape(info.rows, info.row_bytes)
+        self._info = info
+        self._gguf = gguf
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        # A vector is one stored row, and yet is asked for by its elements.
+        vector = len(self._info.stored_shape) == 1
+        values = self._values(self._data if vector else self._data[rows])
+        return values[0][rows] if vector else values
+
+    def whole(self) -> Tensor:
+        """All rows."""
+        return self._values(self._data)
+
+    def _values(self, data: Any) -> Tensor:
+        dtype = FLOATS.get(self._info.type_name)
+        if dtype is not None:
+            return _as_tensor(data).view(dtype)
+        kind = self._gguf.GGMLQuantizationType[self._info.type_name]
+        import numpy
+
+        # A damaged scale overflows here, and is reported as the infinity that it gives.
+        with numpy.errstate(all="ignore"):
+            return torch.from_numpy(self._gguf.quants.dequantize(data, kind))
+
+
+def read_gguf(located: Located) -> GgufCheckpoint:
+    """Read the header of a GGUF file.
+
+    Raises:
+        FileError: not a GGUF file, damaged, truncated, big-endian, or the `gguf` package is missing.
+        CheckpointError: another architecture, or a quantization that the package cannot read.
+    """
+    path, name = located.files[0], located.name
+    identity = located.identity()
+    with open(path, "rb") as stream:
+        start = stream.read(8)
+    if start[:4] != b"GGUF":
+        raise FileError(f"'{name}' is not a GGUF file: it does not begin with 'GGUF'. Download it again.")
+    if int.from_bytes(start[4:8], "little") & 0xFFFF == 0:
+        raise FileError(f"'{name}' is a big-endian GGUF file. Choose a little-endian one, as nearly all are.")
+    gguf = _package(name)
+    try:
+        reader = gguf.GGUFReader(str(path))
+        fields = {key: field.contents() for key, field in reader.fields.items() if key.startswith(_READ_FIELDS)}
+        tensors = {tensor.name: _describe(tensor, fields, name) for tensor in reader.tensors}
+    except DAMAGE as exc:
+        raise FileError(
+            f"'{name}' is truncated or damaged: the gguf package cannot read its {identity.size_bytes:,} bytes "
+            f"({exc}). Its download or copy did not finish: get it again."
+        ) from exc
+    if not tensors:
+        raise FileError(f"'{name}' holds no tensors. Choose another file.")
+    _check_kinds(tensors, gguf, name)
+    architecture = fields.get("general.architecture")
+    # stable-diffusion.cpp writes none; then the names of the tensors must do.
+    if architecture not in (None, ARCHITECTURE):
+        raise CheckpointError(
+            f"'{name}' is a GGUF file of the architecture '{architecture}', expected '{ARCHITECTURE}' (FLUX.1). Choose "
+            "a file such as flux1-dev-Q8_0.gguf."
+        )
+    metadata = {key: value for key, value in fields.items() if isinstance(value, str)}
+    return GgufCheckpoint(name, located, identity, tensors, metadata)
+
+
+def _package(name: str) -> ModuleType:
+    try:
+        import gguf
+    except ImportError as exc:
+        raise FileError(
+            f"'{name}' is a GGUF file, and the Python package that reads those is not installed ({exc}). Run "
+            f"`pip install gguf` in ComfyUI's environment and restart it, or choose a safetensors file."
+        ) from exc
+    return gguf
+
+
+def _describe(tensor: Any, fields: Mapping[str, Any], name: str) -> GgufTensor:
+    kind = tensor.tensor_type
+    stored = tuple(int(size) for size in reversed(tensor.shape))
+    original = tuple(fields.get(ORIGINAL_SHAPE + tensor.name, stored))
+    if prod(original) != prod(stored):
+        raise CheckpointError(
+            f"'{name}': '{tensor.name}' has shape {stored}, and its metadata says that it was {original}: not the same "
+            "number of values. The file is damaged: get it again."
+        )
+    rows = prod(stored[:-1])
+    return GgufTensor(
+        shape=original,
+        dtype=FLOATS.get(kind.name, QUANTIZED_DTYPE),
+        type_name=kind.name,
+        offset=int(tensor.data_offset),
+        stored_shape=stored,
+        row_bytes=int(tensor.n_bytes) // rows if rows else 0,
+    )
+
+
+
+def _check_kinds(tensors: Mapping[str, GgufTensor], gguf: ModuleType, name: str) -> None:
+    import numpy
+
+    for kind_name in {tensor.type_name for tensor in tensors.values()} - set(FLOATS):
+        kind = gguf.GGMLQuantizationType[kind_name]
+        try:
+            gguf.quants.dequantize(numpy.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), numpy.uint8), kind)
+        except NotImplementedError as exc:
+            key = next(key for key, tensor in tensors.items() if tensor.type_name == kind_name)
+            raise CheckpointError(
+                f"'{name}': '{key}' is stored as {kind_name}, which the gguf package does not dequantize. Choose a "
+                "file in another quantization, such as Q8_0 or Q4_K_S."
+            ) from exc
+
+
+def _as_tensor(data: Any) -> Tensor:
+    import warnings
+
+    with warnings.catch_warnings():
+        # The map is read-only, and so is everything that is done with the tensor.
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable", category=UserWarning)
+        return torch.from_numpy(data)

@@ -1,0 +1,176 @@
+"""What a checkpoint is: its family, its sizes, and where each tensor of the model lies in it."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ..errors import CheckpointError
+from ..families import FAMILIES
+from ..files import FLOAT_DTYPES, TensorInfo
+from ..layout import Layout
+from ..spec import ModelSpec, StoredTensor
+from .gguf_file import read_gguf
+from .locate import GGUF_SUFFIX, Located, locate, read_json
+from .other_models import OTHERS, RELATIVES, first_match, foreign_quantization, is_lora
+from .safetensors_file import read_safetensors
+from .scales import STORED_AS, find_scales
+from .source import Checkpoint
+
+# What stands before the transformer's names: nothing, as ComfyUI saves checkpoints, and as trainers save them.
+PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "model.", "transformer.")
+# The other parts of an all-in-one checkpoint, which have loaders of their own.
+OTHER_PARTS = (
+    "vae.", "first_stage_model.", "text_encoders.", "text_encoder.", "text_encoder_2.", "cond_stage_model.",
+    "conditioner.", "clip_vision.", "clip_l.", "t5xxl.",
+)  # fmt: skip
+WITH_SCALE = (*FLOAT_DTYPES, *STORED_AS.values())
+
+
+def inspect_checkpoint(path: str | os.PathLike[str]) -> ModelSpec:
+    """Recognise a checkpoint from its header.
+
+    Args:
+        path: a .safetensors, .sft or .gguf file, the index of a sharded model, or a diffusers folder.
+
+    Raises:
+        FileError: see `locate.locate`, `files.read_header` and `gguf_file.read_gguf`.
+        CheckpointError: no known family, a tensor missing, unknown, or of another shape than the sizes demand, or a
+            quantization that is not supported.
+    """
+    located = locate(path)
+    if located.config is not None:
+        _check_class(located)
+    file = _read_headers(located)
+    _refuse_others(file)
+    for prefix in PREFIXES:
+        names = {key.removeprefix(prefix): info for key, info in file.tensors.items() if key.startswith(prefix)}
+        for family in FAMILIES:
+            found = family.recognise(names, file.name)
+            if found is not None:
+                config, layout = found
+                if located.config is not None:
+                    _check_config(located, family.diffusers_config(config))
+                return _spec(file, prefix, {family.canonical(name): name for name in names}, family, config, layout)
+    raise _unknown(file)
+
+
+def _read_headers(located: Located) -> Checkpoint:
+    if located.path.suffix.lower() == GGUF_SUFFIX or _is_gguf(located):
+        return read_gguf(located)
+    return read_safetensors(located)
+
+
+def _is_gguf(located: Located) -> bool:
+    with open(located.files[0], "rb") as stream:
+        return stream.read(4) == b"GGUF"
+
+
+def _refuse_others(file: Checkpoint) -> None:
+    if is_lora(file.tensors):
+        raise CheckpointError(
+            f"'{file.name}' is a LoRA, expected a FLUX.1 transformer. Put it into models/loras and choose it in "
+            "Hotswap LoRA; choose a file such as flux1-dev.safetensors here."
+        )
+    names = [key.removeprefix(prefix) for prefix in PREFIXES for key in file.tensors if key.startswith(prefix)]
+    relative = first_match(RELATIVES, names)
+    if relative is not None:
+        what, loader = relative
+        raise CheckpointError(
+            f"'{file.name}' is {what}; this pack runs FLUX.1 (dev, schnell, Krea, Kontext, Fill, Canny, Depth). Load "
+            f"it with {loader}."
+        )
+    foreign = foreign_quantization(file.tensors)
+    if foreign is not None:
+        what, key = foreign
+        raise CheckpointError(
+            f"'{file.name}' is quantized by {what} ('{key}'), which this loader does not read. Choose the bf16, fp8 or "
+            "GGUF file, and the quantization in Quantize Transformer."
+        )
+
+
+def _unknown(file: Checkpoint) -> CheckpointError:
+    names = [key.removeprefix(prefix) for prefix in PREFIXES for key in file.tensors if key.startswith(prefix)]
+    known = first_match(OTHERS, names)
+    what, instead = f"not a model that this pack knows (its first tensor is '{next(iter(file.tensors))}')", ""
+    if known is not None:
+        what, instead = known[0], f", or load this one with {known[1]}"
+    families = ", ".join(family.name for family in FAMILIES)
+    return CheckpointError(
+        f"'{file.name}' is {what}, expected a {families} transformer in the original layout (double_blocks.*, "
+        "single_blocks.*) or in diffusers' (transformer_blocks.*, single_transformer_blocks.*). Choose a file such as "
+        f"flux1-dev.safetensors{instead}."
+    )
+
+
+def _spec(
+    file: Checkpoint, prefix: str, canonical: Mapping[str, str], family: Any, config: Any, layout: Layout
+) -> ModelSpec:
+    """Check that every tensor of the layout is there once, and that nothing is left over."""
+    names = {name: file.tensors[prefix + original] for name, original in canonical.items()}
+    scales, consumed = find_scales(file, prefix, names)
+    expected = layout.expected_shapes()
+    missing = [name for name in expected if name not in names]
+    if missing:
+        raise CheckpointError(
+            f"'{file.name}': {len(missing)} of {len(expected)} tensors are missing, such as '{prefix}{missing[0]}'. It "
+            "is incomplete, or from a trainer that left them out: get the complete transformer."
+        )
+    used = {prefix + canonical[name] for name in [*expected, *consumed]}
+    unknown = [key for key in file.tensors if key not in used and not key.startswith(OTHER_PARTS)]
+    if unknown:
+        raise CheckpointError(
+            f"'{file.name}': {len(unknown)} tensors have no place in the model, such as '{unknown[0]}': they belong to "
+            "another model, or to an extension that this loader does not know."
+        )
+    stored: dict[str, StoredTensor] = {}
+    bytes_of: Counter[torch.dtype] = Counter()
+    for name, shape in expected.items():
+        layer = name.removesuffix(".weight")
+        scale = scales.get(layer) if layer != name else None
+        key = prefix + canonical[name]
+        _check_tensor(file, key, names[name], shape, scale is not None)
+        stored[name] = StoredTensor(key, None if scale is None else prefix + canonical[scale])
+        bytes_of[names[name].dtype] += names[name].bytes
+    return ModelSpec(file, family, config, bytes_of.most_common(1)[0][0], layout, stored)
+
+
+def _check_tensor(file: Checkpoint, key: str, info: TensorInfo, shape: tuple[int, ...], scaled: bool) -> None:
+    if info.shape != shape:
+        raise CheckpointError(
+            f"'{file.name}': '{key}' has shape {info.shape}, expected {shape} from the file's other tensors. The file "
+            "is damaged, or mixed from two models."
+        )
+    allowed = WITH_SCALE if scaled else FLOAT_DTYPES
+    if info.dtype not in allowed:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
+        raise CheckpointError(f"'{file.name}': '{key}' is stored as {info.dtype}, expected one of: {names}.")
+
+
+def _check_class(located: Located) -> None:
+    found = read_json(located.config).get("_class_name")
+    known = {family.diffusers_class for family in FAMILIES}
+    if found is not None and found not in known:
+        raise CheckpointError(
+            f"'{located.name}': its config.json is of a {found}, expected {' or '.join(sorted(known))}: this is "
+            "another model. Choose the folder of a FLUX.1 model."
+        )
+
+
+def _check_config(located: Located, derived: Mapping[str, Any]) -> None:
+    written = read_json(located.config)
+    for name, value in derived.items():
+        found = written.get(name)
+        if found is not None and _plain(found) != _plain(value):
+            raise CheckpointError(
+                f"'{located.name}': config.json says {name} = {found}, but the tensors say {value}. They are of "
+                "different models: get the complete folder again."
+            )
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

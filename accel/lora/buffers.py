@@ -1,0 +1,66 @@
+"""Large host buffers that are used again.
+
+Memory that the system has not handed out yet is slow: on a virtual machine (AMD EPYC, 2026-11) writing 172 MB took
+62 ms into new pages and 8 ms into used ones; reading as much from the disk took 55 ms.
+"""
+
+from __future__ import annotations
+
+import mmap
+import threading
+import weakref
+
+import torch
+from torch import Tensor
+
+# Smaller buffers come from the C library, which keeps their pages itself.
+LARGE_BYTES = 2**22
+
+
+class HostBuffers:
+    """Hands out buffers, and takes their memory back when the last tensor over one is gone. Thread-safe."""
+
+    def __init__(self, keep_bytes: int) -> None:
+        """Keep up to `keep_bytes` that nobody uses."""
+        self._keep_bytes = keep_bytes
+        self._free: list[mmap.mmap] = []
+        # Reentrant: a collection of garbage inside `take` may give a buffer back.
+        self._lock = threading.RLock()
+
+    @property
+    def free_bytes(self) -> int:
+        """What is kept for the next buffers."""
+        with self._lock:
+            return sum(map(len, self._free))
+
+    def take(self, size: int) -> Tensor:
+        """A buffer of so many bytes, uint8, page-aligned, of any content."""
+        if size < LARGE_BYTES:
+            return torch.empty(size, dtype=torch.uint8)
+        with self._lock:
+            fitting = [block for block in self._free if size <= len(block) <= 2 * size]
+            block = min(fitting, key=len, default=None)
+            if block is not None:
+                self._free.remove(block)
+        if block is None:
+            block = mmap.mmap(-1, -(-size // mmap.PAGESIZE) * mmap.PAGESIZE)
+        view = memoryview(block)
+        tensor = torch.frombuffer(view, dtype=torch.uint8, count=size)
+        # The storage holds the view, and so do all tensors over it.
+        weakref.finalize(view, self._give_back, block).atexit = False
+        return tensor
+
+    def prepare(self, size: int) -> None:
+        """Have a buffer of this size ready: take its pages from the system now. For a background thread."""
+        if size >= LARGE_BYTES:
+            self.take(size).zero_()
+
+    def clear(self) -> None:
+        """Give all unused memory back to the system."""
+        with self._lock:
+            self._free.clear()
+
+    def _give_back(self, block: mmap.mmap) -> None:
+        with self._lock:
+            if self.free_bytes + len(block) <= self._keep_bytes:
+                self._free.append(block)

@@ -1,0 +1,146 @@
+"""What a stack with DoRA or OFT in it makes of one linear: mixing @ weight + B @ A.
+
+Every kind of change keeps this form. A low-rank change adds columns to B; a rotation T of the output gives T @ mixing
+and T @ B; DoRA does the same with a diagonal T, after adding its own columns. So a stack composes exactly, in its
+order, whatever is in it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..errors import LoraError
+from .weights import LoraLayer, RotationLayer, to_float
+
+# Rotations with blocks of different sizes share blocks of the least common multiple, up to this size.
+MAX_BLOCK = 2048
+
+
+class BaseWeights(Protocol):
+    """The model's own weights, for changes that depend on them."""
+
+    def weight(self, module: str) -> Tensor:
+        """A linear's weight: (out_features, in_features) float32 on the CPU, dequantized, not to be written."""
+
+    def parameter(self, name: str) -> Tensor:
+        """A bias or the scale of a norm: one dimension, any float dtype."""
+
+
+@dataclass(frozen=True)
+class Composed:
+    """mixing @ weight + lora_B @ lora_A.
+
+    Attributes:
+        mixing: (blocks, b, b) float32, a block-diagonal matrix on the rows; None for the identity.
+        lora_A: (rank, in_features) float32: those of the low-rank layers, one below the other.
+        lora_B: (out_features, rank) float32, with strength and scale folded in.
+    """
+
+    mixing: Tensor | None
+    lora_A: Tensor
+    lora_B: Tensor
+
+
+def is_plain(layers: Sequence[tuple[LoraLayer | RotationLayer, float]]) -> bool:
+    """Whether a linear's layers only add low-rank changes."""
+    return all(isinstance(layer, LoraLayer) and layer.magnitude is None for layer, _ in layers)
+
+
+def compose(
+    name: str, layers: Sequence[tuple[LoraLayer | RotationLayer, float]], base: BaseWeights, shape: tuple[int, int]
+) -> Composed:
+    """Apply layers one after another, each at its strength, in float32.
+
+    Args:
+        name: the module, for `base` and messages.
+        layers: in the stack's order, with their strengths.
+        base: asked only where a DoRA is among the layers.
+        shape: (out_features, in_features) of the weight.
+
+    Raises:
+        LoraError: rotations whose blocks have no common size that is small enough; rows of length 0 under a DoRA.
+    """
+    out_features, in_features = shape
+    state = Composed(None, torch.zeros(0, in_features), torch.zeros(out_features, 0))
+    for layer, strength in layers:
+        if isinstance(layer, RotationLayer):
+            # ComfyUI multiplies with the strength twice, see `kinds`.
+            turned = torch.eye(layer.turn.shape[1]) + strength**2 * layer.turn
+            state = _mix(name, turned, state)
+        elif layer.magnitude is None:
+            state = _add(state, layer, strength * layer.scale)
+        elif layer.magnitude.after:
+            state = _add(state, layer, strength * layer.scale)
+            gain = layer.magnitude.rows / _row_lengths(name, state, base)
+            state = _mix(name, _diagonal(name, gain), state)
+        else:
+            gain = layer.magnitude.rows / (_row_lengths(name, state, base) + torch.finfo(torch.float32).eps)
+            kept = _mix(name, _diagonal(name, 1.0 - strength + strength * gain), state)
+            own = (strength * layer.scale * gain)[:, None] * to_float(layer.lora_B)
+            state = Composed(
+                kept.mixing, torch.cat([kept.lora_A, to_float(layer.lora_A)]), torch.cat([kept.lora_B, own], dim=1)
+            )
+    return state
+
+
+def mix(mixing: Tensor, rows: Tensor) -> Tensor:
+    """A block-diagonal matrix (blocks, b, b) times a matrix (blocks · b, columns)."""
+    blocks, size, _ = mixing.shape
+    return torch.bmm(mixing, rows.reshape(blocks, size, -1)).reshape(rows.shape)
+
+
+def _add(state: Composed, layer: LoraLayer, scale: float) -> Composed:
+    return Composed(
+        state.mixing,
+        torch.cat([state.lora_A, to_float(layer.lora_A)]),
+        torch.cat([state.lora_B, scale * to_float(layer.lora_B)], dim=1),
+    )
+
+
+def _mix(name: str, turned: Tensor, state: Composed) -> Composed:
+    lora_B = mix(turned, state.lora_B) if state.lora_B.shape[1] else state.lora_B
+    if state.mixing is None:
+        return Composed(turned, state.lora_A, lora_B)
+    size = math.lcm(turned.shape[1], state.mixing.shape[1])
+    if size > MAX_BLOCK:
+        raise LoraError(
+            f"LoRAs: '{name}' is rotated in blocks of {state.mixing.shape[1]} and of {turned.shape[1]} rows, whose "
+            f"common size is {size}, expected at most {MAX_BLOCK}. Use one of these OFT files at a time."
+        )
+    return Composed(torch.bmm(_widen(turned, size), _widen(state.mixing, size)), state.lora_A, lora_B)
+
+
+def _widen(mixing: Tensor, size: int) -> Tensor:
+    """The same block-diagonal matrix in larger blocks."""
+    blocks, small, _ = mixing.shape
+    if small == size:
+        return mixing
+    ratio = size // small
+    wide = torch.zeros(blocks // ratio, ratio, small, ratio, small)
+    index = torch.arange(ratio)
+    wide[:, index, :, index, :] = mixing.view(blocks // ratio, ratio, small, small).transpose(0, 1)
+    return wide.view(blocks // ratio, size, size)
+
+
+def _diagonal(name: str, gain: Tensor) -> Tensor:
+    if not bool(torch.isfinite(gain).all()):
+        raise LoraError(
+            f"LoRAs: a DoRA on '{name}' divides by the length of a row that is 0. Use ComfyUI's Load Diffusion Model "
+            "for this stack."
+        )
+    return gain[:, None, None]
+
+
+def _row_lengths(name: str, state: Composed, base: BaseWeights) -> Tensor:
+    weight = base.weight(name)
+    if state.mixing is not None:
+        weight = mix(state.mixing, weight)
+    if state.lora_B.shape[1]:
+        weight = torch.addmm(weight, state.lora_B, state.lora_A)
+    return weight.norm(dim=1)

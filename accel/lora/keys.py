@@ -1,0 +1,245 @@
+"""Which tensor of a LoRA file does what: every key gets a module and a role, or an error names it. Reads no values."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from ..errors import LoraError
+from ..files import FLOAT_DTYPES, TensorFile
+from ..layout import LoraTarget, VectorWeight
+from ..spec import ModelSpec
+from .kinds import INSTEAD, Change, Piece, check_change
+
+# The end of a key, from one of its last dots on -> role, see `kinds`.
+ROLES: Mapping[str, str] = {
+    ".lora_down.weight": "A",  # sd-scripts, LyCORIS, OneTrainer, ComfyUI
+    ".lora_up.weight": "B",
+    ".lora_A.weight": "A",  # PEFT, diffusers, ai-toolkit, SimpleTuner
+    ".lora_B.weight": "B",
+    ".lora_A.default.weight": "A",  # PEFT, saved with its adapter's name
+    ".lora_B.default.weight": "B",
+    ".lora_A": "A",  # the matrices themselves as parameters
+    ".lora_B": "B",
+    ".lora.down.weight": "A",  # diffusers before PEFT
+    ".lora.up.weight": "B",
+    "_lora.down.weight": "A",
+    "_lora.up.weight": "B",
+    ".lora_linear_layer.down.weight": "A",
+    ".lora_linear_layer.up.weight": "B",
+    ".down.weight": "A",  # XLabs
+    ".up.weight": "B",
+    ".lora_mid.weight": "mid",
+    ".alpha": "alpha",
+    ".dora_scale": "dora_scale",
+    ".lora_magnitude_vector": "magnitude",  # PEFT's DoRA
+    ".lora_magnitude_vector.weight": "magnitude",
+    ".lora_magnitude_vector.default": "magnitude",
+    ".lora_magnitude_vector.default.weight": "magnitude",
+    ".lora_B.bias": "up_bias",  # PEFT with lora_bias, BFL
+    ".lora_B.default.bias": "up_bias",
+    **{f".hada_{part}": f"hada_{part}" for part in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
+    **{f".lokr_{part}": f"lokr_{part}" for part in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
+    ".oft_blocks": "oft_blocks",
+    ".rescale": "rescale",
+    ".diff_b": "diff_b",
+    ".diff": "diff",
+    ".set_weight": "set_weight",
+    ".reshape_weight": "reshape_weight",
+    **{f".{part}.weight": "glora" for part in ("a1", "a2", "b1", "b2")},
+    ".oft_R.weight": "oft_R",
+    ".on_input": "ia3",
+    ".w_norm": "w_norm",
+    ".b_norm": "b_norm",
+}
+# What may stand behind the name of a norm -> whether it replaces its scale, or is added to it.
+NORM_ENDS: Mapping[str, bool] = {
+    ".diff": False,
+    ".weight.diff": False,
+    ".scale.diff": False,
+    ".w_norm": False,
+    ".set_weight": True,
+    ".scale": True,  # BFL's control LoRAs
+    ".scale.set_weight": True,
+}
+TEXT_ENCODER_PREFIXES = ("lora_te", "text_encoder", "clip_l.", "t5xxl.")
+# Names that LoRAs for other models carry, for the message only.
+OTHER_MODELS: Mapping[str, str] = {
+    "lora_unet_input_blocks_": "Stable Diffusion XL",
+    "lora_unet_output_blocks_": "Stable Diffusion XL",
+    "lora_unet_down_blocks_": "Stable Diffusion 1.5 or XL",
+    "unet.down_blocks.": "Stable Diffusion 1.5 or XL",
+    "lora_unet_joint_blocks_": "Stable Diffusion 3",
+    "diffusion_model.joint_blocks.": "Stable Diffusion 3",
+    "diffusion_model.blocks.": "Wan",
+    "diffusion_model.layers.": "Z-Image or Lumina",
+    "transformer.transformer_blocks.0.img_mod.": "Qwen-Image",
+}
+
+
+@dataclass(frozen=True)
+class VectorChange:
+    """A key that changes the scale of a norm.
+
+    Attributes:
+        key: in the file.
+        parameter: the diffusers parameter.
+        replaces: whether the value stands in its place, or is added to it.
+    """
+
+    key: str
+    parameter: str
+    replaces: bool
+
+
+@dataclass(frozen=True)
+class FileKeys:
+    """A file's keys, all accounted for.
+
+    Attributes:
+        changes: of linears and their biases, in the file's order.
+        vectors: of norms.
+        text_encoder: keys for CLIP or T5.
+    """
+
+    changes: tuple[Change, ...]
+    vectors: tuple[VectorChange, ...]
+    text_encoder: tuple[str, ...]
+
+
+def account(file: TensorFile, spec: ModelSpec) -> FileKeys:
+    """Find out what every key of a file is for, and check every shape and dtype.
+
+    Raises:
+        LoraError: a key without a place, a missing half, a wrong shape, or nothing for this model.
+    """
+    names, norms = spec.family.lora_aliases(spec.config), spec.family.lora_norms(spec.config)
+    modules: dict[str, dict[str, Piece]] = defaultdict(dict)
+    vectors: list[VectorChange] = []
+    text_encoder, unknown = [], []
+    source = f"LoRA '{file.name}'"
+    for key, info in file.tensors.items():
+        if key.startswith(TEXT_ENCODER_PREFIXES):
+            text_encoder.append(key)
+        elif found := _module(key, names):
+            module, role = found
+            if role in modules[module]:
+                raise LoraError(f"{source}: '{key}' and '{modules[module][role].key}' say the same thing twice.")
+            modules[module][role] = Piece(key, info.shape)
+        elif vector := _norm(file, key, norms):
+            vectors.append(vector)
+        else:
+            unknown.append(key)
+    if unknown or not (modules or vectors):
+        raise LoraError(_unknown_message(file, spec, unknown, bool(modules or vectors), text_encoder))
+    _check_control(file, names, modules)
+    changes = tuple(check_change(source, name, names[name], pieces) for name, pieces in modules.items())
+    for change in changes:
+        for role, piece in change.pieces.items():
+            dtype = file.tensors[piece.key].dtype
+            if role != "alpha" and dtype not in FLOAT_DTYPES:
+                raise LoraError(f"{source}: '{piece.key}' is stored as {dtype}, expected a float type.")
+    return FileKeys(changes, tuple(vectors), tuple(text_encoder))
+
+
+def name_format(file: TensorFile) -> str:
+    """The format of a file as a person knows it, from the trainer's own note in it or from its names."""
+    metadata = file.metadata
+    for trainer, sign in (("ai-toolkit", '"ai-toolkit"'), ("OneTrainer", "OneTrainer"), ("SimpleTuner", "SimpleTuner")):
+        if any(sign in value for value in metadata.values()):
+            return trainer
+    for name, prefix, part in (
+        ("LyCORIS", "lycoris_", ""),
+        ("OneTrainer", "lora_transformer_", ""),
+        ("Kohya sd-scripts", "lora_unet_", ""),
+        ("XLabs", "", ".processor."),
+        ("fal", "base_model.model.", ""),
+        ("ComfyUI", "diffusion_model.", ""),
+        ("diffusers / PEFT", "transformer.", ""),
+        ("Black Forest Labs", "double_blocks.", ""),
+        ("Black Forest Labs", "single_blocks.", ""),
+        ("DiffSynth", "transformer_blocks.", ""),
+        ("DiffSynth", "single_transformer_blocks.", ""),
+    ):
+        if any(key.startswith(prefix) and part in key for key in file.tensors):
+            return name
+    return "names without a prefix"
+
+
+def _module(key: str, names: Mapping[str, LoraTarget]) -> tuple[str, str] | None:
+    for module, end in _ends(key):
+        if module in names and end in ROLES:
+            return module, ROLES[end]
+    return None
+
+
+def _ends(key: str) -> Iterator[tuple[str, str]]:
+    """The ways to cut a key: at each of its last four dots, and before a final `_lora.…`."""
+    dot = len(key)
+    for _ in range(4):
+        dot = key.rfind(".", 0, dot)
+        if dot < 0:
+            break
+        yield key[:dot], key[dot:]
+    module, found, end = key.rpartition("_lora.")
+    if found:
+        yield module, found + end
+
+
+def _norm(file: TensorFile, key: str, norms: Mapping[str, VectorWeight]) -> VectorChange | None:
+    for module, end in _ends(key):
+        if module in norms and end in NORM_ENDS:
+            vector, info = norms[module], file.tensors[key]
+            if info.numel != vector.size or info.dtype not in FLOAT_DTYPES:
+                raise LoraError(
+                    f"LoRA '{file.name}': '{key}' is {info.shape} of {info.dtype}, expected ({vector.size},) of a "
+                    "float type: this file is for a model of another size or kind."
+                )
+            return VectorChange(key, vector.parameter, NORM_ENDS[end])
+    return None
+
+
+def _check_control(file: TensorFile, names: Mapping[str, LoraTarget], modules: Mapping[str, dict[str, Piece]]) -> None:
+    """Say what a control LoRA is before its wide input is called a wrong shape."""
+    for name, pieces in modules.items():
+        if not name.endswith(("img_in", "x_embedder")) or "A" not in pieces:
+            continue
+        shape, expected = pieces["A"].shape, names[name].in_features
+        if len(shape) == 2 and shape[1] != expected and shape[1] % 64 == 0 and shape[1] in (2 * expected, 6 * expected):
+            raise LoraError(
+                f"LoRA '{file.name}': '{pieces['A'].key}' is {shape}, expected (rank, {expected}): it is a control "
+                f"LoRA (BFL's Canny, Depth or Fill), which widens the model's input from {expected} to {shape[1]} "
+                f"channels. A compiled model keeps its shape: choose the whole control model instead. {INSTEAD}"
+            )
+
+
+def _hint(file: TensorFile) -> str:
+    for prefix, model in OTHER_MODELS.items():
+        if any(key.startswith(prefix) for key in file.tensors):
+            return f" ({model} by its names)"
+    return ""
+
+
+def _unknown_message(
+    file: TensorFile, spec: ModelSpec, unknown: list[str], some_fit: bool, text_encoder: list[str]
+) -> str:
+    model = spec.family.name
+    if not unknown:
+        return (
+            f"LoRA '{file.name}' changes only text encoders ({len(text_encoder)} keys), expected keys for a {model} "
+            "transformer. Load it with ComfyUI's Load LoRA node on the CLIP."
+        )
+    if some_fit:
+        return (
+            f"LoRA '{file.name}': {len(unknown)} of {len(file.tensors)} keys have no place in this {model} model, such "
+            f"as '{unknown[0]}'. Applying only the rest would not be this LoRA: choose a file without "
+            f"them{_hint(file)}."
+        )
+    return (
+        f"LoRA '{file.name}' does not fit {model}{_hint(file)}: none of its {len(file.tensors)} keys has a place in "
+        f"the model, such as '{unknown[0]}'. Expected names like "
+        "lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight, "
+        "transformer.transformer_blocks.0.attn.to_q.lora_A.weight or "
+        "diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight."
+    )

@@ -1,0 +1,419 @@
+"""The kinds of change that trainers write for one linear, their shapes, and what each becomes.
+
+The arithmetic is that of comfy/weight_adapter (ComfyUI 0.30), which is what a LoRA looks like everywhere else:
+
+    LoRA       s · alpha / rank · B @ A, with a 1x1 middle matrix (LoCon) B @ mid @ A
+    LoHa       s · alpha / rank · (w1_a @ w1_b) * (w2_a @ w2_b)
+    LoKr       s · alpha / rank · kron(w1, w2); alpha counts only if w1 or w2 is a product
+    OFT        s² · (R - I)ᵀ @ weight, R the Cayley transform of skew blocks; s² is ComfyUI's, which multiplies twice
+    DoRA       (1 - s) · weight + s · m / ‖rows of weight‖ · (weight + change), over any kind but OFT
+    PEFT DoRA  m / ‖rows of weight + s · change‖ · (weight + s · change): peft/tuners/lora/dora.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import LoraError
+from ..layout import LoraTarget
+from . import lowrank
+from .lowrank import Factors, Tolerance
+from .weights import LoraLayer, Magnitude, RotationLayer, VectorLayer, split, split_bias, split_rotation, to_float
+
+INSTEAD = "Choose a LoRA without it, or use ComfyUI's Load Diffusion Model for this one."
+
+# Kind -> the roles that make it, and those that may come with it. A factor of LoKr is one matrix or a product of two.
+_LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+_LOKR = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")
+COMPANIONS: Mapping[str, tuple[str, ...]] = {
+    "LoRA": ("A", "B", "mid", "alpha", "dora_scale", "magnitude", "up_bias"),
+    "LoHa": (*_LOHA, "hada_t1", "hada_t2", "alpha", "dora_scale"),
+    "LoKr": (*_LOKR, "lokr_t2", "alpha", "dora_scale"),
+    "OFT": ("oft_blocks", "rescale", "alpha"),
+    "bias": (),
+}
+# Roles that cannot be carried beside the weights -> why.
+REFUSED: Mapping[str, str] = {
+    "diff": "a difference of a whole weight, which is as large as the model",
+    "set_weight": "a whole weight, which is as large as the model",
+    "reshape_weight": "a reshaped weight, as BFL's control LoRAs have: the model's input has another width then",
+    "glora": "GLoRA, which multiplies the weight from the right",
+    "oft_R": "PEFT's or OneTrainer's OFT, which rotates the layer's input",
+    "ia3": "IA3",
+    "w_norm": "a norm's difference on a linear layer",
+    "b_norm": "a norm's bias, which FLUX.1 does not have",
+}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A tensor of a change before its values are read."""
+
+    key: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Change:
+    """A change of one linear whose shapes are right.
+
+    Attributes:
+        source: what messages begin with, such as `LoRA 'x.safetensors'`.
+        name: the module as the source calls it.
+        target: the linears that it means.
+        kind: a key of `COMPANIONS`.
+        pieces: role -> tensor.
+        rank: at which it is exact; 0 for OFT and biases.
+    """
+
+    source: str
+    name: str
+    target: LoraTarget
+    kind: str
+    pieces: Mapping[str, Piece]
+    rank: int
+
+    @property
+    def label(self) -> str:
+        """The kind as a person knows it."""
+        return f"DoRA ({self.kind})" if {"dora_scale", "magnitude"} & self.pieces.keys() else self.kind
+
+    def approximated(self, tolerance: Tolerance) -> bool:
+        """Whether it may be cut to a lower rank."""
+        return self.kind in ("LoHa", "LoKr") and self.rank > tolerance.exact_rank
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What a change becomes.
+
+    Attributes:
+        layers: changes of linears.
+        vectors: changes of biases.
+    """
+
+    layers: tuple[LoraLayer | RotationLayer, ...]
+    vectors: tuple[VectorLayer, ...]
+
+
+def check_change(source: str, name: str, target: LoraTarget, pieces: Mapping[str, Piece]) -> Change:
+    """Recognise the kind of a change and check every shape; reads no values.
+
+    Raises:
+        LoraError: a kind that cannot be carried, two kinds at once, a missing tensor or a wrong shape.
+    """
+    for role, reason in REFUSED.items():
+        if role in pieces:
+            raise LoraError(f"{source}: '{pieces[role].key}' is {reason}. {INSTEAD}")
+    kind = _kind(source, name, pieces)
+    for role, piece in pieces.items():
+        if role not in COMPANIONS[kind] and role != "diff_b":
+            raise LoraError(f"{source}: '{piece.key}' does not belong with the {kind} on '{name}'. {INSTEAD}")
+    shapes = _Shapes(source, name, target, pieces)
+    rank = {"LoRA": _check_lora, "LoHa": _check_loha, "LoKr": _check_lokr, "OFT": _check_oft, "bias": _check_bias}[
+        kind
+    ](shapes)
+    _check_companions(shapes, kind)
+    return Change(source, name, target, kind, pieces, rank)
+
+
+def convert(
+    change: Change, tensors: Mapping[str, Tensor], scale: float | None, factors: Factors | None = None
+) -> Converted:
+    """Turn the values of a change into layers.
+
+    Args:
+        change: checked by `check_change`.
+        tensors: role -> values, finite; the ones that `factors` stands for may be missing.
+        scale: of the low-rank product, in place of alpha / rank; from the metadata of PEFT's files.
+        factors: of a LoHa or LoKr, see `product_factors`.
+
+    Raises:
+        LoraError: a DoRA, OFT or bias whose values cannot be carried.
+    """
+    vectors: list[VectorLayer] = []
+    layers: list[LoraLayer | RotationLayer] = []
+    if "diff_b" in tensors:
+        vectors += split_bias(change.target, to_float(tensors["diff_b"]).flatten(), 1.0)
+    if change.kind == "OFT":
+        layers += split_rotation(f"{change.source}: '{change.name}'", change.target, _turn(change, tensors))
+    elif change.kind != "bias":
+        if factors is not None:
+            lora_A, lora_B = factors.lora_A, factors.lora_B
+        elif change.kind == "LoRA":
+            lora_A, lora_B = tensors["A"].flatten(1), tensors["B"].flatten(1)
+            if "mid" in tensors:
+                lora_A = to_float(tensors["mid"]).flatten(1) @ to_float(lora_A)
+        else:
+            raise ValueError(f"{change.kind} needs the result of product_factors.")
+        scaling = _alpha_scale(change, tensors) if scale is None else scale
+        layers += split(change.target, lora_A, lora_B, scaling, _magnitude(tensors))
+        if "up_bias" in tensors:
+            vectors += split_bias(change.target, to_float(tensors["up_bias"]).flatten(), scaling)
+    return Converted(tuple(layers), tuple(vectors))
+
+
+def product_factors(change: Change, tensors: Mapping[str, Tensor], tolerance: Tolerance) -> Factors:
+    """The low-rank matrices of a LoHa or LoKr, without alpha: exact, or cut as the tolerance says.
+
+    Raises:
+        LoraError: even the largest allowed rank leaves too large an error.
+    """
+    values = {role: to_float(tensor) for role, tensor in tensors.items() if role not in ("alpha", "dora_scale")}
+    if change.kind == "LoHa":
+        sides = [values[role] for role in _LOHA]
+        if "hada_t1" in values:
+            sides = [
+                sides[0].T,
+                values["hada_t1"].flatten(1) @ sides[1],
+                sides[2].T,
+                values["hada_t2"].flatten(1) @ sides[3],
+            ]
+        factors = lowrank.hadamard(*sides)
+        if change.approximated(tolerance):
+            factors = lowrank.compress(factors, tolerance.error, tolerance.max_rank)
+    else:
+        factors = lowrank.kronecker(_kron_side(values, "lokr_w1"), _kron_side(values, "lokr_w2"), tolerance)
+    if factors.error > tolerance.max_error:
+        raise LoraError(
+            f"{change.source}: the {change.kind} on '{change.name}' has rank {change.rank}; the {tolerance.max_rank} "
+            f"that the accelerated model keeps leave {factors.error:.0%} of it out, expected at most "
+            f"{tolerance.max_error:.0%}. Use ComfyUI's Load Diffusion Model for this file, or one of lower rank."
+        )
+    return factors
+
+
+def _kind(source: str, name: str, pieces: Mapping[str, Piece]) -> str:
+    found = {
+        kind
+        for kind, roles in COMPANIONS.items()
+        if any(role in pieces for role in roles if role not in ("alpha", "dora_scale"))
+    }
+    if len(found) > 1:
+        raise LoraError(
+            f"{source}: '{name}' is changed in two ways at once, {' and '.join(sorted(found))}: its meaning is not "
+            "defined. Choose a file that has one of them."
+        )
+    if found:
+        return found.pop()
+    if "diff_b" in pieces and not {"alpha", "dora_scale"} & pieces.keys():
+        return "bias"
+    keys = ", ".join(f"'{piece.key}'" for piece in pieces.values())
+    raise LoraError(
+        f"{source}: {keys} of '{name}' scale a change that is not there. The file is incomplete: get it again."
+    )
+
+
+class _Shapes:
+    """Checks the shapes of one change and words what is wrong with one."""
+
+    def __init__(self, source: str, name: str, target: LoraTarget, pieces: Mapping[str, Piece]) -> None:
+        self.source, self.name, self.target, self.pieces = source, name, target, pieces
+
+    def __contains__(self, role: str) -> bool:
+        return role in self.pieces
+
+    def matrix(self, role: str) -> tuple[int, int]:
+        """Rows and columns of a matrix, which may be stored as a 1x1 convolution."""
+        shape = self._shape(role)
+        if len(shape) < 2 or any(size != 1 for size in shape[2:]) or 0 in shape:
+            raise LoraError(
+                f"{self.source}: '{self.pieces[role].key}' is {shape}, expected a matrix (or a 1x1 convolution): this "
+                "file is for a model of another size or kind."
+            )
+        return shape[0], shape[1]
+
+    def expect(self, role: str, good: bool, expected: str) -> None:
+        """Raise unless a shape is as expected."""
+        if not good:
+            raise LoraError(
+                f"{self.source}: '{self.pieces[role].key}' is {self._shape(role)}, expected {expected}: this file is "
+                "for a model of another size or kind."
+            )
+
+    def vector(self, role: str, size: int) -> None:
+        """Raise unless a tensor has so many elements in one dimension."""
+        shape = self._shape(role)
+        self.expect(role, size in shape and _numel(shape) == size, f"({size},)")
+
+    def need(self, role: str, word: str) -> None:
+        """Raise unless a role is there."""
+        if role not in self.pieces:
+            keys = ", ".join(piece.key for piece in self.pieces.values())
+            raise LoraError(
+                f"{self.source}: '{self.name}' has {keys} but no {word} matrix. The file is incomplete: get it again."
+            )
+
+    def _shape(self, role: str) -> tuple[int, ...]:
+        return self.pieces[role].shape
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+def _check_lora(shapes: _Shapes) -> int:
+    target = shapes.target
+    shapes.need("A", "lora_down / lora_A")
+    shapes.need("B", "lora_up / lora_B")
+    rank, columns = shapes.matrix("A")
+    rows, other = shapes.matrix("B")
+    shapes.expect("A", columns == target.in_features, f"(rank, {target.in_features})")
+    shapes.expect("B", rows == target.out_features, f"({target.out_features}, rank)")
+    if rank != other:
+        raise LoraError(
+            f"{shapes.source}: '{shapes.pieces['A'].key}' has rank {rank}, '{shapes.pieces['B'].key}' has rank "
+            f"{other}; they must be equal and at least 1. The file is damaged: get it again."
+        )
+    if "mid" in shapes:
+        shapes.expect("mid", shapes.matrix("mid") == (rank, rank), f"({rank}, {rank}, 1, 1)")
+    return rank
+
+
+def _check_loha(shapes: _Shapes) -> int:
+    target, ranks = shapes.target, []
+    for role in _LOHA:
+        shapes.need(role, role)
+    if ("hada_t1" in shapes) != ("hada_t2" in shapes):
+        shapes.need("hada_t1", "hada_t1")
+        shapes.need("hada_t2", "hada_t2")
+    for number in "12":
+        left, right, middle = f"hada_w{number}_a", f"hada_w{number}_b", f"hada_t{number}"
+        rank, columns = shapes.matrix(right)
+        expected = (rank, target.out_features) if middle in shapes else (target.out_features, rank)
+        shapes.expect(right, columns == target.in_features, f"(rank, {target.in_features})")
+        shapes.expect(left, shapes.matrix(left) == expected, str(expected))
+        if middle in shapes:
+            shapes.expect(middle, shapes.matrix(middle) == (rank, rank), f"({rank}, {rank}, 1, 1)")
+        ranks.append(rank)
+    return ranks[0] * ranks[1]
+
+
+def _check_lokr(shapes: _Shapes) -> int:
+    target = shapes.target
+    if "lokr_t2" in shapes and ("lokr_w2" in shapes or "lokr_w2_b" not in shapes):
+        shapes.expect("lokr_t2", False, "no middle matrix beside a whole lokr_w2")
+    sizes = [_check_kron_side(shapes, role) for role in ("lokr_w1", "lokr_w2")]
+    (rows1, columns1, rank1), (rows2, columns2, rank2) = sizes
+    role = "lokr_w1" if "lokr_w1" in shapes else "lokr_w1_a"
+    shapes.expect(
+        role,
+        rows1 * rows2 == target.out_features and columns1 * columns2 == target.in_features,
+        f"a factor of ({target.out_features}, {target.in_features}) beside one of ({rows2}, {columns2})",
+    )
+    return rank1 * rank2
+
+
+def _check_kron_side(shapes: _Shapes, role: str) -> tuple[int, int, int]:
+    """Rows, columns and rank of one factor."""
+    if role in shapes:
+        for half in (f"{role}_a", f"{role}_b"):
+            if half in shapes:
+                shapes.expect(half, False, f"no such matrix beside {role}")
+        rows, columns = shapes.matrix(role)
+        return rows, columns, min(rows, columns)
+    left, right = f"{role}_a", f"{role}_b"
+    shapes.need(left, role)
+    shapes.need(right, right)
+    rank, columns = shapes.matrix(right)
+    tucker = role == "lokr_w2" and "lokr_t2" in shapes
+    shape = shapes.matrix(left)
+    rows, other = (shape[1], shape[0]) if tucker else shape
+    shapes.expect(left, other == rank, f"(rows, {rank})")
+    if tucker:
+        shapes.expect("lokr_t2", shapes.matrix("lokr_t2") == (rank, rank), f"({rank}, {rank}, 1, 1)")
+    return rows, columns, rank
+
+
+def _check_oft(shapes: _Shapes) -> int:
+    shapes.need("oft_blocks", "oft_blocks")
+    shape, out_features = shapes.pieces["oft_blocks"].shape, shapes.target.out_features
+    if len(shape) == 4:
+        raise LoraError(
+            f"{shapes.source}: '{shapes.pieces['oft_blocks'].key}' is BOFT, whose butterfly mixes all rows of the "
+            f"weight: beside the weights it would cost another one of its size. {INSTEAD}"
+        )
+    good = len(shape) == 3 and shape[1] == shape[2] and shape[0] * shape[1] == out_features and shape[1] > 1
+    shapes.expect("oft_blocks", good, f"(blocks, b, b) with blocks · b = {out_features}")
+    return 0
+
+
+def _check_bias(shapes: _Shapes) -> int:
+    return 0
+
+
+def _check_companions(shapes: _Shapes, kind: str) -> None:
+    out_features = shapes.target.out_features
+    for role in ("diff_b", "up_bias", "magnitude"):
+        if role in shapes:
+            shapes.vector(role, out_features)
+    if "alpha" in shapes:
+        shapes.expect("alpha", _numel(shapes.pieces["alpha"].shape) == 1, "one number")
+    if "dora_scale" in shapes:
+        piece = shapes.pieces["dora_scale"]
+        if piece.shape == (1, shapes.target.in_features):
+            raise LoraError(
+                f"{shapes.source}: '{piece.key}' is a DoRA over the input's columns, which scales the weight from "
+                f"the right; only one over the output's rows can be carried. {INSTEAD}"
+            )
+        shapes.expect("dora_scale", piece.shape == (out_features, 1), f"({out_features}, 1)")
+        if "magnitude" in shapes:
+            shapes.expect("magnitude", False, "no second magnitude beside dora_scale")
+    if "magnitude" in shapes and "up_bias" in shapes:
+        shapes.expect("up_bias", False, "no bias beside DoRA")
+
+
+def _alpha_scale(change: Change, tensors: Mapping[str, Tensor]) -> float:
+    """Alpha / rank, as each kind counts its rank."""
+    if "alpha" not in tensors:
+        return 1.0
+    alpha = float(tensors["alpha"])
+    if change.kind == "LoRA":
+        return alpha / change.rank
+    # LoKr: of the last factor that is a product; with none, ComfyUI and LyCORIS ignore alpha.
+    roles = ("hada_w1_b",) if change.kind == "LoHa" else ("lokr_w2_b", "lokr_w1_b")
+    for role in roles:
+        if role in change.pieces:
+            return alpha / change.pieces[role].shape[0]
+    return 1.0
+
+
+def _kron_side(values: Mapping[str, Tensor], role: str) -> Factors:
+    if role in values:
+        return lowrank.whole(values[role].flatten(1))
+    left, right = values[f"{role}_a"], values[f"{role}_b"]
+    if role == "lokr_w2" and "lokr_t2" in values:
+        left, right = left.T.contiguous(), values["lokr_t2"].flatten(1) @ right
+    return Factors(right, left)
+
+
+def _magnitude(tensors: Mapping[str, Tensor]) -> Magnitude | None:
+    for role, after in (("dora_scale", False), ("magnitude", True)):
+        if role in tensors:
+            return Magnitude(to_float(tensors[role]).flatten(), after)
+    return None
+
+
+def _turn(change: Change, tensors: Mapping[str, Tensor]) -> Tensor:
+    """(R - I)ᵀ of the rotations R that the blocks say."""
+    if "rescale" in tensors and bool((to_float(tensors["rescale"]) != 1.0).any()):
+        raise LoraError(
+            f"{change.source}: '{change.pieces['rescale'].key}' rescales the rotated weight, which ComfyUI leaves out; "
+            f"what it should look like is not defined. {INSTEAD}"
+        )
+    blocks = tensors["oft_blocks"].double()
+    skew = blocks - blocks.transpose(1, 2)
+    alpha = float(tensors["alpha"]) if "alpha" in tensors else 0.0
+    if alpha > 0.0:
+        length = float(skew.norm()) + 1e-8
+        skew = skew * min(1.0, alpha / length)
+    identity = torch.eye(blocks.shape[1], dtype=torch.float64)
+    rotation = torch.linalg.solve(identity - skew, identity + skew, left=False)
+    return (rotation - identity).transpose(1, 2).float().contiguous()

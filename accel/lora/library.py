@@ -1,0 +1,214 @@
+"""Every LoRA that an engine knows: as files, prepared on the host, on the device; each within its budget."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+import torch
+
+from ..files import FileIdentity
+from ..memory import PoolBudgets, pinned_bytes
+from ..spec import ModelSpec
+from .device import DeviceLoras
+from .file import read_lora
+from .pool import ByteLru
+from .rescale import UnscaledB, rescalable
+from .slots import LoraSlots
+from .stack import FlatLora, LoraStack, flatten
+from .weights import LoraWeights
+
+
+@dataclass(frozen=True)
+class StackKey:
+    """What a prepared stack is found by.
+
+    Attributes:
+        identities: of its active LoRAs, in order.
+        strengths: None where another strength is only another lora_B, so that one buffer serves them all.
+    """
+
+    identities: tuple[FileIdentity, ...]
+    strengths: tuple[float, ...] | None
+
+
+@dataclass
+class Prepared:
+    """A flat buffer, and the strengths that its lora_B has now; None: writing them was interrupted."""
+
+    flat: FlatLora
+    strengths: tuple[float, ...] | None
+
+
+class LoraLibrary:
+    """LoRAs on their way from a file to the device.
+
+    `read` and `prepare` may be called from any thread; the others from one at a time, see `Engine`.
+    """
+
+    def __init__(self, spec: ModelSpec, dtype: torch.dtype, device: torch.device, budgets: PoolBudgets) -> None:
+        """Start empty.
+
+        Args:
+            spec: the model that the LoRAs must fit.
+            dtype: the transformer's.
+            device: where it runs.
+            budgets: what may be kept.
+        """
+        self._spec = spec
+        self._dtype = dtype
+        self._device = device
+        self._pin = device.type == "cuda"
+        self._files: ByteLru[LoraWeights] = ByteLru(budgets.files_bytes, lambda weights: weights.bytes)
+        self._host: ByteLru[Prepared] = ByteLru(budgets.host_bytes, self._host_bytes)
+        self._unscaled: ByteLru[UnscaledB] = ByteLru(budgets.device_bytes // 2, lambda values: values.bytes)
+        self._device_bytes = budgets.device_bytes
+        self._loras: DeviceLoras | None = None
+        self._on_device: dict[StackKey, Prepared] = {}
+        self._fixed: set[tuple[FileIdentity, ...]] = set()
+        self._generation = 0
+
+    @property
+    def host_bytes(self) -> int:
+        """What the prepared stacks take in host memory."""
+        return self._host.bytes
+
+    @property
+    def host_budget_bytes(self) -> int:
+        """What they may take."""
+        return self._host.budget_bytes
+
+    def attach(self, slots: LoraSlots, budgets: PoolBudgets) -> None:
+        """Begin to bring LoRAs to a model's slots, within budgets of the memory that is free now."""
+        self._files.budget_bytes, self._host.budget_bytes = budgets.files_bytes, budgets.host_bytes
+        self._unscaled.budget_bytes = budgets.device_bytes // 2
+        self._loras = DeviceLoras(slots, self._device, budgets.device_bytes)
+
+    def detach(self) -> None:
+        """Forget what is on the device."""
+        self._loras = None
+        self._on_device = {}
+        self._unscaled.clear()
+
+    def clear(self) -> None:
+        """Give all memory back; what is being read or prepared on another thread meanwhile is not kept either."""
+        self._generation += 1
+        self.detach()
+        self._host.clear()
+        self._files.clear()
+        self._fixed.clear()
+        if self._pin and hasattr(torch.accelerator, "empty_host_cache"):
+            torch.accelerator.empty_host_cache()  # torch keeps freed page-locked memory for itself otherwise
+
+    def read(self, path: str) -> LoraWeights:
+        """Read and check a file; from memory while the file is unchanged. See `file.read_lora` for the errors."""
+        identity = FileIdentity.of(path)
+        weights = self._files.get(identity)
+        if weights is None:
+            generation = self._generation
+            weights = read_lora(path, self._spec)
+            if generation == self._generation:
+                self._files.put(weights.identity, weights)
+                self._drop_older(weights.identity)
+        return weights
+
+    def prepare(self, stack: LoraStack) -> tuple[Prepared, bool]:
+        """Flatten a stack into host memory, unless it is there, at whatever strengths.
+
+        Returns:
+            The stack, and whether it was there.
+
+        Raises:
+            LoraError: see `stack.flatten`.
+        """
+        prepared = self._host.get(self._key(stack))
+        if prepared is not None:
+            return prepared, True
+        generation = self._generation
+        flat = flatten(stack.active, self._dtype, pin=self._pin)
+        if not rescalable(flat):
+            self._fixed.add(stack.identities)
+        prepared = Prepared(flat, stack.strengths)
+        if generation == self._generation:
+            self._host.put(self._key(stack), prepared)
+        return prepared, False
+
+    def prepared(self, stack: LoraStack) -> bool:
+        """Whether `prepare` would find a stack."""
+        return self._key(stack) in self._host
+
+    def bring(self, stack: LoraStack, *, make_room: bool = True) -> str:
+        """Bring an active stack to the device, and make sure that its strengths can be had. Changes nothing bound.
+
+        Args:
+            make_room: whether others may have to leave; otherwise it stays in host memory when there is no room.
+
+        Returns:
+            "hot", "strength" (there, with another lora_B), "warm" or "cold", see `engine.SwapReport`.
+
+        Raises:
+            LoraError: see `stack.flatten`.
+        """
+        key, loras = self._key(stack), self._loras
+        resident = self._on_device.get(key) if key in loras else None
+        source = "hot"
+        if resident is None:
+            prepared, warm = self.prepare(stack)
+            key, source = self._key(stack), "warm" if warm else "cold"
+            if not make_room and not loras.fits(prepared.flat.bytes):
+                return source
+            self._on_device.pop(key, None)  # what an interrupt leaves is then unknown, not wrong
+            loras.put(key, prepared.flat)
+            flat = loras.flat(key)
+            resident = prepared if flat is prepared.flat else Prepared(flat, prepared.strengths)
+            self._on_device = {known: value for known, value in self._on_device.items() if known in loras}
+            self._on_device[key] = resident
+        if resident.strengths != stack.strengths:
+            self._unscaled_of(key, stack, resident).check(stack.active, self._dtype)
+            source = "strength" if source == "hot" else source
+        return source
+
+    def bind(self, stack: LoraStack) -> int:
+        """Bind a stack that `bring` has just brought, at its strengths.
+
+        Returns:
+            Its size on the device in bytes.
+        """
+        if not stack.active:
+            self._loras.bind_empty()
+            return 0
+        key = self._key(stack)
+        resident = self._on_device[key]
+        if resident.strengths != stack.strengths:
+            unscaled = self._unscaled_of(key, stack, resident)
+            resident.strengths = None
+            unscaled.multiply(stack.active, resident.flat)
+            resident.strengths = stack.strengths
+        self._loras.bind(key)
+        return self._loras.size_of(key)
+
+    def _key(self, stack: LoraStack) -> StackKey:
+        identities = stack.identities
+        return StackKey(identities, stack.strengths if identities in self._fixed else None)
+
+    def _unscaled_of(self, key: StackKey, stack: LoraStack, resident: Prepared) -> UnscaledB:
+        unscaled = self._unscaled.get(key)
+        if unscaled is None:
+            unscaled = UnscaledB(stack.active, resident.flat)
+            self._unscaled.put(key, unscaled)
+        return unscaled
+
+    def _drop_older(self, identity: FileIdentity) -> None:
+        """Drop what was made of earlier states of a file."""
+
+        def older(other: FileIdentity) -> bool:
+            return other.path == identity.path and other != identity
+
+        def outdated(key: Hashable) -> bool:
+            return any(map(older, key.identities)) if isinstance(key, StackKey) else older(key)
+
+        for pool in (self._files, self._host, self._unscaled):
+            pool.drop(outdated)
+
+    def _host_bytes(self, prepared: Prepared) -> int:
+        return pinned_bytes(prepared.flat.bytes) if self._pin else prepared.flat.bytes

@@ -1,0 +1,128 @@
+"""LoRAs that lie in memory already, as another program's patches: known by their content."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import LoraError
+from ..files import FLOAT_DTYPES, FileIdentity
+from ..layout import LoraTarget, VectorWeight
+from .file import make_report
+from .kinds import Piece, check_change, convert, product_factors
+from .lowrank import Tolerance
+from .weights import LoraLayer, LoraWeights, RotationLayer, VectorLayer, check_finite, to_float
+
+SOURCE = "LoRA"
+
+
+@dataclass(frozen=True)
+class LinearPatch:
+    """The tensors that change one linear.
+
+    Attributes:
+        name: what messages call it.
+        target: the linears that it means.
+        values: role, see `kinds.COMPANIONS` -> tensor; alpha is a number.
+    """
+
+    name: str
+    target: LoraTarget
+    values: Mapping[str, Tensor | float]
+
+
+@dataclass(frozen=True)
+class NormPatch:
+    """A change of a norm's scale.
+
+    Attributes:
+        name: what messages call it.
+        vector: the norm.
+        value: (size,), any float dtype.
+        replaces: whether it stands in the scale's place.
+    """
+
+    name: str
+    vector: VectorWeight
+    value: Tensor
+    replaces: bool
+
+
+def from_patches(
+    patches: Iterable[LinearPatch | NormPatch],
+    digest: Callable[[str, Tensor], str],
+    tolerance: Tolerance = Tolerance(),
+) -> LoraWeights:
+    """Make weights of tensors in memory, identified by their content.
+
+    Args:
+        patches: as one LoRA brings them.
+        digest: `tensor_digest`, or something that remembers its answers.
+        tolerance: how far a LoHa or LoKr of high rank may be cut.
+
+    Raises:
+        LoraError: a wrong shape, NaN, or a kind that cannot be carried.
+    """
+    layers: list[LoraLayer | RotationLayer] = []
+    vectors: list[VectorLayer] = []
+    changes, errors = [], {}
+    content = hashlib.blake2b(digest_size=8)
+    size = 0
+    with torch.inference_mode(False), torch.no_grad():
+        for patch in patches:
+            if isinstance(patch, NormPatch):
+                vectors.append(_norm(patch))
+                size += patch.value.nbytes
+                content.update(f"{patch.name} {patch.replaces} {digest(patch.name, patch.value)}".encode())
+                continue
+            tensors = {role: _tensor(value) for role, value in patch.values.items()}
+            pieces = {role: Piece(f"{patch.name} {role}", tuple(tensor.shape)) for role, tensor in tensors.items()}
+            change = check_change(SOURCE, patch.name, patch.target, pieces)
+            content.update(f"{patch.name} {patch.target}".encode())
+            for role, tensor in sorted(tensors.items()):
+                if role != "alpha" and tensor.dtype not in FLOAT_DTYPES:
+                    raise LoraError(f"{SOURCE}: '{patch.name}' has a {role} of {tensor.dtype}, expected a float type.")
+                # Made anew each time, an alpha has no place in a memory of digests.
+                said = float(tensor) if role == "alpha" else digest(patch.name, patch.values[role])
+                content.update(f" {role} {said}".encode())
+                size += tensor.nbytes
+            factors = product_factors(change, tensors, tolerance) if change.kind in ("LoHa", "LoKr") else None
+            if factors is not None and factors.error:
+                errors[change.name] = (factors.error, factors.norm)
+            converted = convert(change, tensors, None, factors)
+            layers += converted.layers
+            vectors += converted.vectors
+            changes.append(change)
+    identity = FileIdentity(f"LoRA {content.hexdigest()}", 0, size)
+    report = make_report("patches of another node", changes, layers, vectors, errors, 0)
+    return LoraWeights(identity, tuple(layers), (), tuple(vectors), math.inf, report)
+
+
+def tensor_digest(name: str, tensor: Tensor) -> str:
+    """Digest of a tensor's bytes, dtype and shape; about a second per GB.
+
+    Raises:
+        LoraError: it holds NaN or infinity.
+    """
+    check_finite(name, tensor)
+    content = hashlib.blake2b(f"{tensor.dtype} {tuple(tensor.shape)}".encode(), digest_size=16)
+    content.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return content.hexdigest()
+
+
+def _tensor(value: Tensor | float) -> Tensor:
+    return value.detach().cpu() if isinstance(value, Tensor) else torch.tensor(float(value), dtype=torch.float64)
+
+
+def _norm(patch: NormPatch) -> VectorLayer:
+    if patch.value.numel() != patch.vector.size:
+        raise LoraError(
+            f"{SOURCE}: '{patch.name}' is changed by {tuple(patch.value.shape)}, expected ({patch.vector.size},): "
+            "it is for a model of another size or kind. Choose a LoRA for this model."
+        )
+    return VectorLayer(patch.vector.parameter, to_float(patch.value.detach().cpu()).flatten(), 1.0, patch.replaces)

@@ -1,0 +1,58 @@
+"""What became of a LoRA's keys."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class LoraReport:
+    """Every key of a file, accounted for; a key that cannot be is an error before there is a report.
+
+    Attributes:
+        format: the file's format as a person knows it, such as "Kohya sd-scripts".
+        kinds: "LoRA", "LoKr", "DoRA", "bias", ... -> how many layers of the file have it.
+        ranks: smallest and largest rank that is applied; (0, 0) without any.
+        targets: linears of the model that change.
+        keys_applied: keys that are applied exactly.
+        keys_approximated: keys of changes that were cut to a lower rank.
+        max_error: largest relative Frobenius error of one of these changes.
+        overall_error: the same over all of them together.
+        text_encoder_keys: keys for CLIP and T5, which go through ComfyUI's own patcher.
+    """
+
+    format: str = "unknown"
+    kinds: Mapping[str, int] = field(default_factory=dict)
+    ranks: tuple[int, int] = (0, 0)
+    targets: int = 0
+    keys_applied: int = 0
+    keys_approximated: int = 0
+    max_error: float = 0.0
+    overall_error: float = 0.0
+    text_encoder_keys: int = 0
+
+    def __str__(self) -> str:
+        """One line for a log."""
+        low, high = self.ranks
+        parts = [f"{self.format}: {', '.join(f'{kind} on {count}' for kind, count in self.kinds.items())}"]
+        if high:
+            parts.append(f"rank {low}" if low == high else f"ranks {low} to {high}")
+        parts.append(f"{self.targets} linears")
+        parts.append(f"{self.keys_applied} keys applied exactly")
+        if self.keys_approximated:
+            parts.append(
+                f"{self.keys_approximated} approximated (error {self.overall_error:.2%} overall, "
+                f"{self.max_error:.2%} at most)"
+            )
+        if self.text_encoder_keys:
+            parts.append(f"{self.text_encoder_keys} for text encoders")
+        return ", ".join(parts)
+
+
+def overall_error(errors: Mapping[str, tuple[float, float]]) -> tuple[float, float]:
+    """The largest and the overall relative error of changes given as name -> (relative error, norm)."""
+    total = math.fsum(norm**2 for _, norm in errors.values())
+    lost = math.fsum((error * norm) ** 2 for error, norm in errors.values())
+    return max((error for error, _ in errors.values()), default=0.0), math.sqrt(lost / total) if total else 0.0

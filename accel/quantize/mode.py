@@ -1,0 +1,122 @@
+"""What a quantization mode is, and why one cannot run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import SettingsError
+
+
+@dataclass(frozen=True)
+class Mode:
+    """One way to store the weight of a linear in fewer bits.
+
+    What is converted is the same for all modes: the linears inside the blocks (99.5 % of FLUX.1's weights), see
+    `Flux1.quantizable`. Of those a mode leaves the ones whose sizes its kernels cannot take; a load reports them.
+
+    Attributes:
+        name: one of `settings.QUANTIZATION_MODES`.
+        summary: what it does, in a few words, for a user.
+        library: distribution that it builds on, and the oldest version that has what it uses.
+        lacks: device -> why it cannot run there, or None.
+        multiple_of: what out_features and in_features must be multiples of.
+        weight_bytes: (out_features, in_features) -> bytes of a converted weight with its scales, without bias.
+        convert: (weight (out, in) of a float dtype, bias (out,) of the same, whether the linear runs once per picture
+            instead of on every token) -> a module with `in_features`, `out_features` and `forward`, on the weight's
+            device; its parameters do not require gradients, and their `dtype` is the weight's.
+        instead: the nearest other modes, nearest first.
+        needs_compile: without compiling it is slower than no quantization.
+        bf16_only: on a GPU its kernels compute in bfloat16 alone.
+        needs_device: the conversion itself runs on the GPU alone.
+    """
+
+    name: str
+    summary: str
+    library: tuple[str, str]
+    lacks: Callable[[torch.device], str | None]
+    multiple_of: tuple[int, int]
+    weight_bytes: Callable[[int, int], int]
+    convert: Callable[[Tensor, Tensor, bool], nn.Module]
+    instead: tuple[str, ...]
+    needs_compile: bool = False
+    bf16_only: bool = False
+    needs_device: bool = False
+
+    @property
+    def libraries(self) -> tuple[str, ...]:
+        """The installed library with its version: part of what the converted weights depend on."""
+        name, _ = self.library
+        return (f"{name} {version(name)}",)
+
+    def fits(self, out_features: int, in_features: int) -> bool:
+        """Whether the mode's kernels take a linear of this size."""
+        return out_features % self.multiple_of[0] == 0 and in_features % self.multiple_of[1] == 0
+
+    def missing(self, device: torch.device) -> str | None:
+        """Why the mode cannot run on a device: what the sentence after its name says. None: it can."""
+        name, oldest = self.library
+        found = _installed(name)
+        if found is None:
+            return f"needs {name}, which is not installed: pip install '{name}>={oldest}' in ComfyUI's Python"
+        if _is_older(found, oldest):
+            return f"needs {name} {oldest} or newer, installed is {found}: pip install --upgrade {name}"
+        return self.lacks(device)
+
+    def compute_dtype(self, dtype: torch.dtype, device: torch.device, explicit: bool) -> torch.dtype:
+        """The dtype to compute in.
+
+        Args:
+            dtype: what it would be without quantization.
+            explicit: whether the user chose it; otherwise another one may take its place.
+
+        Raises:
+            SettingsError: an explicit choice that the mode's kernels do not take.
+        """
+        if not self.bf16_only or device.type == "cpu" or dtype == torch.bfloat16:
+            return dtype
+        if explicit:
+            name = str(dtype).removeprefix("torch.")
+            raise SettingsError(
+                f"quantization '{self.name}' computes in bfloat16 on a GPU, but dtype is {name}: choose 'bf16' or "
+                "'auto', or a weight-only mode."
+            )
+        return torch.bfloat16
+
+
+def runs_anywhere(device: torch.device) -> None:
+    """A `Mode.lacks` of what PyTorch itself computes on every device."""
+
+
+def cuda_from(major: int, minor: int, what: str, or_on: tuple[str, ...] = ()) -> Callable[[torch.device], str | None]:
+    """A `Mode.lacks` for kernels that NVIDIA cards have from a compute capability on, and other devices by name."""
+
+    def lacks(device: torch.device) -> str | None:
+        if device.type in or_on:
+            return None
+        wanted = f"needs {what}, which NVIDIA cards have from compute capability {major}.{minor} on"
+        if device.type != "cuda" or torch.version.hip is not None:
+            return f"{wanted}; this is {'an AMD card' if device.type == 'cuda' else 'the device ' + str(device)}"
+        found = torch.cuda.get_device_capability(device)
+        if found < (major, minor):
+            return f"{wanted}; {torch.cuda.get_device_name(device)} has {found[0]}.{found[1]}"
+        return None
+
+    return lacks
+
+
+def _installed(distribution: str) -> str | None:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
+
+
+def _is_older(found: str, oldest: str) -> bool:
+    from packaging.version import Version
+
+    return Version(found) < Version(oldest)

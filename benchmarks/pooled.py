@@ -1,0 +1,137 @@
+"""What the engine's LoRA pools save: another strength, a stack, a LoRA that was prefetched, higher ranks."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+
+from accel.families.flux1 import Flux1Config
+from accel.files import FileIdentity
+from accel.lora.library import LoraLibrary
+from accel.lora.slots import ADAPTER
+from accel.lora.stack import LoraStack
+from accel.lora.weights import LoraLayer, LoraWeights
+from accel.memory import GIB, PoolBudgets
+
+from . import flux_loras
+from .flux_loras import DTYPE, STRENGTH, Pairs, RandomLora, check_bound, random_lora
+from .report import Variant
+
+CPU = torch.device("cpu")
+BUDGETS = PoolBudgets(1, 16 * GIB, 16 * GIB)
+RANKS = (64, 128)
+STRENGTHS = (STRENGTH, -0.6)
+# Variant -> the remark in the table.
+POOLED = {
+    "stack3": "a stack of three on the device: bind",
+    "multiply": "one product over the same lora_B, for comparison",
+    "strength": "on the device, another strength: multiply lora_B, bind",
+    "prefetched": "prepared while another one sampled: bind",
+    **{f"rank{rank}_hot": f"rank {rank} on the device: bind" for rank in RANKS},
+}
+
+
+class Pooled:
+    """The pack's `LoraLibrary` over a model on the meta device. Host memory is the device, as on a CPU."""
+
+    def __init__(self, config: Flux1Config, loras: Sequence[RandomLora]) -> None:
+        """Prepare nothing yet but what is compared with."""
+        self._config = config
+        self._loras = loras
+        self._model, self._slots = flux_loras.slots_of(config)
+        self._library = self._new_library()
+        lora_B = torch.cat([b.flatten() for _, b in loras[0].pairs.values()])
+        self._product = lora_B, torch.zeros_like(lora_B)
+        self._other = self._stack((loras[-1], STRENGTH))
+
+    def variants(self) -> list[Variant]:
+        """One for each of `POOLED`."""
+        strengths = itertools.cycle(STRENGTHS)
+        variants = [
+            self._hot("stack3", self._stack(*((lora, STRENGTH) for lora in self._loras)), _stacked(self._loras)),
+            Variant("multiply", lambda: self._multiply(next(strengths))),
+            self._strength(),
+            self._prefetched(),
+        ]
+        for rank in RANKS:
+            lora = random_lora(self._config, f"rank-{rank}", rank, rank)
+            variants.append(self._hot(f"rank{rank}_hot", self._stack((lora, STRENGTH)), lora.scaled))
+        return variants
+
+    def _hot(self, name: str, stack: LoraStack, expected: Pairs) -> Variant:
+        def before() -> None:
+            self._switch(stack)  # as the step before the last would have
+            self._switch(self._other)
+
+        return Variant(name, lambda: self._switch(stack), before, lambda: self._check(name, expected))
+
+    def _strength(self) -> Variant:
+        lora, turns = self._loras[0], itertools.cycle(STRENGTHS)
+        strength = STRENGTHS[-1]
+
+        def before() -> None:
+            nonlocal strength
+            self._switch(self._stack((lora, strength)))
+            strength = next(turns)
+
+        def run() -> None:
+            self._switch(self._stack((lora, strength)))
+
+        return Variant("strength", run, before, lambda: self._check("strength", lora.scaled_by(strength)))
+
+    def _prefetched(self) -> Variant:
+        lora = self._loras[1]
+        stack = self._stack((lora, STRENGTH))
+        library = self._new_library()
+
+        def before() -> None:
+            library.clear()
+            library.attach(self._slots, BUDGETS)
+            library.bring(self._other)
+            library.bind(self._other)
+            # What `Engine.prefetch` does.
+            library.prepare(stack)
+            library.bring(stack, make_room=False)
+
+        def run() -> None:
+            library.bring(stack)
+            library.bind(stack)
+
+        return Variant("prefetched", run, before, lambda: self._check("prefetched", lora.scaled))
+
+    def _multiply(self, strength: float) -> None:
+        source, target = self._product
+        torch.mul(source, strength, out=target)
+
+    def _switch(self, stack: LoraStack) -> None:
+        self._library.bring(stack)
+        self._library.bind(stack)
+
+    def _check(self, name: str, expected: Pairs) -> None:
+        check_bound(name, self._model, ADAPTER, expected)
+
+    def _stack(self, *entries: tuple[RandomLora, float]) -> LoraStack:
+        stack = LoraStack()
+        for lora, strength in entries:
+            layers = tuple(LoraLayer(module, a, b, 1.0) for module, (a, b) in lora.pairs.items())
+            stack = stack.with_lora(LoraWeights(FileIdentity(lora.name, 0, 0), layers, ()), strength)
+        return stack
+
+    def _new_library(self) -> LoraLibrary:
+        library = LoraLibrary(flux_loras.spec_of(self._config), DTYPE, CPU, BUDGETS)
+        library.attach(self._slots, BUDGETS)
+        return library
+
+
+def _stacked(loras: Sequence[RandomLora]) -> Pairs:
+    """What a stack of these at `STRENGTH` has to bind."""
+    scaled = [lora.scaled for lora in loras]
+    return {
+        module: (
+            torch.cat([pairs[module][0] for pairs in scaled]),
+            torch.cat([pairs[module][1] for pairs in scaled], dim=1),
+        )
+        for module in scaled[0]
+    }

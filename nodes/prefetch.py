@@ -1,0 +1,117 @@
+"""What the prompts in ComfyUI's queue will want of LoRAs, so that it can be prepared while another one samples."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import folder_paths
+
+from ..accel.engine import Engine
+from ..accel.errors import SettingsError
+from ..accel.files import FileIdentity
+from ..accel.lora.schedule import between
+from ..accel.prefetch import Prefetcher, WantedLora, WantedStack
+
+OURS = "FluxHotswapLora"
+LOADER = "FluxAccelLoader"
+# ComfyUI's own nodes read their file themselves, so only its way from the disk can be saved.
+NATIVE = ("LoraLoader", "LoraLoaderModelOnly")
+LORA_NODES = (OURS, *NATIVE)
+# How many queued prompts are looked at.
+AHEAD = 8
+Graph = Mapping[str, Mapping[str, Any]]
+
+
+def prefetcher_for(engine: Engine) -> Prefetcher:
+    """A prefetcher that watches ComfyUI's queue for LoRAs of one engine's model."""
+    checkpoint = engine.spec.file.identity.path
+
+    def wanted() -> Sequence[WantedStack]:
+        return [stack for graph in _graphs() for stack in stacks_of(graph, checkpoint)]
+
+    return Prefetcher(engine, wanted)
+
+
+def stacks_of(graph: Graph, checkpoint: str) -> list[WantedStack]:
+    """The stacks of LoRAs that a graph in API form puts on a checkpoint's model, in the order of their consumers.
+
+    Args:
+        graph: node id -> {"class_type", "inputs"}; a link is `[node id, output]`.
+        checkpoint: real path of the model's file.
+    """
+    found: dict[WantedStack, None] = {}
+    for node in graph.values():
+        if node.get("class_type") in LORA_NODES:
+            continue
+        for link in node.get("inputs", {}).values():
+            # Output 0 is the model's; what comes from output 1 is a CLIP.
+            if _is_link(link) and link[1] == 0 and _class(graph, link[0]) in LORA_NODES:
+                stack = _stack(graph, link[0], checkpoint)
+                if stack:
+                    found[stack] = None
+    return list(found)
+
+
+def _stack(graph: Graph, node_id: str, checkpoint: str) -> WantedStack:
+    """Follow a chain of LoRA nodes up to its loader; empty if that is not this checkpoint's."""
+    loras: list[WantedLora | None] = []
+    visited: set[str] = set()
+    while node_id in graph and node_id not in visited:
+        visited.add(node_id)
+        kind, inputs = _class(graph, node_id), graph[node_id].get("inputs", {})
+        if kind == LOADER:
+            name = inputs.get("model_name")
+            path = folder_paths.get_full_path("diffusion_models", name) if isinstance(name, str) else None
+            return _ordered(loras) if path and FileIdentity.of(path).path == checkpoint else ()
+        if kind in LORA_NODES:
+            loras.append(_lora(kind, inputs))
+        link = inputs.get("model")
+        if not _is_link(link):
+            return ()
+        node_id = link[0]
+    return ()
+
+
+def _ordered(upwards: Sequence[WantedLora | None]) -> WantedStack:
+    """First applied first. Where one is not known, the stack cannot be prepared, but the others' files can be read."""
+    known = [lora for lora in reversed(upwards) if lora is not None]
+    if len(known) < len(upwards):
+        known = [replace(lora, strength=None) for lora in known]
+    return tuple(known)
+
+
+def _lora(kind: str, inputs: Mapping[str, Any]) -> WantedLora | None:
+    """What one node says; None if its file is linked, or is not there."""
+    name = inputs.get("lora_name")
+    path = folder_paths.get_full_path("loras", name) if isinstance(name, str) else None
+    if path is None:
+        return None
+    strength = inputs.get("strength" if kind == OURS else "strength_model")
+    percents = inputs.get("start_percent", 0.0), inputs.get("end_percent", 1.0)
+    if not all(isinstance(value, (int, float)) for value in (strength, *percents)):
+        return WantedLora(path, None, own=kind == OURS)
+    try:
+        return WantedLora(path, float(strength), between(*percents), kind == OURS)
+    except SettingsError:  # its node will say so
+        return None
+
+
+def _graphs() -> Iterator[Graph]:
+    """The running prompt, then the queued ones, next first."""
+    from server import PromptServer
+
+    running, queued = PromptServer.instance.prompt_queue.get_current_queue_volatile()
+    for item in itertools.chain(running, heapq.nsmallest(AHEAD, queued, key=lambda item: item[:2])):
+        yield item[2]
+
+
+def _class(graph: Graph, node_id: str) -> str | None:
+    return graph.get(node_id, {}).get("class_type")
+
+
+def _is_link(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) == 2 and isinstance(value[0], str)

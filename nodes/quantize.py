@@ -1,0 +1,78 @@
+"""The node that decides how an accelerated model's weights are stored."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import comfy.model_management
+import folder_paths
+from comfy_api.latest import io
+
+from ..accel.quantize import choose
+from ..accel.settings import QUANTIZATION_MODES, Quantization, QuantizedCache
+from .files import CATEGORY
+from .progress import show_text
+
+# A name for extra_model_paths.yaml, and of the folder in models/ without it.
+CACHE_FOLDER = "flux_hotswap_cache"
+GB = 10**9
+FluxQuantization = io.Custom("FLUX_QUANTIZATION")
+log = logging.getLogger(__name__)
+
+
+class FluxQuantizeTransformer(io.ComfyNode):
+    """Quantize Transformer."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Inputs and outputs."""
+        return io.Schema(
+            node_id="FluxQuantizeTransformer",
+            display_name="Quantize Transformer",
+            category=CATEGORY,
+            description="Stores the weights of Accelerated Flux Loader's model in 8 or 4 bits, to need less memory "
+            "and, compiled, less time. LoRAs stay exact and switch as fast. The result is kept on disk for the next "
+            "start.",
+            inputs=[
+                io.Combo.Input(
+                    "mode",
+                    options=["auto", *QUANTIZATION_MODES],
+                    default="auto",
+                    tooltip="auto: the best that this machine runs. fp8, int8: weights and activations, fast when "
+                    "compiled. …_weight_only: more exact, no faster. int4, nvfp4, nf4: a quarter of the memory, less "
+                    "exact. nvfp4, mxfp8: NVIDIA Blackwell. nf4 needs bitsandbytes.",
+                ),
+                io.Boolean.Input(
+                    "cache",
+                    default=True,
+                    tooltip="Keep the quantized weights in models/flux_hotswap_cache (or the folder of that name in "
+                    "extra_model_paths.yaml), so that the next start loads half or a quarter of the file and converts "
+                    "nothing.",
+                ),
+                io.Int.Input(
+                    "cache_limit_gb",
+                    default=50,
+                    min=1,
+                    max=100_000,
+                    tooltip="What the cache may take on the disk; what was not used for longest is deleted first.",
+                ),
+            ],
+            outputs=[FluxQuantization.Output(display_name="quantization")],
+        )
+
+    @classmethod
+    def execute(cls, mode: str, cache: bool = True, cache_limit_gb: int = 50) -> io.NodeOutput:
+        """Resolve the mode for this machine, or say why it does not run here."""
+        choice = choose(mode, comfy.model_management.get_torch_device())
+        text = f"{choice.mode}: {choice.reason}"
+        log.info("Flux Hotswap: quantization %s", f"auto is {text}" if mode == "auto" else text)
+        show_text(text)
+        kept = QuantizedCache(cache_folder(), cache_limit_gb * GB) if cache else None
+        return io.NodeOutput(Quantization(choice.mode, kept))
+
+
+def cache_folder() -> str:
+    """Where quantized weights are kept: the first of the user's own folders of that name, or one in models/."""
+    configured = folder_paths.folder_names_and_paths.get(CACHE_FOLDER)
+    return configured[0][0] if configured and configured[0] else os.path.join(folder_paths.models_dir, CACHE_FOLDER)

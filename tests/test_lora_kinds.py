@@ -1,0 +1,603 @@
+"""What a file of any trainer, format and kind makes of each weight: the same as stock ComfyUI makes of it."""
+
+import json
+import math
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from accel.checkpoint import inspect_checkpoint
+from accel.errors import LoraError
+from accel.lora.buffers import HostBuffers
+from accel.lora.bulk import max_magnitude
+from accel.lora.compose import mix
+from accel.lora.file import read_lora
+from accel.lora.lowrank import Tolerance
+from accel.lora.slots import LoraSlots
+from accel.lora.stack import FlatLora, LoraStack, flatten
+from accel.lora.truncate import truncate
+from harness import lora_files
+from harness.lora_files import ALL_FORMATS, STOCK_FORMATS, kind_state_dict, lora_state_dict, norm_state_dict
+from harness.stock_weights import StockWeights
+from harness.tiny_models import flux_linears
+
+EXACT = 2e-5
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
+TINY = lora_files.TinyFluxConfig()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(models):
+    return models / "diffusion_models/tiny-flux-dev-fp32.safetensors"
+
+
+@pytest.fixture(scope="module")
+def spec(checkpoint):
+    return inspect_checkpoint(str(checkpoint))
+
+
+@pytest.fixture(scope="module")
+def tensors(checkpoint):
+    return load_file(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory):
+    with StockWeights(tmp_path_factory.mktemp("stock")) as process:
+        yield process
+
+
+class Base:
+    """The checkpoint's own weights, as `flatten` asks for them."""
+
+    def __init__(self, spec, tensors):
+        layout = spec.family.layout(spec.config)
+        self.values = {}
+        for linear in layout.linears:
+            for end in ("weight", "bias"):
+                value = tensors[f"{linear.name}.{end}"].float()
+                if linear.swap_halves:
+                    value = torch.cat(value.chunk(2)[::-1])
+                for part in linear.parts:
+                    self.values[f"{part.module}.{end}"] = value[part.start : part.start + part.rows]
+        for vector in layout.vectors:
+            self.values[vector.parameter] = tensors[vector.name].float()
+
+    def weight(self, module):
+        return self.values[f"{module}.weight"]
+
+    def parameter(self, name):
+        return self.values[name]
+
+
+@pytest.fixture(scope="module")
+def base(spec, tensors):
+    return Base(spec, tensors)
+
+
+def effective(flat, base, spec) -> dict[str, torch.Tensor]:
+    """Weights, biases and norms under a stack, by the checkpoint's names; only those that it changes."""
+    values = {}
+    for name, before in base.values.items():
+        module = name.removesuffix(".weight")
+        value = before.double()
+        if module in flat.mixing:
+            value = mix(flat.mixing[module].double(), value)
+        if module in flat.placed:
+            place = flat.placed[module]
+            lora_A = flat.buffer.as_strided(place.a_shape, (place.a_shape[1], 1), place.a_start)
+            lora_B = flat.buffer.as_strided(place.b_shape, (place.b_shape[1], 1), place.b_start)
+            value = value + lora_B.double() @ lora_A.double()
+        values[name] = flat.vectors[name].double() if name in flat.vectors else value
+    touched = {f"{module}.weight" for module in (*flat.placed, *flat.mixing)} | set(flat.vectors)
+    layout = spec.family.layout(spec.config)
+    result = {vector.name: values[vector.parameter] for vector in layout.vectors if vector.parameter in touched}
+    for linear in layout.linears:
+        for end in ("weight", "bias"):
+            names = [f"{part.module}.{end}" for part in linear.parts]
+            if touched & set(names):
+                value = torch.cat([values[name] for name in names])
+                result[f"{linear.name}.{end}"] = torch.cat(value.chunk(2)[::-1]) if linear.swap_halves else value
+    return result
+
+
+def ours(loras, spec, base, **arguments):
+    stack = LoraStack()
+    for path, strength in loras:
+        stack = stack.with_lora(read_lora(str(path), spec, **arguments), strength)
+    return effective(flatten(stack.active, torch.float32, pin=False, base=base), base, spec)
+
+
+def assert_same(actual, expected, before, tolerance=EXACT):
+    """Equal keys; and each change, not only each weight, within the tolerance (relative Frobenius norm)."""
+    assert set(actual) == set(expected)
+    for name, value in expected.items():
+        change = value.double() - before[name].double()
+        assert change.norm() > 0.001 * before[name].norm(), f"{name} hardly changes: equality would say nothing"
+        error = float((actual[name] - value.double()).norm() / change.norm())
+        assert error < tolerance, f"{name}: {error}"
+
+
+def write(folder, name, tensors, metadata=None):
+    path = folder / f"{name}.safetensors"
+    save_file({key: value.contiguous() for key, value in tensors.items()}, path, metadata=metadata)
+    return path
+
+
+@pytest.mark.parametrize("alpha", [None, 3.0])
+@pytest.mark.parametrize("format", STOCK_FORMATS)
+def test_every_format_equals_stock(tmp_path, spec, tensors, base, stock, checkpoint, format, alpha):
+    path = write(tmp_path, "a", lora_state_dict(format, rank=5, alpha=alpha))
+    expected = stock.merge(checkpoint, [(path, 0.7)])
+    assert_same(ours([(path, 0.7)], spec, base), expected, tensors)
+    assert set(expected) == {f"{module}.weight" for module in flux_linears(TINY)}
+
+
+@pytest.mark.parametrize("format", [name for name in ALL_FORMATS if name not in STOCK_FORMATS])
+def test_names_that_stock_does_not_know_mean_the_same_layers(tmp_path, spec, tensors, base, stock, checkpoint, format):
+    """Against stock on the same matrices in its own names."""
+    other, own = {}, {}
+    for module, (_, in_features) in flux_linears(TINY).items():
+        for part in ALL_FORMATS[format].parts(module, TINY):
+            down, up = torch.randn(3, in_features), 0.02 * torch.randn(part.out_features, 3)
+            other |= {f"{part.prefix}.{ALL_FORMATS[format].down}": down, f"{part.prefix}.{ALL_FORMATS[format].up}": up}
+            whole = torch.zeros(flux_linears(TINY)[module][0], 3)
+            whole[: part.out_features] = up
+            own |= {f"diffusion_model.{module}.lora_A.weight": down, f"diffusion_model.{module}.lora_B.weight": whole}
+    expected = stock.merge(checkpoint, [(write(tmp_path, "own", own), 1.0)])
+    assert_same(ours([(write(tmp_path, "other", other), 1.0)], spec, base), expected, tensors)
+
+
+# ComfyUI 0.30 logs an error at a LoKr's middle matrix (a view of what is not contiguous) and leaves it out.
+STOCK_KINDS = [kind for kind in lora_files.KINDS if not kind.startswith("PEFT") and kind != "LoKr Tucker"]
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.6, -0.8])
+@pytest.mark.parametrize("kind", STOCK_KINDS)
+def test_every_kind_equals_stock(tmp_path, spec, tensors, base, stock, checkpoint, kind, strength):
+    path = write(tmp_path, "kind", kind_state_dict(kind, alpha=1.5))
+    expected = stock.merge(checkpoint, [(path, strength)])
+    arguments = {"tolerance": Tolerance(error=1e-6, max_rank=10**6)} if kind == "LoKr full" else {}
+    assert_same(ours([(path, strength)], spec, base, **arguments), expected, tensors)
+
+
+@pytest.mark.parametrize("kind", ["LoKr", "LoHa", "DoRA", "OFT", "LoKr products"])
+def test_kinds_in_split_names_equal_stock(tmp_path, spec, tensors, base, stock, checkpoint, kind):
+    # ComfyUI adds a DoRA's or OFT's change to norm_out with its halves exchanged, but not what multiplies them.
+    file = kind_state_dict(kind, "lycoris", targets=lambda module: not module.startswith("final_layer.adaLN"))
+    path = write(tmp_path, "kind", file)
+    assert_same(ours([(path, 0.9)], spec, base), stock.merge(checkpoint, [(path, 0.9)]), tensors)
+
+
+@pytest.mark.parametrize("format", ["native", "diffusers"])
+def test_norms_equal_stock(tmp_path, spec, tensors, base, stock, checkpoint, format):
+    path = write(tmp_path, "norms", norm_state_dict(format=format))
+    expected = stock.merge(checkpoint, [(path, 0.7)])
+    if format == "native":
+        assert len(expected) == 2 * (2 * TINY.depth + TINY.depth_single)
+    assert_same(ours([(path, 0.7)], spec, base), expected, tensors)
+
+
+def test_a_stack_of_everything_equals_stock(tmp_path, spec, tensors, base, stock, checkpoint):
+    """DoRA and OFT twice each, among others, in both orders: composition depends on the order."""
+    names = ["DoRA", "OFT", "LoRA", "LoKr DoRA", "OFT", "bias", "LoHa", "DoRA"]
+    files = [
+        write(tmp_path, f"{number}", kind_state_dict(kind, seed=number, alpha=2.0))
+        for number, kind in enumerate(names)
+    ]
+    loras = list(zip(files, (0.8, 0.5, -0.7, 1.0, 0.9, 0.3, 0.4, 0.6), strict=True))
+    for order in (loras, loras[::-1], [loras[0], loras[0], loras[2]]):
+        assert_same(ours(order, spec, base), stock.merge(checkpoint, order), tensors, 1e-4)
+
+
+def test_a_lokr_with_a_middle_matrix_is_the_product_that_lycoris_defines(tmp_path, spec, tensors, base):
+    file = kind_state_dict("LoKr Tucker", alpha=3.0, targets=lambda module: module.startswith("double_blocks.0"))
+    actual = ours([(write(tmp_path, "lokr", file), 0.7)], spec, base)
+    for name, value in actual.items():
+        prefix = f"diffusion_model.{name.removesuffix('.weight')}"
+        w1, a, b, middle = (file[f"{prefix}.lokr_{end}"].double() for end in ("w1", "w2_a", "w2_b", "t2"))
+        w2 = torch.einsum("ij,ip,jr->pr", middle[:, :, 0, 0], a, b)
+        expected = tensors[name].double() + 0.7 * 3.0 / 4 * torch.kron(w1, w2)
+        torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_peft_dora_equals_peft(tmp_path, spec, tensors, base):
+    """m / ‖W + s BA‖ (W + s BA), by PEFT's own layer."""
+    from peft.tuners.lora.dora import DoraLinearLayer
+
+    file = kind_state_dict("PEFT DoRA", "diffusers", rank=4, targets=lambda module: "img_attn.qkv" in module)
+    path = write(tmp_path, "dora", file)
+    for strength in (1.0, 0.5, -0.7):
+        actual = ours([(path, strength)], spec, base)
+        for index in range(TINY.depth):
+            parts = []
+            for name in ("to_q", "to_k", "to_v"):
+                module = f"transformer_blocks.{index}.attn.{name}"
+                values = {key.removeprefix(f"transformer.{module}."): value for key, value in file.items()}
+                linear = torch.nn.Linear(256, 256, bias=False)
+                linear.weight.data = base.weight(module).clone()
+                lora_A, lora_B = torch.nn.Linear(256, 4, bias=False), torch.nn.Linear(4, 256, bias=False)
+                lora_A.weight.data, lora_B.weight.data = values["lora_A.weight"], values["lora_B.weight"]
+                layer = DoraLinearLayer(False)
+                layer.weight = torch.nn.Parameter(values["lora_magnitude_vector"])
+                x = torch.eye(256)
+                with torch.no_grad():
+                    added = layer(x, lora_A=lora_A, lora_B=lora_B, scaling=strength, base_layer=linear)
+                    parts.append((linear(x) + added).T)
+            torch.testing.assert_close(
+                actual[f"double_blocks.{index}.img_attn.qkv.weight"].float(), torch.cat(parts), rtol=1e-4, atol=1e-5
+            )
+
+
+def test_peft_bias_is_added_with_the_scale(tmp_path, spec, base):
+    file = kind_state_dict("PEFT bias", "diffusers", rank=4, alpha=2.0)
+    weights = read_lora(str(write(tmp_path, "bias", file)), spec)
+    flat = flatten(LoraStack().with_lora(weights, 0.6).active, torch.float32, pin=False, base=base)
+    assert len(flat.vectors) == len(flat.placed)
+    for parameter, value in flat.vectors.items():
+        added = file[f"transformer.{parameter.removesuffix('.bias')}.lora_B.bias"]
+        torch.testing.assert_close(value, base.parameter(parameter) + 0.6 * 0.5 * added)
+
+
+def saved_by_diffusers(folder, **config):
+    """A file by diffusers' own `save_lora_weights`, from a model with PEFT's layers in it."""
+    from diffusers import FluxPipeline, FluxTransformer2DModel
+    from diffusers.training_utils import _collate_lora_metadata
+    from peft import LoraConfig, get_peft_model_state_dict
+
+    model = FluxTransformer2DModel(
+        patch_size=1, in_channels=64, num_layers=2, num_single_layers=2, attention_head_dim=128, num_attention_heads=2,
+        joint_attention_dim=768, pooled_projection_dim=768, guidance_embeds=True,
+    )
+    model.add_adapter(LoraConfig(init_lora_weights=False, **config))
+    FluxPipeline.save_lora_weights(
+        folder, transformer_lora_layers=get_peft_model_state_dict(model),
+        **_collate_lora_metadata({"transformer": model}),
+    )
+    layers = {}
+    for name, module in model.named_modules():
+        if hasattr(module, "get_delta_weight"):
+            layers[name] = module.get_delta_weight("default").detach()
+    return folder / "pytorch_lora_weights.safetensors", layers
+
+
+@pytest.mark.parametrize("rslora", [False, True], ids=["alpha over rank", "rslora"])
+def test_what_diffusers_saves_is_scaled_as_peft_does(tmp_path, spec, rslora):
+    path, expected = saved_by_diffusers(
+        tmp_path, r=4, lora_alpha=6, use_rslora=rslora,
+        rank_pattern={"attn.to_q": 8, "transformer_blocks.1.ff.net.2": 3}, alpha_pattern={"attn.to_k": 2},
+        target_modules=["to_q", "to_k", "to_v", "ff.net.2", "proj_out", "norm_out.linear", "x_embedder"],
+    )
+    weights = read_lora(str(path), spec)
+    assert {layer.module for layer in weights.layers} == set(expected)
+    assert {layer.rank for layer in weights.layers} == {3, 4, 8}
+    for layer in weights.layers:
+        torch.testing.assert_close(layer.scale * layer.lora_B @ layer.lora_A, expected[layer.module])
+
+
+def test_metadata_that_contradicts_the_matrices_is_refused(tmp_path, spec):
+    metadata = {"lora_adapter_metadata": json.dumps({"transformer.r": 8, "transformer.lora_alpha": 8})}
+    path = write(tmp_path, "other-rank", lora_state_dict("diffusers", rank=4), metadata)
+    with pytest.raises(LoraError, match=r"'other-rank\.safetensors'.*rank 4.*says 8"):
+        read_lora(str(path), spec)
+    path = write(tmp_path, "broken", lora_state_dict("diffusers", rank=4), {"lora_adapter_metadata": "{r: 4}"})
+    with pytest.raises(LoraError, match=r"'broken\.safetensors'.*not a configuration of PEFT"):
+        read_lora(str(path), spec)
+
+
+LAYER = "diffusion_model.double_blocks.0.img_attn.proj"
+REFUSED = {
+    "BOFT": ({f"{LAYER}.oft_blocks": torch.zeros(2, 16, 16, 16)}, "BOFT"),
+    "GLoRA": ({f"{LAYER}.a1.weight": torch.zeros(4, 256)}, "GLoRA"),
+    "whole difference": ({f"{LAYER}.diff": torch.zeros(256, 256)}, "difference of a whole weight"),
+    "whole weight": ({f"{LAYER}.set_weight": torch.zeros(256, 256)}, "whole weight"),
+    "PEFT's OFT": ({f"{LAYER}.oft_R.weight": torch.zeros(4, 120)}, "rotates the layer's input"),
+    "OFT across q, k and v": (
+        {"diffusion_model.double_blocks.0.img_attn.qkv.oft_blocks": 0.01 * torch.randn(8, 96, 96)}, "lie across"),
+    "OFT with rescale": (
+        {f"{LAYER}.oft_blocks": torch.zeros(16, 16, 16), f"{LAYER}.rescale": torch.full((256, 1), 2.0)}, "rescales"),
+    "DoRA over columns": (
+        {**kind_state_dict("LoRA", targets=lambda m: m == "double_blocks.0.img_attn.proj"),
+         f"{LAYER}.dora_scale": torch.ones(1, 256)}, "over the input's columns"),
+    "DoRA without LoRA": ({f"{LAYER}.dora_scale": torch.ones(256, 1)}, "not there"),
+    "two kinds": (
+        {**kind_state_dict("LoRA", targets=lambda m: m == "double_blocks.0.img_attn.proj"),
+         **kind_state_dict("LoHa", targets=lambda m: m == "double_blocks.0.img_attn.proj")}, "two ways"),
+    "half a LoKr": ({f"{LAYER}.lokr_w1": torch.zeros(4, 4)}, "no lokr_w2"),
+    "LoKr of another size": (
+        {f"{LAYER}.lokr_w1": torch.zeros(4, 4), f"{LAYER}.lokr_w2": torch.zeros(32, 64)}, "factor of (256, 256)"),
+    "3x3 convolution": (
+        {f"{LAYER}.lora_down.weight": torch.zeros(4, 256, 3, 3), f"{LAYER}.lora_up.weight": torch.zeros(256, 4, 1, 1)},
+        "expected a matrix"),
+    "control LoRA": (
+        {"img_in.lora_A.weight": torch.zeros(4, 128), "img_in.lora_B.weight": torch.zeros(256, 4),
+         "single_blocks.0.norm.key_norm.scale": torch.ones(128)}, "control LoRA"),
+    "reshaped": (
+        {**kind_state_dict("LoRA", targets=lambda m: m == "img_in"),
+         "diffusion_model.img_in.reshape_weight": torch.tensor([256, 128])}, "reshaped"),
+    "a norm of another size": (
+        {"diffusion_model.single_blocks.0.norm.key_norm.diff": torch.zeros(64)}, "expected (128,)"),
+    "NaN in a bias": ({f"{LAYER}.diff_b": torch.full((256,), math.nan)}, "NaN"),
+}
+
+
+@pytest.mark.parametrize(("file", "words"), REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_carried_is_refused_by_name(tmp_path, spec, file, words):
+    path = write(tmp_path, "refused", file)
+    with pytest.raises(LoraError) as caught:
+        read_lora(str(path), spec)
+    message = str(caught.value)
+    assert "'refused.safetensors'" in message
+    assert words in message
+    assert any(key.rsplit(".", 1)[0] in message or key in message for key in file)
+
+
+# The model's own weights, for what depends on them.
+
+
+class Packed(torch.nn.Module):
+    """A linear whose stored weight is not its weight, as 4-bit ones are."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight = torch.nn.Parameter(linear.weight.detach().T.contiguous(), requires_grad=False)
+        self.bias = linear.bias
+
+    def forward(self, x):
+        return x @ self.weight + self.bias
+
+
+@pytest.mark.parametrize("kind", ["plain", "torchao", "packed"])
+def test_slots_give_the_weights_that_the_model_computes_with(kind):
+    linear = torch.nn.Linear(64, 96)
+    expected, tolerance = linear.weight.detach().clone(), 1e-6
+    model = torch.nn.Sequential(linear)
+    if kind == "torchao":
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+        quantize_(model, Int8WeightOnlyConfig(set_inductor_config=False))
+        tolerance = 0.01
+    elif kind == "packed":
+        model = torch.nn.Sequential(Packed(linear))
+    slots = LoraSlots(model.requires_grad_(False), ["0"], torch.float32, torch.device("cpu"))
+    slots.bind(slots.empty)
+    weight = slots.weight("0")
+    assert (weight.dtype, tuple(weight.shape)) == (torch.float32, (96, 64))
+    torch.testing.assert_close(weight, expected, rtol=0.0, atol=tolerance)
+    own = slots.parameter("0.bias").clone()
+    flat = FlatLora(torch.zeros(64), {}, {}, {"0.bias": torch.full((96,), 7.0)})
+    slots.bind(slots.bindings(flat))
+    assert bool((model[0].base.bias == 7.0).all())
+    assert torch.equal(slots.parameter("0.bias"), own)
+
+
+# Approximations.
+
+
+def test_a_full_lokr_is_cut_at_the_error_that_the_report_states(tmp_path, spec, tensors, base, stock, checkpoint):
+    path = write(tmp_path, "lokr", kind_state_dict("LoKr full"))
+    weights = read_lora(str(path), spec)
+    # Of rank 64, which is not cut: the first linear has 64 columns, the last one 64 rows.
+    assert weights.report.keys_applied == 4
+    assert weights.report.keys_approximated == len(load_file(path)) - 4
+    assert 0.0 < weights.report.overall_error <= weights.report.max_error <= 0.01
+    assert "approximated" in str(weights.report)
+    expected = stock.merge(checkpoint, [(path, 1.0)])
+    actual = ours([(path, 1.0)], spec, base)
+    largest, lost, total = 0.0, 0.0, 0.0
+    for name, value in expected.items():
+        error, change = (actual[name] - value).norm(), (value - tensors[name]).double().norm()
+        largest, lost, total = max(largest, error / change), lost + error**2, total + change**2
+    assert largest == pytest.approx(weights.report.max_error, rel=0.01)
+    assert math.sqrt(lost / total) == pytest.approx(weights.report.overall_error, rel=0.01)
+
+
+def test_a_loha_of_high_rank_is_compressed(tmp_path, spec, tensors, base, stock, checkpoint):
+    path = write(tmp_path, "loha", kind_state_dict("LoHa", rank=12, targets=lambda m: m.startswith("double")))
+    weights = read_lora(str(path), spec)
+    assert weights.report.ranks[1] <= 144
+    assert weights.report.max_error <= 0.01
+    assert_same(ours([(path, 1.0)], spec, base), stock.merge(checkpoint, [(path, 1.0)]), tensors, 0.0101)
+
+
+def test_a_lokr_that_no_rank_fits_is_refused(tmp_path, spec):
+    path = write(tmp_path, "lokr", {f"{LAYER}.lokr_w1": torch.randn(8, 8), f"{LAYER}.lokr_w2": torch.randn(32, 32)})
+    with pytest.raises(LoraError, match=r"'lokr\.safetensors'.*rank 256; the 32 that.*expected at most 10%"):
+        read_lora(str(path), spec, tolerance=Tolerance(max_rank=32))
+
+
+def test_approximations_are_cached_and_rebuilt(tmp_path, spec, monkeypatch):
+    path = write(tmp_path, "lokr", kind_state_dict("LoKr full", targets=lambda m: m.startswith("double_blocks.0")))
+    first = read_lora(str(path), spec, cache_dir=tmp_path / "cache")
+    (cached,) = (tmp_path / "cache").iterdir()
+    import accel.lora.file as module
+
+    computed = []
+    real = module.product_factors
+    monkeypatch.setattr(module, "product_factors", lambda *arguments: computed.append(1) or real(*arguments))
+    second = read_lora(str(path), spec, cache_dir=tmp_path / "cache")
+    assert not computed
+    assert second.report == first.report
+    for one, two in zip(first.layers, second.layers, strict=True):
+        assert torch.equal(one.lora_A, two.lora_A)
+        assert torch.equal(one.lora_B, two.lora_B)
+    good = cached.read_bytes()
+    for damaged in (good[: len(good) // 2], b"", good[:-4] + bytes(4), b"not a file"):
+        cached.write_bytes(damaged)
+        computed.clear()
+        again = read_lora(str(path), spec, cache_dir=tmp_path / "cache")
+        assert len(computed) == 10
+        assert torch.equal(again.layers[0].lora_B, first.layers[0].lora_B)
+        assert cached.read_bytes() == good
+    read_lora(str(path), spec, cache_dir=tmp_path / "cache", tolerance=Tolerance(error=0.005))
+    save_file(kind_state_dict("LoKr full", seed=1, targets=lambda m: m.startswith("double_blocks.0")), path)
+    read_lora(str(path), spec, cache_dir=tmp_path / "cache")
+    assert len(list((tmp_path / "cache").iterdir())) == 3
+
+
+def test_a_cache_that_cannot_be_written_costs_only_time(tmp_path, spec):
+    (tmp_path / "file").write_text("not a folder")
+    path = write(tmp_path, "lokr", kind_state_dict("LoKr full", targets=lambda m: m == "double_blocks.0.img_attn.proj"))
+    assert read_lora(str(path), spec, cache_dir=tmp_path / "file").report.keys_approximated == 2
+
+
+# What a stack costs, and what it costs less.
+
+
+def test_a_stack_is_cut_to_a_rank_at_the_error_that_is_stated(tmp_path, spec, base, tensors):
+    loras = [(write(tmp_path, f"{rank}", lora_state_dict("kohya", rank=rank, seed=rank)), 1.0) for rank in (12, 20)]
+    stack = LoraStack()
+    for path, strength in loras:
+        stack = stack.with_lora(read_lora(str(path), spec), strength)
+    flat = flatten(stack.active, torch.float32, pin=False, base=base)
+    full = effective(flat, base, spec)
+    last = 1.0
+    for rank in (4, 16, 28):
+        result = truncate(flat, rank)
+        ranks = {place.a_shape[0] for place in result.flat.placed.values()}
+        assert ranks == {-(-rank // 16) * 16}
+        cut = effective(result.flat, base, spec)
+        lost = math.sqrt(sum(float((cut[name] - full[name]).norm()) ** 2 for name in full))
+        total = math.sqrt(sum(float((full[name] - tensors[name]).norm()) ** 2 for name in full))
+        assert lost / total == pytest.approx(result.overall_error, rel=1e-3)
+        assert 0.0 < result.overall_error <= result.max_error < last
+        last = result.max_error
+    same = truncate(flat, 32)
+    assert same.max_error == 0.0
+    assert torch.equal(same.flat.buffer, flat.buffer)
+    attention = [same.flat.placed[f"transformer_blocks.0.attn.{name}"].a_start for name in ("to_q", "to_k", "to_v")]
+    assert len(set(attention)) == 1
+    with pytest.raises(ValueError, match="max_rank is 0"):
+        truncate(flat, 0)
+
+
+def test_a_stack_says_what_it_costs(tmp_path, spec, base):
+    kohya = read_lora(str(write(tmp_path, "a", lora_state_dict("kohya", rank=16))), spec)
+    split = read_lora(str(write(tmp_path, "b", lora_state_dict("diffusers", rank=32))), spec)
+    stack = LoraStack().with_lora(kohya, 1.0).with_lora(split, -0.5).with_lora(split, 0.0)
+    assert (stack.cost.linears, stack.cost.max_rank) == (50, 48)
+    assert stack.cost.summed_rank == 50 * 48
+    alone = LoraStack().with_lora(kohya, 1.0)
+    flat = flatten(alone.active, torch.bfloat16, pin=False)
+    assert alone.cost.megabytes(torch.bfloat16) == pytest.approx(flat.bytes / 1e6, rel=1e-3)
+    assert LoraStack().with_lora(kohya, 0.0).cost.megabytes(torch.bfloat16) == 0.0
+
+
+def test_the_report_accounts_for_every_key(tmp_path, spec):
+    file = {
+        **kind_state_dict("LoRA", alpha=2.0, targets=lambda module: module == "img_in"),
+        **kind_state_dict("DoRA", rank=7, targets=lambda module: module == "double_blocks.0.img_attn.qkv"),
+        **kind_state_dict("OFT", targets=lambda module: module == "txt_in"),
+        **kind_state_dict("bias", targets=lambda module: module == "img_in"),
+        **norm_state_dict(),
+        **lora_files.clip_l_lora_state_dict("native", layers=range(1)),
+    }
+    report = read_lora(str(write(tmp_path, "all", file)), spec).report
+    assert report.keys_applied + report.text_encoder_keys == len(file)
+    assert report.kinds == {"LoRA": 1, "DoRA (LoRA)": 1, "OFT": 1, "bias": 1, "norm": 12}
+    assert (report.ranks, report.targets, report.format) == ((4, 7), 5, "ComfyUI")
+    assert str(report).startswith("ComfyUI: DoRA (LoRA) on 1, LoRA on 1, OFT on 1, bias on 1, norm on 12, ranks 4 to 7")
+
+
+@pytest.mark.parametrize("format", list(ALL_FORMATS))
+def test_formats_have_names(tmp_path, spec, format):
+    names = {
+        "kohya": "Kohya sd-scripts", "diffusers": "diffusers / PEFT", "native": "ComfyUI", "bfl": "Black Forest Labs",
+        "diffusers_old": "diffusers / PEFT", "onetrainer": "OneTrainer", "lycoris": "LyCORIS", "fal": "fal",
+        "diffsynth": "DiffSynth", "xlabs": "XLabs",
+    }
+    path = write(tmp_path, "a", lora_state_dict(format, rank=2))
+    assert read_lora(str(path), spec).report.format == names[format]
+
+
+def test_what_needs_the_base_says_so_and_nothing_else_does(tmp_path, spec):
+    for kind, needs in (("LoRA", False), ("OFT", False), ("LoKr", False), ("DoRA", True), ("bias", True)):
+        weights = read_lora(str(write(tmp_path, kind, kind_state_dict(kind))), spec)
+        if needs:
+            with pytest.raises(ValueError, match="needs the base weights"):
+                flatten(LoraStack().with_lora(weights, 1.0).active, torch.float32, pin=False)
+        else:
+            flatten(LoraStack().with_lora(weights, 1.0).active, torch.float32, pin=False)
+
+
+def test_a_strength_that_overflows_is_refused(tmp_path, spec):
+    weights = read_lora(str(write(tmp_path, "big", lora_state_dict("kohya", dtype=torch.float16))), spec)
+    assert math.isfinite(weights.peak)
+    flatten(LoraStack().with_lora(weights, 1000.0).active, torch.float16, pin=False)
+    with pytest.raises(LoraError, match=r"'big\.safetensors' × 1e\+07 overflows"):
+        flatten(LoraStack().with_lora(weights, 1e7).active, torch.float16, pin=False)
+
+
+def test_buffers_are_used_again_when_no_tensor_is_left(tmp_path, spec):
+    buffers = HostBuffers(2**30)
+    path = write(tmp_path, "a", lora_state_dict("kohya", rank=128))
+    plain = read_lora(str(path), spec)
+    weights = read_lora(str(path), spec, buffers=buffers)
+    assert buffers.free_bytes == 0
+    layer = weights.layers[3]
+    address = weights.layers[0].lora_A.untyped_storage().data_ptr()
+    del weights
+    assert buffers.free_bytes == 0
+    assert torch.equal(layer.lora_B, plain.layers[3].lora_B)
+    del layer
+    kept = buffers.free_bytes
+    assert kept >= path.stat().st_size * 0.99
+    again = read_lora(str(path), spec, buffers=buffers)
+    assert again.layers[0].lora_A.untyped_storage().data_ptr() == address
+    flat = flatten(LoraStack().with_lora(again, 0.5).active, torch.float32, pin=False, buffers=buffers)
+    expected = flatten(LoraStack().with_lora(plain, 0.5).active, torch.float32, pin=False)
+    assert torch.equal(flat.buffer, expected.buffer)
+    del again, flat
+    buffers.clear()
+    assert buffers.free_bytes == 0
+    HostBuffers(0).take(2**23)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_largest_magnitude_is_found_among_the_bits(dtype):
+    for values in ([0.0, -3.0, 2.0], [-0.0], [1.5, -1.0], [-448.0, 0.25]):
+        tensor = torch.tensor(values).to(dtype)
+        found = max_magnitude(tensor.view(torch.uint8).numpy(), [(dtype, 0, tensor.nbytes)], 0, tensor.nbytes)
+        assert found == float(tensor.float().abs().max())
+    bad = [math.nan, -math.nan] if dtype == torch.float8_e4m3fn else [math.nan, -math.nan, math.inf, -math.inf]
+    for value in bad:
+        tensor = torch.tensor([1.0, value, -2.0]).to(dtype)
+        found = max_magnitude(tensor.view(torch.uint8).numpy(), [(dtype, 0, tensor.nbytes)], 0, tensor.nbytes)
+        assert not math.isfinite(found)
+
+
+# Properties.
+
+MODULES = sorted(flux_linears(TINY))
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
+@given(data=st.data())
+def test_any_subset_rank_alpha_and_dtype_equals_stock(tmp_path, spec, tensors, base, stock, checkpoint, data):
+    loras = []
+    for number in range(data.draw(st.integers(1, 3))):
+        chosen = data.draw(st.sets(st.sampled_from(MODULES), min_size=1, max_size=5))
+        kind = data.draw(st.sampled_from(["LoRA", "LoRA", "LoRA", "DoRA", "LoHa", "LoKr", "OFT", "bias"]))
+        file = {}
+        for module in sorted(chosen):
+            file |= kind_state_dict(
+                kind,
+                targets=lambda name, module=module: name == module,
+                rank=data.draw(st.integers(1, 8)),
+                alpha=data.draw(st.sampled_from([None, 1.0, 2.0, 16.0])),
+                seed=number,
+                rms=0.1,
+                dtype=data.draw(st.sampled_from(DTYPES)),
+            )
+        strength = data.draw(st.sampled_from([1.0, 0.5, -1.0, 2.0]))
+        loras.append((write(tmp_path, f"lora{number}", file), strength))
+    expected = stock.merge(checkpoint, loras)
+    actual = ours(loras, spec, base)
+    assert set(actual) == set(expected)
+    for name, value in expected.items():
+        error = float((actual[name] - value).norm() / value.norm())
+        assert error < 1e-5, f"{name}: {error}"

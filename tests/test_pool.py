@@ -1,0 +1,279 @@
+"""The LoRA pools: budgets, what is dropped, and strengths that change without preparing anything anew."""
+
+import dataclasses
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import accel.lora.library
+import accel.memory
+from accel.checkpoint import inspect_checkpoint
+from accel.engine import Engine
+from accel.errors import LoraError
+from accel.families.flux1 import Flux1Inputs
+from accel.lora.device import DeviceLoras
+from accel.lora.file import read_lora
+from accel.lora.rescale import UnscaledB
+from accel.lora.slots import LoraSlots
+from accel.lora.stack import FlatLora, LoraStack, flatten
+from accel.memory import GIB, MIB, PoolBudgets, available_host_bytes, pinned_bytes
+from accel.settings import EngineSettings
+from harness.lora_files import in_attention, write_lora
+
+CHECKPOINT = "diffusion_models/tiny-flux-dev-fp32.safetensors"
+STRENGTH = st.floats(-4.0, 4.0, width=32).filter(bool)
+KINDS = {
+    "kohya": {"format": "kohya", "rank": 7, "alpha": 3.0},
+    "diffusers": {"format": "diffusers", "rank": 16, "seed": 1},
+    "native": {"format": "native", "rank": 5, "seed": 2, "alpha": 2.0},
+    "attention": {"format": "kohya", "rank": 4, "targets": in_attention, "seed": 3},
+    "half": {"format": "diffusers", "rank": 8, "dtype": torch.float16, "seed": 4},
+    "bf16": {"format": "kohya", "rank": 12, "alpha": 5.0, "dtype": torch.bfloat16, "seed": 5},
+    "fp32": {"format": "kohya", "rank": 12, "alpha": 5.0, "dtype": torch.float32, "seed": 6},
+}
+
+
+@pytest.fixture(scope="module")
+def spec(models):
+    return inspect_checkpoint(str(models / CHECKPOINT))
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("loras")
+    return {
+        name: str(write_lora(folder / f"{name}.safetensors", **kind)) for name, kind in KINDS.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def loras(spec, paths):
+    return {name: read_lora(path, spec) for name, path in paths.items()}
+
+
+def stack_of(loras, *entries):
+    stack = LoraStack()
+    for name, strength in entries:
+        stack = stack.with_lora(loras[name], strength)
+    return stack
+
+
+def make_engine(spec, pools=None):
+    engine = Engine(spec, EngineSettings(compile="off"), pools=pools)
+    engine.load()
+    return engine
+
+
+def output(engine):
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    one = torch.ones(1)
+    return engine(Flux1Inputs(normal(1, 16, 4, 4), 0.7 * one, normal(1, 8, 768), normal(1, 768), 3.5 * one))
+
+
+# Strengths.
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    names=st.lists(st.sampled_from(list(KINDS)), min_size=1, max_size=3),
+    strengths=st.lists(st.tuples(STRENGTH, STRENGTH), min_size=3, max_size=3),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+)
+def test_another_strength_is_bit_for_bit_what_flatten_gives(loras, names, strengths, dtype):
+    first = stack_of(loras, *((name, pair[0]) for name, pair in zip(names, strengths, strict=False)))
+    second = stack_of(loras, *((name, pair[1]) for name, pair in zip(names, strengths, strict=False)))
+    flat, expected = (flatten(stack.active, dtype, pin=False) for stack in (first, second))
+    UnscaledB(first.active, flat).multiply(second.active, flat)
+    assert flat.placed == expected.placed
+    assert torch.equal(flat.buffer, expected.buffer)
+
+
+def test_lora_B_of_a_file_of_one_rank_is_one_stretch(loras):
+    """So that another strength is one product; lora_A is never written."""
+    stack = stack_of(loras, ("diffusers", 1.0))
+    flat = flatten(stack.active, torch.float32, pin=False)
+    assert len(UnscaledB(stack.active, flat)._runs) == 1
+
+
+def test_another_strength_flattens_nothing_and_keeps_the_parameters(spec, loras, monkeypatch):
+    engine, bindings = make_engine(spec), []
+    bind = LoraSlots.bind
+    monkeypatch.setattr(LoraSlots, "bind", lambda self, made: (bindings.append(made), bind(self, made)))
+    engine.swap(stack_of(loras, ("kohya", 0.8), ("bf16", 0.3)))
+    monkeypatch.setattr(accel.lora.library, "flatten", None)
+    assert engine.swap(stack_of(loras, ("kohya", -0.4), ("bf16", 0.7))).source == "strength"
+    assert bindings[0] is bindings[1]
+    after = output(engine)
+    monkeypatch.undo()
+    fresh = make_engine(spec)
+    fresh.swap(stack_of(loras, ("kohya", -0.4), ("bf16", 0.7)))
+    assert torch.equal(after, output(fresh))
+
+
+def test_a_stack_that_was_prepared_at_another_strength_comes_from_the_host_right(spec, loras):
+    """With a device of its own, the host's buffer keeps its strengths and the device's gets others."""
+    engine = make_engine(spec)
+    shared, engine._library._loras = engine._library._loras, None
+    engine._library._loras = DeviceLoras(engine._slots, torch.device("cpu"), 0, share_host=False)
+    assert shared is not engine._library._loras
+    for strength, source in ((0.5, "cold"), (0.7, "strength"), (0.5, "strength")):
+        assert engine.swap(stack_of(loras, ("kohya", strength))).source == source
+    engine.swap(stack_of(loras, ("bf16", 1.0)))
+    engine.swap(stack_of(loras, ("fp32", 1.0)))
+    assert engine.swap(stack_of(loras, ("kohya", 0.7))).source == "warm"
+    fresh = make_engine(spec)
+    fresh.swap(stack_of(loras, ("kohya", 0.7)))
+    assert torch.equal(output(engine), output(fresh))
+
+
+def test_a_strength_that_overflows_is_refused_before_anything_changes(spec, loras):
+    engine = make_engine(spec)
+    good, bad = stack_of(loras, ("kohya", 0.8)), stack_of(loras, ("kohya", 1e39))
+    engine.swap(good)
+    before = output(engine)
+    with pytest.raises(LoraError, match=r"kohya\.safetensors' × 1e\+39 overflows"):
+        engine.swap(bad)
+    assert engine.applied(good)
+    assert torch.equal(output(engine), before)
+
+
+def test_what_strength_changes_beyond_lora_B_is_flattened_anew(spec, loras, monkeypatch):
+    """A stack with a mixing matrix or replaced vectors, whose values follow the strength too."""
+
+    @dataclasses.dataclass(frozen=True)
+    class WithVectors(FlatLora):
+        vectors: tuple = ()
+
+    def flatten_with_vectors(entries, dtype, pin):
+        flat = flatten(entries, dtype, pin)
+        return WithVectors(flat.buffer, flat.placed, ("a norm",))
+
+    monkeypatch.setattr(accel.lora.library, "flatten", flatten_with_vectors)
+    engine = make_engine(spec)
+    sources = [engine.swap(stack_of(loras, ("kohya", strength))).source for strength in (0.5, 0.7, 0.5)]
+    assert sources == ["cold", "cold", "hot"]
+
+
+# What is kept.
+
+
+def test_a_changed_file_drops_what_was_made_of_the_old_one(spec, tmp_path):
+    engine = make_engine(spec)
+    path = write_lora(tmp_path / "changing.safetensors", "kohya", rank=4, seed=1)
+    old = LoraStack().with_lora(engine.read_lora(str(path)), 1.0)
+    engine.swap(old)
+    assert engine._library.prepared(old)
+    write_lora(path, "kohya", rank=4, seed=2)
+    os.utime(path, ns=(1, 1))
+    new = LoraStack().with_lora(engine.read_lora(str(path)), 1.0)
+    assert not engine._library.prepared(old)
+    assert engine.swap(new).source == "cold"
+    fresh = make_engine(spec)
+    fresh.swap(new)
+    assert torch.equal(output(engine), output(fresh))
+
+
+def test_the_host_pool_holds_what_its_budget_allows(spec, loras):
+    size = flatten(stack_of(loras, ("kohya", 1.0)).active, torch.float32, pin=False).bytes
+    engine = make_engine(spec, PoolBudgets(10 * MIB, 2 * size, 0))
+    stacks = [stack_of(loras, ("kohya", 1.0)), stack_of(loras, ("native", 1.0)), stack_of(loras, ("diffusers", 1.0))]
+    for stack in stacks:
+        engine.swap(stack)
+        assert engine._library.host_bytes <= 2 * size
+    assert [engine._library.prepared(stack) for stack in stacks] == [False, False, True]
+    assert engine.swap(stacks[0]).source == "cold"
+
+
+def test_release_gives_everything_back(spec, loras):
+    engine = make_engine(spec)
+    stack = stack_of(loras, ("kohya", 1.0))
+    engine.swap(stack)
+    engine.swap(stack_of(loras, ("kohya", 0.5)))
+    library = engine._library
+    assert min(library.host_bytes, library._unscaled.bytes) > 0
+    engine.release()
+    assert (library.host_bytes, library._files.bytes, library._unscaled.bytes, library._on_device) == (0, 0, 0, {})
+
+
+# Prefetch, as far as the engine goes.
+
+
+def test_prefetch_leaves_only_the_binding_and_changes_nothing_bound(spec, loras):
+    engine = make_engine(spec)
+    now, later = stack_of(loras, ("kohya", 0.8)), stack_of(loras, ("bf16", 0.6), ("half", 0.2))
+    engine.swap(now)
+    before = output(engine)
+    engine.prefetch(later)
+    assert engine.applied(now)
+    assert torch.equal(output(engine), before)
+    assert engine.swap(later).source == "hot"
+
+
+def test_prefetch_of_another_strength_of_what_is_bound_does_not_touch_it(spec, loras):
+    engine = make_engine(spec)
+    engine.swap(stack_of(loras, ("kohya", 0.8)))
+    before = output(engine)
+    engine.prefetch(stack_of(loras, ("kohya", 0.3)))
+    assert torch.equal(output(engine), before)
+
+
+def test_prefetch_does_not_push_others_off_the_device(spec, loras):
+    size = flatten(stack_of(loras, ("kohya", 1.0)).active, torch.float32, pin=False).bytes
+    engine = make_engine(spec, PoolBudgets(10 * MIB, 10 * MIB, size))
+    now, later = stack_of(loras, ("kohya", 0.8)), stack_of(loras, ("native", 0.6))
+    engine.swap(now)
+    engine.prefetch(later)
+    assert engine.swap(now).source == "unchanged"
+    assert engine.swap(LoraStack()).source == engine.swap(now).source == "hot"
+    assert engine.swap(later).source == "warm"
+
+
+def test_prefetch_before_loading_prepares_on_the_host(spec, loras):
+    engine = Engine(spec, EngineSettings(compile="off"))
+    engine.prefetch(stack_of(loras, ("kohya", 0.8)))
+    engine.load()
+    assert engine.swap(stack_of(loras, ("kohya", 0.8))).source == "warm"
+
+
+# Budgets.
+
+
+@pytest.mark.parametrize(
+    ("free", "expected"),
+    [
+        (0, PoolBudgets(256 * MIB, 512 * MIB, 512 * MIB)),
+        (16 * GIB, PoolBudgets(1 * GIB, 2 * GIB, 2 * GIB)),
+        (1024 * GIB, PoolBudgets(4 * GIB, 16 * GIB, 16 * GIB)),
+    ],
+)
+def test_budgets_follow_the_free_memory(monkeypatch, free, expected):
+    monkeypatch.setattr(accel.memory, "available_host_bytes", lambda: free)
+    assert PoolBudgets.of_free_memory(torch.device("cpu")) == expected
+
+
+def test_the_device_budget_follows_its_own_memory(monkeypatch):
+    monkeypatch.setattr(accel.memory, "available_host_bytes", lambda: 16 * GIB)
+    monkeypatch.setattr(accel.memory, "free_device_bytes", lambda device: 10 * GIB)
+    assert PoolBudgets.of_free_memory(torch.device("cuda"), 2 * GIB) == PoolBudgets(1 * GIB, 2 * GIB, 1 * GIB)
+
+
+def test_a_container_with_little_memory_is_seen(monkeypatch, tmp_path):
+    monkeypatch.setattr(accel.memory, "CGROUP", tmp_path)
+    whole = available_host_bytes()
+    assert whole > GIB
+    (tmp_path / "memory.max").write_text("max\n", encoding="ascii")
+    (tmp_path / "memory.current").write_text("1000\n", encoding="ascii")
+    assert available_host_bytes() > GIB
+    (tmp_path / "memory.max").write_text("51000\n", encoding="ascii")
+    assert available_host_bytes() == 50000
+
+
+def test_pinned_memory_is_counted_as_torch_takes_it():
+    assert [pinned_bytes(size) for size in (1, 4096, 4097, 172 * 10**6)] == [1, 4096, 8192, 2**28]
