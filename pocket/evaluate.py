@@ -27,8 +27,9 @@ from accel.checkpoint import inspect_checkpoint
 from accel.engine import Engine
 from accel.errors import AccelError
 from accel.families.flux1 import Flux1Inputs
+from accel.lora.lowrank import Factors, compress
 from accel.lora.stack import LoraStack
-from accel.settings import EngineSettings
+from accel.settings import EngineSettings, Quantization
 
 from . import autoencoder, measure, text
 from .draw import SHAPES, SIZE_PX, Pixels, Scene, prompt, random_scene
@@ -199,9 +200,9 @@ def engine_modes(compile: str) -> Iterator[tuple[str, EngineSettings]]:
     for dtype in engine_settings.DTYPES:
         if dtype not in ("auto", "bf16"):
             yield dtype, EngineSettings(dtype=dtype, compile=compile)
-    for mode in getattr(engine_settings, "QUANTIZATION_MODES", ("none",))[1:]:
-        quantization = engine_settings.Quantization(mode)
-        yield mode, EngineSettings(dtype="bf16", compile=compile, quantization=quantization)
+    for mode in engine_settings.QUANTIZATION_MODES:
+        if mode != "none":
+            yield mode, EngineSettings(dtype="bf16", compile=compile, quantization=Quantization(mode))
 
 
 def evaluate_ranks(pocket: Pocket, requests: Sequence[Request]) -> dict[str, Any]:
@@ -226,7 +227,7 @@ def evaluate_ranks(pocket: Pocket, requests: Sequence[Request]) -> dict[str, Any
 
 
 def truncated(tensors: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
-    """A LoRA file's tensors at a lower rank: the nearest product of each pair of matrices, by SVD.
+    """A LoRA file's tensors at a lower rank: the nearest product of each pair of matrices.
 
     A kohya alpha is scaled with the rank, so that alpha / rank stays.
     """
@@ -235,13 +236,13 @@ def truncated(tensors: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
         for a, b in (("lora_A", "lora_B"), ("lora_down", "lora_up")):
             if f".{a}." in name:
                 other = name.replace(f".{a}.", f".{b}.")
-                u, s, v = torch.linalg.svd(tensors[other].float() @ down.float(), full_matrices=False)
-                root = s[:rank].sqrt()
-                result[name] = (root[:, None] * v[:rank]).to(down.dtype).contiguous()
-                result[other] = (u[:, :rank] * root).to(down.dtype).contiguous()
+                cut = compress(Factors(down.float(), tensors[other].float()), 0.0, rank)
+                result[name] = cut.lora_A.to(down.dtype).contiguous()
+                result[other] = cut.lora_B.to(down.dtype).contiguous()
                 alpha = name.split(f".{a}.")[0] + ".alpha"
                 if alpha in tensors:
-                    result[alpha] = (tensors[alpha].float() * rank / len(down)).to(tensors[alpha].dtype)
+                    scaled = tensors[alpha].float() * len(cut.lora_A) / len(down)
+                    result[alpha] = scaled.to(tensors[alpha].dtype)
     return result
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from harness.paths import CACHE, REPO
@@ -126,7 +126,7 @@ class Training:
         with torch.no_grad():
             shown = decoder(latents[:24])
         tiles = torch.stack([mixed.full[:24] / 255.0, shown], dim=1).flatten(0, 1)
-        write_sheet(self.work / "decoder.png", tiles, columns=12)
+        write_sheet(self.work / "decoder.png", tiles, columns=8)
 
     def train_model(self) -> None:
         """The transformer's file and the T5's."""
@@ -143,21 +143,20 @@ class Training:
             both, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.98)
         )
         optimizers = _optimizers(transformer, encoder)
-        embedding = encoder.shared.weight
+        embedding, frozen_from = encoder.shared.weight, self.plan.steps * 7 // 10 + 1
 
         def step(index: int, random: torch.Generator) -> Tensor:
+            embedding.requires_grad_(index < frozen_from)
             rows = torch.randint(len(latents), (self.plan.batch,), generator=random)
             encoded = encoder(tokens[rows])
             return flow_loss(transformer, latents[rows], encoded, bias, random)
 
         def after(index: int) -> None:
             encoder.freeze_bias()
-            if index == self.plan.steps * 7 // 10:  # from here on, the embeddings are what the file will hold
+            if index + 1 == frozen_from:  # from here on, the embeddings are what the file will hold
                 embedding.data = embedding.data.to(torch.float8_e4m3fn).float()
-                average.module[1].shared.weight.data.copy_(embedding.data)
-                embedding.requires_grad_(False)
             average.update_parameters(both)
-            if embedding.requires_grad is False:
+            if index + 1 >= frozen_from:
                 average.module[1].shared.weight.data.copy_(embedding.data)
 
         def show(index: int) -> None:
@@ -302,8 +301,6 @@ def draw_prompts(
 
 def load_trained(models: Path) -> tuple[nn.Module, text.T5]:
     """The transformer and the T5 from their files, computing in float32."""
-    from safetensors.torch import load_file
-
     transformer, encoder = model.build(0), text.T5()
     model.load(transformer, load_file(models / NAMES["model"]))
     encoder.load_state_dict({name: value.float() for name, value in load_file(models / NAMES["text"]).items()})
@@ -312,8 +309,6 @@ def load_trained(models: Path) -> tuple[nn.Module, text.T5]:
 
 def load_decoder(models: Path) -> nn.Module:
     """The decoder from its file, at TAESD's width."""
-    from safetensors.torch import load_file
-
     width = autoencoder.WIDTH
     decoder = autoencoder.Decoder((width, width, width, width))
     prefix = "taesd_decoder."
