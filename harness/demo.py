@@ -35,10 +35,10 @@ SEED = 7
 Say = Callable[[str], None]
 
 PROMPTS = (
-    DemoPrompt("none", (), "1_none.png"),
-    DemoPrompt("A: outline", ((OUTLINE, 1.0),), "2_outline.png"),
-    DemoPrompt("B: neon", ((NEON, 1.0),), "3_neon.png"),
-    DemoPrompt("A + B", ((OUTLINE, 1.0), (NEON, 1.0)), "4_outline_and_neon.png"),
+    DemoPrompt("A: outline", ((OUTLINE, 1.0),), "1_outline.png"),
+    DemoPrompt("B: neon", ((NEON, 1.0),), "2_neon.png"),
+    DemoPrompt("A + B", ((OUTLINE, 1.0), (NEON, 1.0)), "3_outline_and_neon.png"),
+    DemoPrompt("none", (), "4_none.png"),
     DemoPrompt("C: stripes", ((STRIPES, 1.0),), "5_stripes.png"),
     DemoPrompt("B at half strength", ((NEON, 0.5),), "6_half_neon.png"),
     DemoPrompt("B + C", ((NEON, 0.8), (STRIPES, 0.8)), "7_neon_and_stripes.png"),

@@ -47,6 +47,7 @@ class Plan:
         batch: pictures in a step of the transformer or a LoRA.
         lora_pictures: of each LoRA's training set.
         lora_steps: of each LoRA.
+        shown: prompts on a sample sheet, a multiple of 8 or fewer than that.
         seed: of everything.
     """
 
@@ -56,6 +57,7 @@ class Plan:
     batch: int = 64
     lora_pictures: int = 1200
     lora_steps: int = 350
+    shown: int = 24
     seed: int = 7
 
 
@@ -252,10 +254,10 @@ class Training:
                 saved = time.monotonic()
 
     def sheet(self, path: Path, transformer: nn.Module, encoder: text.T5) -> None:
-        """Draw 24 prompts, half of them with pairs that training never shows, and write them as one picture."""
+        """Draw prompts, half of them with pairs that training never shows, and write them as one picture."""
         decoder = load_decoder(self.models)
         random = np.random.default_rng(3)
-        prompts = [prompt(random_scene(random, held_out=bool(index % 2)), random) for index in range(24)]
+        prompts = [prompt(random_scene(random, held_out=bool(index % 2)), random) for index in range(self.plan.shown)]
         pictures = draw_prompts(transformer, encoder, decoder, self.tokenizer, prompts, seed=1)
         write_sheet(path, pictures, columns=8)
         path.with_suffix(".txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")

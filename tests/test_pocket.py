@@ -14,7 +14,7 @@ from pocket import autoencoder, data, draw, evaluate, loras, measure, model, tex
 
 MODELS = REPO / "pocket" / "models"
 FILES = [*train.NAMES.values(), *(f"loras/{recipe.file}" for recipe in loras.RECIPES)]
-TINY = train.Plan(pictures=32, decoder_steps=3, steps=4, batch=4, lora_pictures=8, lora_steps=2)
+TINY = train.Plan(pictures=32, decoder_steps=3, steps=4, batch=4, lora_pictures=8, lora_steps=2, shown=2)
 
 
 @pytest.fixture(scope="module")
