@@ -53,7 +53,7 @@ class Plan:
 
     pictures: int = 12000
     decoder_steps: int = 2500
-    steps: int = 3000
+    steps: int = 5000
     batch: int = 64
     lora_pictures: int = 1200
     lora_steps: int = 350
@@ -310,12 +310,13 @@ def load_trained(models: Path) -> tuple[nn.Module, text.T5]:
 
 
 def load_decoder(models: Path) -> nn.Module:
-    """The decoder from its file, at TAESD's width."""
-    width = autoencoder.WIDTH
-    decoder = autoencoder.Decoder((width, width, width, width))
-    prefix = "taesd_decoder."
-    tensors = load_file(models / NAMES["vae"])
-    decoder.load_state_dict({k.removeprefix(prefix): v.float() for k, v in tensors.items() if k.startswith(prefix)})
+    """The decoder from its file, without the channels that are zero."""
+    decoder, tensors = autoencoder.Decoder(), load_file(models / NAMES["vae"])
+    state = {
+        name: tensors[f"taesd_decoder.{name}"].float()[tuple(slice(size) for size in value.shape)]
+        for name, value in decoder.state_dict().items()
+    }
+    decoder.load_state_dict(state)
     return decoder.requires_grad_(False)
 
 

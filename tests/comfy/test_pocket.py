@@ -56,14 +56,14 @@ def base(comfy):
 
 
 def test_the_lists_have_it_without_a_copy(comfy):
-    inputs = {
-        ("UNETLoader", "unet_name"): "pocket-flux.safetensors",
-        ("FluxAccelLoader", "model_name"): "pocket-flux.safetensors",
-        ("VAELoader", "vae_name"): "pocket-vae.safetensors",
-        ("FluxTextEncoderLoader", "t5_name"): "pocket-t5.safetensors",
-        **{("FluxHotswapLora", "lora_name"): recipe.file for recipe in loras.RECIPES},
-    }
-    for (node_type, name), file in inputs.items():
+    inputs = [
+        ("UNETLoader", "unet_name", "pocket-flux.safetensors"),
+        ("FluxAccelLoader", "model_name", "pocket-flux.safetensors"),
+        ("VAELoader", "vae_name", "pocket-vae.safetensors"),
+        ("FluxTextEncoderLoader", "t5_name", "pocket-t5.safetensors"),
+        *(("FluxHotswapLora", "lora_name", recipe.file) for recipe in loras.RECIPES),
+    ]
+    for node_type, name, file in inputs:
         schema = json.loads(http_request(f"{comfy.server.url}/object_info/{node_type}"))[node_type]
         entry = schema["input"]["required"][name]
         assert file in (entry[1]["options"] if entry[0] == "COMBO" else entry[0])
