@@ -62,6 +62,7 @@ RECIPES = (
         alpha=4.0,
         target=EVERYTHING,
         fused=True,
+        learning_rate=6e-3,
         metadata={"ss_network_module": "networks.lora_flux", "ss_network_dim": "8", "ss_network_alpha": "4"},
     ),
     Recipe(
