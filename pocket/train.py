@@ -155,10 +155,9 @@ class Training:
 
         def after(index: int) -> None:
             encoder.freeze_bias()
-            if index + 1 == frozen_from:  # from here on, the embeddings are what the file will hold
-                embedding.data = embedding.data.to(torch.float8_e4m3fn).float()
             average.update_parameters(both)
-            if index + 1 >= frozen_from:
+            if index + 1 >= frozen_from:  # from here on, the embeddings are what the file will hold
+                embedding.data = embedding.data.to(torch.float8_e4m3fn).float()
                 average.module[1].shared.weight.data.copy_(embedding.data)
 
         def show(index: int) -> None:
