@@ -53,7 +53,7 @@ class Plan:
 
     pictures: int = 12000
     decoder_steps: int = 2500
-    steps: int = 3700
+    steps: int = 4200
     batch: int = 64
     lora_pictures: int = 1200
     lora_steps: int = 350
