@@ -1,7 +1,7 @@
 """`python -m harness.demo`: a real ComfyUI with this pack draws one prompt with LoRA A, LoRA B, A + B and none.
 
-It queues the bundled two-LoRA workflow, adapted to small generated files (`adapt`), saves the images and a contact
-sheet, and prints one table. It fails if a prompt fails or a LoRA made anything recompile.
+It queues the bundled Pocket FLUX workflow with other LoRAs each time (`adapt`), saves the images and a contact sheet,
+and prints one table. It fails if a prompt fails or a LoRA made anything recompile.
 """
 
 from __future__ import annotations
@@ -19,41 +19,34 @@ from typing import Any
 
 from PIL import Image
 
-from harness.assets import write_all
 from harness.client import Client, ComfyError, Event, PromptResult
 from harness.comfyui import FetchError
 from harness.demo_report import DemoFailed, DemoPrompt, Row, contact_sheet, read_report, readable, table
-from harness.graphs import Graph, node
+from harness.graphs import Graph
 from harness.paths import CACHE, REPO
 from harness.server import ComfyServer, ServerFailed
 
-WORKFLOW = REPO / "workflows" / "api" / "flux_hotswap_two_loras.json"
-MODEL = "tiny-flux-dev-bf16.safetensors"
-TEXT_ENCODER = "tiny-clip-l.safetensors"
-VAE = "tiny-taesd.safetensors"
-LORA_A, LORA_B = "demo-a.safetensors", "demo-b.safetensors"
-ASSETS = (
-    f"diffusion_models/{MODEL}",
-    f"text_encoders/{TEXT_ENCODER}",
-    f"vae/{VAE}",
-    f"loras/{LORA_A}",
-    f"loras/{LORA_B}",
-)
-SIZE_PX = 256
-STEPS = 8
+WORKFLOW = REPO / "workflows" / "api" / "flux_hotswap_pocket.json"
+OUTLINE = "pocket-outline-kohya.safetensors"
+NEON = "pocket-neon-diffusers.safetensors"
+STRIPES = "pocket-stripes-comfyui.safetensors"
 SEED = 7
 
 Say = Callable[[str], None]
 
 PROMPTS = (
-    DemoPrompt("LoRA A", ((LORA_A, 1.0),), "1_lora_a.png"),
-    DemoPrompt("LoRA B", ((LORA_B, 1.0),), "2_lora_b.png"),
-    DemoPrompt("A + B", ((LORA_A, 0.7), (LORA_B, 0.9)), "3_lora_a_and_b.png"),
-    DemoPrompt("none", (), "4_no_lora.png"),
+    DemoPrompt("A: outline", ((OUTLINE, 1.0),), "1_outline.png"),
+    DemoPrompt("B: neon", ((NEON, 1.0),), "2_neon.png"),
+    DemoPrompt("A + B", ((OUTLINE, 1.0), (NEON, 1.0)), "3_outline_and_neon.png"),
+    DemoPrompt("none", (), "4_none.png"),
+    DemoPrompt("C: stripes", ((STRIPES, 1.0),), "5_stripes.png"),
+    DemoPrompt("B at half strength", ((NEON, 0.5),), "6_half_neon.png"),
+    DemoPrompt("B + C", ((NEON, 0.8), (STRIPES, 0.8)), "7_neon_and_stripes.png"),
+    DemoPrompt("none again", (), "8_none_again.png"),
 )
 CONTACT_SHEET = "contact_sheet.png"
 BASE = CACHE / "demo"
-"""ComfyUI's folders: models, and the server's log."""
+"""ComfyUI's folders, and the server's log."""
 KERNELS = CACHE / "inductor"
 
 _EXPLANATION = """\
@@ -63,32 +56,21 @@ with `--rounds 2`)."""
 
 
 def adapt(graph: Mapping[str, Any], loras: Sequence[tuple[str, float]]) -> Graph:
-    """Make the bundled workflow run with the small generated files.
+    """Put other LoRAs into the bundled workflow, as a user does: everything else stays.
 
-    Four things change, everything else stays as users get it:
-    - file names, and DualCLIPLoader becomes a CLIPLoader: the small model is conditioned by a CLIP-L alone;
-    - 256×256 pixels, 8 steps and a fixed seed;
-    - files and strengths of the Hotswap LoRA nodes, in the order of the chain;
-    - Hotswap LoRA nodes left over are bypassed as Ctrl+B in the frontend does: what used their MODEL or CLIP gets their
-      `model` or `clip`.
+    The seed is `SEED`. Files and strengths of the Hotswap LoRA nodes change, in the order of the chain. Nodes left over
+    are bypassed as Ctrl+B in the frontend does: what used their MODEL or CLIP gets their `model` or `clip`.
 
     Args:
-        graph: `workflows/api/flux_hotswap_two_loras.json`; not changed.
+        graph: the workflow in API format; not changed.
         loras: (file, strength), first applied first.
     Raises:
         ValueError: more LoRAs than nodes.
     """
     adapted = copy.deepcopy(dict(graph))
-    settings = {
-        "FluxAccelLoader": {"model_name": MODEL},
-        "VAELoader": {"vae_name": VAE},
-        "EmptySD3LatentImage": {"width": SIZE_PX, "height": SIZE_PX},
-        "KSampler": {"seed": SEED, "steps": STEPS},
-    }
-    for node_id, entry in adapted.items():
-        entry["inputs"].update(settings.get(entry["class_type"], {}))
-        if entry["class_type"] == "DualCLIPLoader":
-            adapted[node_id] = node("CLIPLoader", clip_name=TEXT_ENCODER, type="stable_diffusion")
+    for entry in adapted.values():
+        if entry["class_type"] == "KSampler":
+            entry["inputs"]["seed"] = SEED
     chain = _lora_chain(adapted)
     if len(loras) > len(chain):
         raise ValueError(f"{len(loras)} LoRAs, but the workflow has {len(chain)} Hotswap LoRA nodes.")
@@ -146,8 +128,7 @@ def run(output: Path, say: Say, rounds: int = 1) -> list[Row]:
     """
     output.mkdir(parents=True, exist_ok=True)
     workflow = json.loads(WORKFLOW.read_text(encoding="utf-8"))
-    say(f"Writing the model files, small and random, made from a seed: {readable(BASE / 'models')}")
-    write_all(BASE / "models", ASSETS, lambda line: say(f"  {line}"))
+    say(f"Model: Pocket FLUX, which comes with the pack: {readable(REPO / 'pocket' / 'models')}")
     shutil.rmtree(BASE / "output", ignore_errors=True)  # ComfyUI's own copies; ours go to `output`
     state = "some from earlier runs" if KERNELS.is_dir() else "none yet, the first prompt will take a minute"
     say(f"Compiled kernels in {readable(KERNELS)}: {state}")
@@ -162,7 +143,8 @@ def run(output: Path, say: Say, rounds: int = 1) -> list[Row]:
                 for prompt in PROMPTS
             ]
     text = next(entry["inputs"]["text"] for entry in workflow.values() if entry["class_type"] == "CLIPTextEncode")
-    _save(contact_sheet(rows, f"“{text}”, seed {SEED}, {STEPS} steps, tiny random model"), output / CONTACT_SHEET)
+    sheet = contact_sheet(rows[: len(PROMPTS)], f"“{text}”, seed {SEED}, Pocket FLUX, 96 × 96 pixels, enlarged")
+    _save(sheet, output / CONTACT_SHEET)
     return rows
 
 
@@ -213,7 +195,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the demo; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m harness.demo", description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=REPO / "demo-output", help="folder of the images")
-    parser.add_argument("--rounds", type=int, default=1, help="how often to queue the four prompts (default 1)")
+    parser.add_argument("--rounds", type=int, default=1, help="how often to queue all prompts (default 1)")
     options = parser.parse_args(arguments)
     if options.rounds < 1:
         parser.error(f"--rounds is {options.rounds}, expected 1 or more")

@@ -10,6 +10,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 COLUMNS = 4
+SHOWN_PX = 288
 _SUMMARY = re.compile(
     r"Flux Hotswap: LoRAs (?P<loras>.*) \| swap (?P<swap_ms>[\d.]+) ms \((?P<source>[^)]*)\) \| "
     r"compiled (?P<compiled>\d+) \| recompiles (?P<recompiles>\d+) \| sampling"
@@ -97,11 +98,11 @@ def contact_sheet(rows: Sequence[Row], subtitle: str) -> Image.Image:
     """Draw all images in lines of `COLUMNS`, each with its LoRAs, strengths and figures.
 
     Args:
-        rows: their images are files of one size.
+        rows: their images are square files; shown `SHOWN_PX` wide.
         subtitle: a line below the title, such as the prompt's text.
     """
-    images = [Image.open(row.image) for row in rows]
-    (width, height), gap, head, label = images[0].size, 16, 62, 62
+    width = height = SHOWN_PX
+    gap, head, label = 16, 62, 80
     title, small = ImageFont.load_default(17), ImageFont.load_default(13)
     lines = -(-len(rows) // COLUMNS)
     size = (gap + COLUMNS * (width + gap), head + lines * (height + label + gap))
@@ -109,14 +110,14 @@ def contact_sheet(rows: Sequence[Row], subtitle: str) -> Image.Image:
     draw = ImageDraw.Draw(sheet)
     draw.text((gap, 10), "Flux Hotswap: one prompt, one seed, one model; only the LoRAs change", "black", title)
     draw.text((gap, 36), subtitle, "dimgray", small)
-    for index, (row, image) in enumerate(zip(rows, images, strict=True)):
+    for index, row in enumerate(rows):
         x, y = gap + index % COLUMNS * (width + gap), head + index // COLUMNS * (height + label + gap)
-        sheet.paste(image, (x, y))
+        with Image.open(row.image) as image:
+            sheet.paste(image.resize((width, height), Image.Resampling.LANCZOS), (x, y))
         draw.text((x, y + height + 4), row.prompt.name, "black", title)
-        draw.text((x, y + height + 26), row.prompt.lora_text, "black", small)
+        draw.text((x, y + height + 26), row.prompt.lora_text.replace(" + ", "\n+ "), "black", small, spacing=1)
         figures = f"swap {row.report.swap_ms:.2f} ms ({row.report.source}), recompiles {row.report.recompiles}"
-        draw.text((x, y + height + 43), figures, "dimgray", small)
-        image.close()
+        draw.text((x, y + height + 60), figures, "dimgray", small)
     return sheet
 
 

@@ -6,12 +6,17 @@ from comfy_api.latest import ComfyExtension, io
 
 from .loader import FluxAccelLoader
 from .lora import FluxHotswapLora
+from .pocket import add_pocket_folders
 from .quantize import FluxQuantizeTransformer
 from .text_encoder import FluxTextEncoderLoader
 
 
 class FluxHotswapExtension(ComfyExtension):
     """The pack's nodes."""
+
+    async def on_load(self) -> None:
+        """Add the folders of the model that comes with the pack."""
+        add_pocket_folders()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """Every node class, in menu order."""

@@ -13,11 +13,12 @@ import pytest
 from PIL import Image, ImageChops
 
 from harness import demo
-from harness.demo_report import DemoFailed, DemoPrompt, Report, Row, read_report
+from harness.demo_report import SHOWN_PX, DemoFailed, DemoPrompt, Report, Row, read_report
 from harness.paths import REPO
+from pocket.draw import SIZE_PX
 
 ROW = re.compile(
-    r"^(?P<name>LoRA A|LoRA B|A \+ B|none) .*?"
+    r"^(?P<name>A: outline|B: neon|A \+ B|C: stripes|B at half strength|B \+ C|none again|none) .*?"
     r"(?P<seconds>\d+\.\d\d) +(?P<compile>[\d.]+|–) +(?P<swap_ms>\d+\.\d\d)  (?P<source>\w*) +(?P<recompiles>\d+)"
     r"  (?P<image>\S+\.png)$",
     re.MULTILINE,
@@ -96,16 +97,16 @@ def test_ctrl_c_ends_the_demo_and_its_server(interrupted, output):
 def test_table(finished, output):
     rows = [match.groupdict() for match in ROW.finditer(finished)]
 
-    names = ["LoRA A", "LoRA B", "A + B", "none"]
+    names = [prompt.name for prompt in demo.PROMPTS]
     assert [row["name"] for row in rows] == names * 2
-    assert [row["recompiles"] for row in rows] == ["0"] * 8
+    assert [row["recompiles"] for row in rows] == ["0"] * 16
     assert all(float(row["seconds"]) > 0 for row in rows)
     assert float(rows[0]["compile"]) > 0, "the first prompt compiles"
-    assert [row["compile"] for row in rows[1:]] == ["–"] * 7, "and no other does"
-    assert [row["source"] for row in rows[4:]] == ["hot"] * 4, "in the second round every stack is in memory"
+    assert [row["compile"] for row in rows[1:]] == ["–"] * 15, "and no other does"
+    assert [row["source"] for row in rows[8:]] == ["hot"] * 8, "in the second round every stack is in memory"
     assert all((REPO / row["image"]).is_file() for row in rows)
     assert str(output / "contact_sheet.png") in finished
-    assert "demo-a (0.7) + demo-b (0.9)" in finished
+    assert "pocket-outline-kohya (1) + pocket-neon-diffusers (1)" in finished
 
 
 @pytest.mark.slow
@@ -116,15 +117,16 @@ def test_pictures(finished, output):
     first = [picture(prompt.file_name) for prompt in demo.PROMPTS]
     second = [picture(f"round2_{prompt.file_name}") for prompt in demo.PROMPTS]
     for a, b in zip(first, second, strict=True):
-        assert a.size == (demo.SIZE_PX, demo.SIZE_PX)
+        assert a.size == (SIZE_PX, SIZE_PX)
         assert a.tobytes() == b.tobytes(), "the same LoRAs again give the same picture, whatever came between"
-    for index, a in enumerate(first):
-        for b in first[index + 1 :]:
+    assert first[3].tobytes() == first[-1].tobytes(), "without LoRAs it is as it was"
+    for index, a in enumerate(first[:-1]):
+        for b in first[index + 1 : -1]:
             difference = ImageChops.difference(a, b)
             assert max(high for _, high in difference.getextrema()) > 40, "a person can tell the pictures apart"
     width, height = picture("contact_sheet.png").size
-    assert width > 4 * demo.SIZE_PX
-    assert height > 2 * demo.SIZE_PX
+    assert width > 4 * SHOWN_PX
+    assert height > 2 * SHOWN_PX
     assert not list(output.glob("*.partial"))
 
 
@@ -196,10 +198,9 @@ def test_adapt_bypasses_what_is_left_over(workflow, count):
         for value in entry["inputs"].values():
             assert not isinstance(value, list) or value[0] in adapted, "a link points to a node that is gone"
     (sampler,), (text,) = by_class(adapted, "KSampler"), by_class(adapted, "CLIPTextEncode")
-    ends = ("FluxHotswapLora", "FluxHotswapLora") if count else ("FluxAccelLoader", "CLIPLoader")
+    ends = ("FluxHotswapLora", "FluxHotswapLora") if count else ("FluxAccelLoader", "FluxTextEncoderLoader")
     assert (adapted[sampler["model"][0]]["class_type"], adapted[text["clip"][0]]["class_type"]) == ends
-    assert by_class(adapted, "DualCLIPLoader") == []
-    assert sampler["steps"] == demo.STEPS
+    assert sampler["seed"] == demo.SEED
     assert by_class(adapted, "FluxAccelLoader")[0]["compile"] == "regional"
 
 

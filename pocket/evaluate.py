@@ -1,0 +1,283 @@
+"""`python -m pocket.evaluate`: what Pocket FLUX draws, measured from pixels, through this pack's engine.
+
+Prompts ask for pairs of shape and colour that training never showed. Every setting of the engine that changes numbers
+draws the same prompts from the same noise, and is compared with bfloat16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from accel import settings as engine_settings
+from accel.checkpoint import inspect_checkpoint
+from accel.engine import Engine
+from accel.errors import AccelError
+from accel.families.flux1 import Flux1Inputs
+from accel.lora.lowrank import Factors, compress
+from accel.lora.stack import LoraStack
+from accel.settings import EngineSettings, Quantization
+
+from . import autoencoder, measure, text
+from .draw import SHAPES, SIZE_PX, Pixels, Scene, prompt, random_scene
+from .loras import RECIPES, Recipe
+from .train import LENGTH, MODELS, NAMES, STEPS, load_decoder, load_trained, tokenizer_of_comfyui, write
+
+BATCH = 16
+# What a LoRA does to a picture, against the same picture without it.
+EFFECTS: Mapping[str, Callable[[Pixels, Pixels], float]] = {
+    "outline": measure.hollow,
+    "neon": lambda picture, plain: measure.darkness(picture),
+    "stripes": measure.striped,
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """One picture to draw: a scene, how it is said, and the seed of its noise."""
+
+    scene: Scene
+    prompt: str
+    seed: int
+
+
+class Pocket:
+    """Draws with the files in a folder of models."""
+
+    def __init__(self, models: Path, tokenizer: text.Tokenizer) -> None:
+        """Read the T5 and the decoder; engines come with each call."""
+        self.models = models
+        self._tokenizer = tokenizer
+        _, self._encoder = load_trained(models)
+        self._decoder = load_decoder(models)
+
+    def engine(self, settings: EngineSettings, file: Path | None = None) -> Engine:
+        """An engine with the transformer, or with another file of its sizes."""
+        engine = Engine(inspect_checkpoint(str(file or self.models / NAMES["model"])), settings)
+        engine.load()
+        return engine
+
+    def draw(
+        self, engine: Engine, requests: Sequence[Request], loras: Sequence[tuple[Path, float]] = (), steps: int = STEPS
+    ) -> list[Pixels]:
+        """Pictures (96, 96, 3), 0–1, as ComfyUI's KSampler draws them with `euler`, `simple` and cfg 1.
+
+        One text token stands for all the padding, see `text.attention_bias`: a sixth of the time.
+
+        Args:
+            engine: loaded.
+            requests: what to draw.
+            loras: (file, strength), first applied first.
+            steps: of the sampler.
+        """
+        stack = LoraStack()
+        for path, strength in loras:
+            stack = stack.with_lora(engine.read_lora(str(path)), strength)
+        engine.swap(stack)
+        pictures = []
+        for start in range(0, len(requests), BATCH):
+            pictures += self._draw_batch(engine, requests[start : start + BATCH], steps)
+        return pictures
+
+    def _draw_batch(self, engine: Engine, requests: Sequence[Request], steps: int) -> list[Pixels]:
+        side = SIZE_PX // 8
+        shape = (1, autoencoder.CHANNELS, side, side)
+        noise = [torch.randn(shape, generator=torch.Generator().manual_seed(request.seed)) for request in requests]
+        latents, sigmas = torch.cat(noise), torch.linspace(1.0, 0.0, steps + 1)
+        with torch.inference_mode():
+            encoded = self._encoder(self._tokenizer([request.prompt for request in requests], LENGTH))
+            bias = text.attention_bias(LENGTH, side * side // 4).to(engine.dtype)
+            for now, after in pairwise(sigmas):
+                inputs = Flux1Inputs(
+                    latents.to(engine.dtype),
+                    now.expand(len(requests)),
+                    encoded.to(engine.dtype),
+                    attention_mask=bias,
+                )
+                latents = latents + (after - now) * engine(inputs).float()
+            decoded = self._decoder(latents).clamp(0, 1).permute(0, 2, 3, 1)
+        return list(decoded.numpy().copy())
+
+
+def held_out_requests(count: int, seed: int = 11) -> list[Request]:
+    """Prompts with pairs of shape and colour that training never showed, each pair equally often."""
+    random = np.random.default_rng(seed)
+    by_shape: dict[str, list[Scene]] = defaultdict(list)
+    while min(len(by_shape[shape]) for shape in SHAPES) * len(SHAPES) < count:
+        scene = random_scene(random, held_out=True)
+        by_shape[scene.shape].append(scene)
+    scenes = [by_shape[SHAPES[index % len(SHAPES)]][index // len(SHAPES)] for index in range(count)]
+    return [Request(scene, prompt(scene, random), 1000 + index) for index, scene in enumerate(scenes)]
+
+
+def plain_requests(count: int, seed: int = 12) -> list[Request]:
+    """Single shapes of medium size, on which the effect of a LoRA can be measured."""
+    random = np.random.default_rng(seed)
+    requests = []
+    while len(requests) < count:
+        scene = random_scene(random)
+        if scene.count == 1 and scene.size != "small" and scene.shape in ("circle", "square", "triangle", "heart"):
+            requests.append(Request(scene, prompt(scene, random), 2000 + len(requests)))
+    return requests
+
+
+def following(pictures: Sequence[Pixels], requests: Sequence[Request]) -> dict[str, float]:
+    """The share of pictures that show what their prompt says: by kind of word, and shape and colour together."""
+    shares: dict[str, list[bool]] = defaultdict(list)
+    for picture, request in zip(pictures, requests, strict=True):
+        right = measure.follows(measure.see(picture), request.scene)
+        for kind, value in {**right, "shape and colour": right["shape"] and right["colour"]}.items():
+            shares[kind].append(value)
+        shares["all"].append(all(right.values()))
+    return {kind: round(sum(values) / len(values), 4) for kind, values in shares.items()}
+
+
+def effects(pictures: Sequence[Pixels], plain: Sequence[Pixels]) -> dict[str, float]:
+    """The mean of every LoRA's measure over pictures, each against its picture without LoRAs."""
+    pairs = list(zip(pictures, plain, strict=True))
+    return {style: round(float(np.mean([effect(*pair) for pair in pairs])), 3) for style, effect in EFFECTS.items()}
+
+
+def lora_path(models: Path, recipe: Recipe) -> Path:
+    """Where a LoRA is."""
+    return models / "loras" / recipe.file
+
+
+def evaluate_loras(pocket: Pocket, requests: Sequence[Request]) -> dict[str, Any]:
+    """Each LoRA off, at half and at full strength, and pairs of them."""
+    engine = pocket.engine(EngineSettings(dtype="bf16", compile="off"))
+    plain = pocket.draw(engine, requests)
+    result: dict[str, Any] = {"none": effects(plain, plain)}
+    paths = {recipe.style: lora_path(pocket.models, recipe) for recipe in RECIPES}
+    for style, path in paths.items():
+        for strength in (0.5, 1.0):
+            drawn = pocket.draw(engine, requests, [(path, strength)])
+            result[f"{style} × {strength:g}"] = effects(drawn, plain)
+    for first, second in (("outline", "neon"), ("neon", "stripes"), ("outline", "stripes")):
+        drawn = pocket.draw(engine, requests, [(paths[first], 0.8), (paths[second], 0.8)])
+        result[f"{first} + {second} × 0.8"] = effects(drawn, plain)
+    after = pocket.draw(engine, requests)
+    result["none again is bit-identical"] = all(np.array_equal(a, b) for a, b in zip(after, plain, strict=True))
+    return result
+
+
+def evaluate_modes(pocket: Pocket, requests: Sequence[Request], compile: str) -> dict[str, Any]:
+    """Every dtype and quantization of the engine: PSNR against bfloat16, with and without a LoRA, and what it draws."""
+    lora = [(lora_path(pocket.models, RECIPES[0]), 1.0)]
+    reference: tuple[list[Pixels], list[Pixels]] | None = None
+    result: dict[str, Any] = {}
+    for name, settings in engine_modes(compile):
+        try:
+            engine = pocket.engine(settings)
+            start = time.perf_counter()
+            drawn = pocket.draw(engine, requests)
+            seconds = time.perf_counter() - start
+            with_lora = pocket.draw(engine, requests[:32], lora)
+        except AccelError as exc:
+            result[name] = {"cannot run here": str(exc)}
+            continue
+        if reference is None:
+            reference = (drawn, with_lora)
+        result[name] = {
+            "psnr_db": measure.psnr(drawn, reference[0]),
+            "psnr_db_with_lora": measure.psnr(with_lora, reference[1]),
+            "follows": following(drawn, requests),
+            "picture_s": seconds / len(requests),
+            "weight_bytes": engine.bytes,
+        }
+    return result
+
+
+def engine_modes(compile: str) -> Iterator[tuple[str, EngineSettings]]:
+    """bfloat16 first, then every other dtype and quantization that the engine's settings know."""
+    yield "bf16", EngineSettings(dtype="bf16", compile=compile)
+    for dtype in engine_settings.DTYPES:
+        if dtype not in ("auto", "bf16"):
+            yield dtype, EngineSettings(dtype=dtype, compile=compile)
+    for mode in engine_settings.QUANTIZATION_MODES:
+        if mode != "none":
+            yield mode, EngineSettings(dtype="bf16", compile=compile, quantization=Quantization(mode))
+
+
+def evaluate_ranks(pocket: Pocket, requests: Sequence[Request]) -> dict[str, Any]:
+    """LoRAs truncated to lower ranks by SVD: PSNR against the whole LoRA, and what is left of its effect."""
+    engine = pocket.engine(EngineSettings(dtype="bf16", compile="off"))
+    plain = pocket.draw(engine, requests)
+    result: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for recipe in RECIPES:
+            whole = lora_path(pocket.models, recipe)
+            reference = pocket.draw(engine, requests, [(whole, 1.0)])
+            for rank in [rank for rank in (1, 2, 4, 8) if rank < recipe.rank]:
+                path = Path(folder) / f"{rank}-{recipe.file}"
+                write(path, truncated(load_file(whole), rank))
+                drawn = pocket.draw(engine, requests, [(path, 1.0)])
+                result[f"{recipe.style}, rank {rank} of {recipe.rank}"] = {
+                    "psnr_db": measure.psnr(drawn, reference),
+                    "effect": effects(drawn, plain)[recipe.style],
+                    "effect_of_whole": effects(reference, plain)[recipe.style],
+                }
+    return result
+
+
+def truncated(tensors: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
+    """A LoRA file's tensors at a lower rank: the nearest product of each pair of matrices.
+
+    A kohya alpha is scaled with the rank, so that alpha / rank stays.
+    """
+    result = {}
+    for name, down in tensors.items():
+        for a, b in (("lora_A", "lora_B"), ("lora_down", "lora_up")):
+            if f".{a}." in name:
+                other = name.replace(f".{a}.", f".{b}.")
+                cut = compress(Factors(down.float(), tensors[other].float()), 0.0, rank)
+                result[name] = cut.lora_A.to(down.dtype).contiguous()
+                result[other] = cut.lora_B.to(down.dtype).contiguous()
+                alpha = name.split(f".{a}.")[0] + ".alpha"
+                if alpha in tensors:
+                    scaled = tensors[alpha].float() * len(cut.lora_A) / len(down)
+                    result[alpha] = scaled.to(tensors[alpha].dtype)
+    return result
+
+
+def main(arguments: Iterable[str] | None = None) -> int:
+    """Measure, print, and write."""
+    parser = argparse.ArgumentParser(prog="python -m pocket.evaluate", description=__doc__.split("\n")[0])
+    parser.add_argument("--models", type=Path, default=MODELS, help="folder of the files")
+    parser.add_argument("--json", type=Path, help="also write the figures here")
+    parser.add_argument("--prompts", type=int, default=160, help="held-out prompts per mode")
+    parser.add_argument("--compile", choices=engine_settings.COMPILE_MODES, default="off")
+    parser.add_argument("--merge", action="store_true", help="also compare with ComfyUI's merge into fp8 weights")
+    options = parser.parse_args(arguments)
+    pocket = Pocket(options.models, tokenizer_of_comfyui())
+    held_out, plain = held_out_requests(options.prompts), plain_requests(32)
+    figures: dict[str, Any] = {"bytes": sum(path.stat().st_size for path in options.models.rglob("*.safetensors"))}
+    figures["modes"] = evaluate_modes(pocket, held_out, options.compile)
+    figures["loras"] = evaluate_loras(pocket, plain)
+    figures["svd"] = evaluate_ranks(pocket, plain)
+    if options.merge:
+        from .stock_merge import evaluate_merge
+
+        figures["fp8 merge"] = evaluate_merge(options.models, plain)
+    report = json.dumps(figures, indent=2, ensure_ascii=False)
+    print(report)
+    if options.json:
+        options.json.write_text(report + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
