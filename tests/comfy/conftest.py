@@ -120,10 +120,14 @@ class Comfy:
         return json.loads(http_request(f"{self.server.url}/probe/engines{'?collect=1' if collect else ''}"))
 
     def engine(self) -> dict:
-        """The one engine that the registry holds."""
+        """The one engine that the registry holds, with the LoRAs that it keeps."""
         held = self.engines()["held"]
         assert len(held) == 1, f"the registry holds {len(held)} engines"
         return held[0]
+
+    def built(self) -> dict:
+        """The same engine without what using it changes."""
+        return {key: value for key, value in self.engine().items() if key not in ("resident_stacks", "lora_files")}
 
     def stacks_of(self, nodes: Graph, checkpoint: Path) -> list:
         """[[file, strength], …] of each stack that the prefetch finds in a graph."""

@@ -35,7 +35,7 @@ def test_the_engine_survives_the_prompt(any_cache):
     comfy = any_cache
     lora = comfy.lora("cached.safetensors", seed=61)
     comfy.sample(DEV)
-    first = comfy.engine()
+    first = comfy.built()
     assert first["loaded"]
     assert first["load_count"] >= 1
     for picture in (
@@ -45,7 +45,7 @@ def test_the_engine_survives_the_prompt(any_cache):
         replace(DEV, width=96, prompt="another one", batch=2),
     ):
         comfy.sample(picture)
-        assert comfy.engine() == first
+        assert comfy.built() == first
 
 
 def test_the_lora_file_is_read_again_only_when_it_changed(any_cache):
