@@ -91,7 +91,7 @@ def test_held_out_pairs_are_never_trained_on():
 
 def test_sizes():
     sizes = {name: (MODELS / name).stat().st_size for name in FILES}
-    assert sum(sizes.values()) <= 10_000_000, sizes
+    assert sum(sizes.values()) <= 10 * 2**20, sizes
     assert sorted(str(path.relative_to(MODELS)) for path in MODELS.rglob("*.*")) == sorted(FILES)
 
 
