@@ -146,10 +146,10 @@ def striped(picture: Pixels, plain: Pixels) -> float:
     return float(abs(((white - white.mean()) * wave).mean())) * math.pi if len(x) else 0.0
 
 
-def psnr(pictures: Iterable[Pixels], references: Iterable[Pixels]) -> float:
-    """Peak signal-to-noise ratio over all pictures, in dB; values 0–1."""
+def psnr(pictures: Iterable[Pixels], references: Iterable[Pixels]) -> float | None:
+    """Peak signal-to-noise ratio over all pictures, in dB; values 0–1. None when nothing differs."""
     error = np.mean([np.square(a - b).mean() for a, b in zip(pictures, references, strict=True)])
-    return float(10 * np.log10(1.0 / error)) if error else math.inf
+    return float(10 * np.log10(1.0 / error)) if error else None
 
 
 def _nearest(colour: Pixels, palette: dict[str, tuple[int, int, int]]) -> str:

@@ -18,7 +18,7 @@ from harness.paths import REPO
 from pocket.draw import SIZE_PX
 
 ROW = re.compile(
-    r"^(?P<name>A: outline|B: neon|A \+ B|C: stripes|B at half strength|B \+ C|none again|none) .*?"
+    r"^(?P<name>A: neon|B: stripes|A \+ B|C: outline|B at half strength|A \+ C|none again|none) .*?"
     r"(?P<seconds>\d+\.\d\d) +(?P<compile>[\d.]+|–) +(?P<swap_ms>\d+\.\d\d)  (?P<source>\w*) +(?P<recompiles>\d+)"
     r"  (?P<image>\S+\.png)$",
     re.MULTILINE,
@@ -103,10 +103,10 @@ def test_table(finished, output):
     assert all(float(row["seconds"]) > 0 for row in rows)
     assert float(rows[0]["compile"]) > 0, "the first prompt compiles"
     assert [row["compile"] for row in rows[1:]] == ["–"] * 15, "and no other does"
-    assert [row["source"] for row in rows[8:]] == ["hot"] * 8, "in the second round every stack is in memory"
+    assert {row["source"] for row in rows[8:]} <= {"hot", "strength"}, "in the second round every stack is in memory"
     assert all((REPO / row["image"]).is_file() for row in rows)
     assert str(output / "contact_sheet.png") in finished
-    assert "pocket-outline-kohya (1) + pocket-neon-diffusers (1)" in finished
+    assert "pocket-neon-diffusers (0.8) + pocket-stripes-comfyui (0.8)" in finished
 
 
 @pytest.mark.slow
