@@ -53,7 +53,7 @@ NOTES = (
     "The pack, PEFT and diffusers each switch a whole model of their own with its base weights on the meta device; "
     "PEFT and diffusers put the LoRA there too, so its layers got real memory before the first switch.",
     "PEFT and diffusers find their tensors in memory and are not prepared for torch.compile, which would slow them.",
-    "The step of the prefetch figure is plain matrix products on all cores, not a model; each round compares neighbours.",
+    "The step of the prefetch figure is plain matrix products on all cores, not a model; neighbours are compared.",
 )
 
 

@@ -19,7 +19,7 @@ from accel.lora.device import DeviceLoras
 from accel.lora.file import read_lora
 from accel.lora.rescale import UnscaledB
 from accel.lora.slots import LoraSlots
-from accel.lora.stack import FlatLora, LoraStack, flatten
+from accel.lora.stack import LoraStack, flatten
 from accel.lora.truncate import truncate
 from accel.memory import GIB, MIB, PoolBudgets, available_host_bytes, pinned_bytes
 from accel.settings import EngineSettings
@@ -147,17 +147,15 @@ def test_a_strength_that_overflows_is_refused_before_anything_changes(spec, lora
 
 
 def test_what_strength_changes_beyond_lora_B_is_flattened_anew(spec, loras, monkeypatch):
-    """A stack with a mixing matrix or replaced vectors, whose values follow the strength too."""
+    """A stack with a mixing matrix or replaced vectors, whose values may follow the strength too."""
 
-    @dataclasses.dataclass(frozen=True)
-    class WithVectors(FlatLora):
-        vectors: tuple = ()
-
-    def flatten_with_vectors(*arguments):
+    def flatten_with_mixing(*arguments):
         flat = flatten(*arguments)
-        return WithVectors(flat.buffer, flat.placed, ("a norm",))
+        # As a DoRA without effect: its mixing scales every row of one linear by 1.
+        module = next(iter(flat.placed))
+        return dataclasses.replace(flat, mixing={module: torch.ones(flat.placed[module].b_shape[0], 1, 1)})
 
-    monkeypatch.setattr(accel.lora.library, "flatten", flatten_with_vectors)
+    monkeypatch.setattr(accel.lora.library, "flatten", flatten_with_mixing)
     engine = make_engine(spec)
     sources = [engine.swap(stack_of(loras, ("kohya", strength))).source for strength in (0.5, 0.7, 0.5)]
     assert sources == ["cold", "cold", "hot"]
@@ -181,7 +179,8 @@ def test_another_strength_of_a_cut_stack_is_cut_anew(spec, loras):
     """Which singular values are the largest depends on the strengths."""
     engine, fresh = make_engine(spec), make_engine(spec)
     reports = [
-        engine.swap(stack_of(loras, ("kohya", 0.8), ("bf16", strength)).with_max_rank(6)) for strength in (0.1, 3.0, 0.1)
+        engine.swap(stack_of(loras, ("kohya", 0.8), ("bf16", strength)).with_max_rank(6))
+        for strength in (0.1, 3.0, 0.1)
     ]
     assert [report.source for report in reports] == ["cold", "cold", "hot"]
     assert reports[0].error == reports[2].error != reports[1].error

@@ -54,9 +54,13 @@ def truncate(flat: FlatLora, max_rank: int) -> Truncated:
             places = [flat.placed[module] for module in modules]
             lora_A = _matrix(flat.buffer, places[0].a_start, places[0].a_shape)
             sides = [_matrix(flat.buffer, place.b_start, place.b_shape) for place in places]
-            cut = compress(Factors(lora_A, torch.cat(sides)), 0.0, max_rank)
-            errors[modules[0]] = (cut.error, cut.norm)
-            if cut.error:
+            factors = Factors(lora_A, torch.cat(sides))
+            # Rows of zeros fill the rank up, see `stack.RANK_ALIGNMENT`.
+            if int(lora_A.any(dim=1).sum()) <= max_rank:
+                errors[modules[0]] = (0.0, _norm(factors))
+            else:
+                cut = compress(factors, 0.0, max_rank)
+                errors[modules[0]] = (cut.error, cut.norm)
                 lora_A, sides = cut.lora_A, list(cut.lora_B.split([place.b_shape[0] for place in places]))
             for module, lora_B in zip(modules, sides, strict=True):
                 layers[module] = [(LoraLayer(module, lora_A, lora_B, 1.0), 1.0)]
@@ -66,3 +70,9 @@ def truncate(flat: FlatLora, max_rank: int) -> Truncated:
 
 def _matrix(buffer: Tensor, start: int, shape: tuple[int, int]) -> Tensor:
     return buffer.as_strided(shape, (shape[1], 1), start)
+
+
+def _norm(factors: Factors) -> float:
+    """The Frobenius norm of B @ A, from the small products of each side with itself."""
+    lora_A, lora_B = factors.lora_A.double(), factors.lora_B.double()
+    return float(((lora_B.T @ lora_B) * (lora_A @ lora_A.T)).sum().clamp(min=0.0).sqrt())
