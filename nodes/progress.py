@@ -19,7 +19,7 @@ class NodeObserver:
     def loading(self, done: int, total: int) -> None:
         """Move the bar. May raise ComfyUI's interrupt, which leaves the engine unloaded."""
         if self._bar is None or done == 1:  # an interrupted load leaves its bar behind
-            show_text(f"Loading {total} tensors")
+            show_text(f"Loading {total} layers")
             self._bar = comfy.utils.ProgressBar(total)
         self._bar.update_absolute(done)
         if done == total:

@@ -154,7 +154,7 @@ def test_recompiles_fail_the_demo(tmp_path):
     good, bad = (Row(prompt, 1.0, Report("x", 1.0, "hot", count, 0.0), tmp_path / "x.png") for count in (0, 2))
 
     demo._check([good])
-    with pytest.raises(DemoFailed, match=r"'LoRA A': 2.*expected 0"):
+    with pytest.raises(DemoFailed, match=rf"'{re.escape(prompt.name)}': 2.*expected 0"):
         demo._check([good, bad])
 
 

@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from harness import tiny_models
+from accel.build import count_parts
+from accel.checkpoint import inspect_checkpoint
 from harness.graphs import Picture, graph, latents, relative_distance
 
 DEV = Picture(model="tiny-flux-dev-fp32.safetensors")
@@ -176,8 +177,8 @@ def test_interrupted_while_loading(comfy):
     engine = comfy.engine()
     comfy.free(unload_models=True, free_memory=True)
 
-    tensors = len(tiny_models.tiny_flux_state_dict(tiny_models.TinyFluxConfig()))
-    interrupt(comfy, picture, total=tensors)
+    layers = count_parts(inspect_checkpoint(str(comfy.model_file("diffusion_models", DEV.model))))
+    interrupt(comfy, picture, total=layers)
     state = comfy.engines()
     assert not state["held"][0]["loaded"]
     assert state["held"][0]["load_count"] == engine["load_count"]
@@ -186,7 +187,7 @@ def test_interrupted_while_loading(comfy):
     result = comfy.run(graph(picture))
     assert torch.equal(latents(comfy.client, result), before)
     assert comfy.engine()["load_count"] == engine["load_count"] + 1
-    assert ("p0_sample", f"Loading {tensors} tensors") in result.progress_texts
+    assert ("p0_sample", f"Loading {layers} layers") in result.progress_texts
 
 
 def test_the_report_says_what_happened(comfy):
