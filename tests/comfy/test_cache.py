@@ -8,6 +8,7 @@ import torch
 
 from accel.build import count_parts
 from accel.checkpoint import inspect_checkpoint
+from harness import tiny_models
 from harness.graphs import Picture, graph, latents, relative_distance
 
 DEV = Picture(model="tiny-flux-dev-fp32.safetensors")
