@@ -61,7 +61,7 @@ class DeviceLoras:
 
     def put(self, key: Hashable, flat: FlatLora) -> None:
         """Bring a stack to the device; the least recently used ones make room."""
-        victim = self._make_room(flat.bytes)
+        victim = self._make_room(flat)
         if self._share_host:
             self._residents[key] = _Resident(flat, self._slots.bindings(flat))
             return
@@ -109,14 +109,15 @@ class DeviceLoras:
         with torch.inference_mode(False), torch.no_grad():
             return {name: tensor.to(self._device) for name, tensor in tensors.items()}
 
-    def _make_room(self, needed: int) -> _Resident | None:
+    def _make_room(self, flat: FlatLora) -> _Resident | None:
         """Drop what is over the budget; return the dropped buffer that fits best, to be reused."""
         best: _Resident | None = None
         for key in list(self._residents):
-            if self.bytes + needed <= self._budget_bytes:
+            if self.fits(flat.bytes):
                 break
             if key != self._bound:
                 dropped = self._residents.pop(key)
-                if dropped.bytes >= needed and (best is None or dropped.bytes < best.bytes):
+                size = dropped.flat.buffer.nbytes  # not what stands beside it: only the buffer is used again
+                if size >= flat.buffer.nbytes and (best is None or size < best.flat.buffer.nbytes):
                     best = dropped
         return best
