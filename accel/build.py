@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .checkpoint import LinearWeights, read_weights
 from .errors import CheckpointError
+from .memory import free_device_bytes
 from .quantize import Mode
 from .quantize.cache import CacheWriter
 from .spec import ModelSpec
@@ -175,9 +176,7 @@ def _conversion_fits(weight: Tensor, device: torch.device) -> bool:
     """Whether a GPU has the memory to convert a weight; the weights before it are there already."""
     if device.type != "cuda":
         return device.type == "cpu"
-    free_bytes, _ = torch.cuda.mem_get_info(device)
-    cached_bytes = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return free_bytes + cached_bytes > weight.numel() * CONVERSION_BYTES_PER_WEIGHT
+    return free_device_bytes(device) > weight.numel() * CONVERSION_BYTES_PER_WEIGHT
 
 
 def _check_shape(model: nn.Module, parameter: str, tensor: Tensor) -> None:

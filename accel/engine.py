@@ -188,8 +188,7 @@ class Engine:
     def _assemble(self) -> None:
         model = self._read_model()
         mark_weights_static(model)
-        layout = self.spec.family.layout(self.spec.config)
-        modules = [part.module for linear in layout.linears for part in linear.parts]
+        modules = self.spec.family.layout(self.spec.config).modules
         self._slots = LoraSlots(model, modules, self.dtype, self.device)
         self._model = model
         self.load_count += 1

@@ -81,6 +81,11 @@ class Layout:
     linears: tuple[FusedLinear, ...]
     vectors: tuple[VectorWeight, ...]
 
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Every diffusers linear, in the order in which they run."""
+        return tuple(part.module for linear in self.linears for part in linear.parts)
+
     def expected_shapes(self) -> dict[str, tuple[int, ...]]:
         """Key -> shape of every tensor, as the original checkpoint names them."""
         shapes: dict[str, tuple[int, ...]] = {}

@@ -79,8 +79,7 @@ class LoraLibrary:
         """
         self._spec = spec
         self._cache_dir = cache_dir
-        linears = spec.family.layout(spec.config).linears
-        self._order = tuple(part.module for linear in linears for part in linear.parts)
+        self._order = spec.family.layout(spec.config).modules
         # For what the next LoRA is read into: one of usual size. Page-locked memory has its own cache in torch.
         self._buffers = HostBuffers(BUFFERS_BYTES)
         self._slots: LoraSlots | None = None
@@ -90,7 +89,6 @@ class LoraLibrary:
         self._files: ByteLru[LoraWeights] = ByteLru(budgets.files_bytes, lambda weights: weights.bytes)
         self._host: ByteLru[Prepared] = ByteLru(budgets.host_bytes, self._host_bytes)
         self._unscaled: ByteLru[UnscaledB] = ByteLru(budgets.device_bytes // 2, lambda values: values.bytes)
-        self._device_bytes = budgets.device_bytes
         self._loras: DeviceLoras | None = None
         self._on_device: dict[StackKey, Prepared] = {}
         self._fixed: set[tuple[tuple[FileIdentity, ...], int]] = set()

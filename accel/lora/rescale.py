@@ -47,7 +47,7 @@ class _Run:
 
 def rescalable(flat: FlatLora) -> bool:
     """Whether a strength changes nothing but lora_B."""
-    return not getattr(flat, "mixing", None) and not getattr(flat, "vectors", None)
+    return not flat.mixing and not flat.vectors
 
 
 class UnscaledB:
