@@ -19,7 +19,7 @@ from accel.lora.device import DeviceLoras
 from accel.lora.file import read_lora
 from accel.lora.rescale import UnscaledB
 from accel.lora.slots import LoraSlots
-from accel.lora.stack import LoraStack, flatten
+from accel.lora.stack import FlatLora, LoraStack, flatten
 from accel.lora.truncate import truncate
 from accel.memory import GIB, MIB, PoolBudgets, available_host_bytes, pinned_bytes
 from accel.settings import EngineSettings
@@ -336,3 +336,15 @@ def test_a_container_with_little_memory_is_seen(monkeypatch, tmp_path):
 
 def test_pinned_memory_is_counted_as_torch_takes_it():
     assert [pinned_bytes(size) for size in (1, 4096, 4097, 172 * 10**6)] == [1, 4096, 8192, 2**28]
+
+
+def test_a_buffer_is_used_again_only_where_it_is_large_enough():
+    """A stack with large vectors beside a small buffer makes room for one with a larger buffer."""
+    model = torch.nn.Sequential(torch.nn.Linear(64, 96)).requires_grad_(False)
+    slots = LoraSlots(model, ["0"], torch.float32, torch.device("cpu"))
+    slots.bind(slots.empty)
+    loras = DeviceLoras(slots, torch.device("cpu"), 0, share_host=False)
+    loras.put("first", FlatLora(torch.zeros(64), {}, {}, {"0.bias": torch.zeros(96)}))
+    larger = FlatLora(torch.arange(128.0), {})
+    loras.put("second", larger)
+    assert torch.equal(loras.flat("second").buffer[:128], larger.buffer)
