@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -11,6 +12,7 @@ from .errors import SettingsError
 
 DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 COMPILE_MODES = ("regional", "off")
+OFFLOAD_MODES = ("auto", "none", "model", "stream")
 QUANTIZATION_MODES = (
     "none", "fp8", "fp8_weight_only", "int8", "int8_weight_only", "int4", "nvfp4", "mxfp8", "nf4",
 )
@@ -51,6 +53,29 @@ class Quantization:
 
 
 @dataclass(frozen=True)
+class Offload:
+    """What an engine may take of the device's memory.
+
+    Attributes:
+        mode: one of `OFFLOAD_MODES`; "auto" plans from what is free.
+        vram_budget_gb: what the engine may take in all, in GB (1e9 bytes); 0: what is free.
+        reserve_gb: what of the free memory stays for others.
+    """
+
+    mode: str = "auto"
+    vram_budget_gb: float = 0.0
+    reserve_gb: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Reject unknown names and impossible sizes."""
+        if self.mode not in OFFLOAD_MODES:
+            raise SettingsError(f"offload is '{self.mode}', expected one of: {', '.join(OFFLOAD_MODES)}.")
+        for name, value in (("vram_budget_gb", self.vram_budget_gb), ("reserve_gb", self.reserve_gb)):
+            if not 0 <= value < math.inf:
+                raise SettingsError(f"offload: {name} is {value}, expected a size in GB of 0 or more.")
+
+
+@dataclass(frozen=True)
 class EngineSettings:
     """How an engine is built.
 
@@ -60,6 +85,7 @@ class EngineSettings:
         compile: one of `COMPILE_MODES`.
         device: where the transformer runs, such as "cuda:0" or "cpu".
         quantization: how its weights are stored.
+        offload: what it may take of the device's memory.
     """
 
     dtype: str = "auto"
@@ -67,6 +93,7 @@ class EngineSettings:
     compile: str = "regional"
     device: str = "cpu"
     quantization: Quantization = Quantization()
+    offload: Offload = Offload("none")
 
     def __post_init__(self) -> None:
         """Reject unknown names, before anything is built with them."""
