@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -119,11 +120,19 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class TensorFile:
-    """A safetensors file of which only the header was read."""
+    """A safetensors file of which only the header was read.
+
+    Attributes:
+        identity: its state then.
+        tensors: key -> what the header says of it.
+        metadata: what the file says of itself.
+        starts: key -> the tensor's first byte in the file.
+    """
 
     identity: FileIdentity
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str] = field(default_factory=dict)
+    starts: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -138,18 +147,22 @@ def read_header(path: str | os.PathLike[str]) -> TensorFile:
         FileError: missing, empty, truncated, not a safetensors file, or of an unknown dtype.
     """
     identity = FileIdentity.of(path)
-    with _opened(identity) as handle:
-        tensors = {}
-        for key in handle.keys():  # noqa: SIM118 - a safe_open handle is not iterable
-            part = handle.get_slice(key)
-            dtype = DTYPES.get(part.get_dtype())
-            if dtype is None:
-                raise FileError(
-                    f"'{identity.name}': tensor '{key}' is stored as {part.get_dtype()}, which is not supported. "
-                    f"Supported are {', '.join(DTYPES)}: save the file in one of them."
-                )
-            tensors[key] = TensorInfo(tuple(part.get_shape()), dtype)
-        return TensorFile(identity, tensors, handle.metadata() or {})
+    data_start, header = _diagnose(identity)
+    tensors, starts = {}, {}
+    with _opened(identity) as handle:  # safetensors checks that the entries are whole and do not overlap
+        metadata = handle.metadata() or {}
+    for key, entry in header.items():
+        if key == "__metadata__":
+            continue
+        dtype = DTYPES.get(entry["dtype"])
+        if dtype is None:
+            raise FileError(
+                f"'{identity.name}': tensor '{key}' is stored as {entry['dtype']}, which is not supported. "
+                f"Supported are {', '.join(DTYPES)}: save the file in one of them."
+            )
+        tensors[key] = TensorInfo(tuple(entry["shape"]), dtype)
+        starts[key] = data_start + entry["data_offsets"][0]
+    return TensorFile(identity, tensors, metadata, starts)
 
 
 @contextmanager
@@ -165,14 +178,13 @@ def open_tensors(file: TensorFile) -> Iterator[safe_open]:
     now = FileIdentity.of(file.identity.path)
     if now != file.identity:
         raise FileError(f"'{file.name}' was changed after it was read. Queue the prompt again to use the new file.")
+    _diagnose(now)
     with _opened(now) as handle:
         yield handle
 
 
 @contextmanager
 def _opened(identity: FileIdentity) -> Iterator[safe_open]:
-    # Diagnose before opening: safetensors' own messages ("HeaderTooLarge") do not tell a user what happened.
-    _diagnose(identity)
     try:
         handle = safe_open(identity.path, framework="pt", device="cpu")
     except (SafetensorError, OSError) as exc:
@@ -183,7 +195,12 @@ def _opened(identity: FileIdentity) -> Iterator[safe_open]:
         yield handle
 
 
-def _diagnose(identity: FileIdentity) -> None:
+def _diagnose(identity: FileIdentity) -> tuple[int, dict[str, Any]]:
+    """Check a file before safetensors opens it, whose own messages ("HeaderTooLarge") do not tell what happened.
+
+    Returns:
+        Where its data begins, and its header.
+    """
     name, size = identity.name, identity.size_bytes
     if size == 0:
         raise FileError(f"'{name}' is empty (0 bytes): its download or save did not finish. Get it again.")
@@ -213,6 +230,7 @@ def _diagnose(identity: FileIdentity) -> None:
         raise FileError(
             f"'{name}' is truncated: {size:,} of {expected:,} bytes. Its download or copy did not finish: get it again."
         )
+    return 8 + header_bytes, header
 
 
 def _other_format(start: bytes) -> str | None:

@@ -50,7 +50,8 @@ class Pooled:
         strengths = itertools.cycle(STRENGTHS)
         variants = [
             self._hot("stack3", self._stack(*((lora, STRENGTH) for lora in self._loras)), _stacked(self._loras)),
-            Variant("multiply", lambda: self._multiply(next(strengths))),
+            # The product before it touches the same memory, as the switch before `strength` does.
+            Variant("multiply", lambda: self._multiply(next(strengths)), lambda: self._multiply(next(strengths))),
             self._strength(),
             self._prefetched(),
         ]
@@ -93,6 +94,7 @@ class Pooled:
             # What `Engine.prefetch` does.
             library.prepare(stack)
             library.bring(stack, make_room=False)
+            library.bind(self._other)  # as the step that sampled meanwhile has touched every layer, see `Switch._step`
 
         def run() -> None:
             library.bring(stack)

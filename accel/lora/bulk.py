@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import FileError
-from ..files import DTYPES, FileIdentity, TensorFile
+from ..files import FileIdentity, TensorFile
 from .buffers import HostBuffers
 
 # Pieces that are checked while the next one is read: small enough to be in the cache still.
@@ -62,32 +61,57 @@ class _Piece:
         return self.start + self.length
 
 
-def read_tensors(file: TensorFile, keys: Iterable[str], buffers: HostBuffers | None = None) -> BulkRead:
-    """Read tensors, and find out how large their elements are.
+class BulkReader:
+    """Reads tensors on a thread from the moment when it is made, so that their names can be looked at meanwhile.
 
-    Args:
-        file: whose header was read before.
-        keys: of tensors in it.
-        buffers: where memory comes from; None takes it from the system.
+    A context manager: when the block ends early, what is not read yet is left.
 
-    Raises:
-        FileError: the file is gone, shorter, or changed since its header was read.
+    Attributes:
+        keys: of the tensors that it reads.
     """
-    now = FileIdentity.of(file.identity.path)
-    if now != file.identity:
-        raise FileError(f"'{file.name}' was changed after it was read. Queue the prompt again to use the new file.")
-    places, pieces, size = _plan(_places(file, set(keys)))
-    buffer = torch.empty(size, dtype=torch.uint8) if buffers is None else buffers.take(size)
-    views = {place.key: _view(buffer, place) for place in places}
-    memory, spans = buffer.numpy(), _spans(places)
-    with open(file.identity.path, "rb", buffering=0) as stream, ThreadPoolExecutor(1) as thread:
+
+    def __init__(self, file: TensorFile, keys: Iterable[str], buffers: HostBuffers | None = None) -> None:
+        """Begin to read.
+
+        Args:
+            file: whose header was read before.
+            keys: of tensors in it; none reads nothing.
+            buffers: where memory comes from; None takes it from the system.
+
+        Raises:
+            FileError: the file is gone, or changed since its header was read.
+        """
+        now = FileIdentity.of(file.identity.path)
+        if now != file.identity:
+            raise FileError(f"'{file.name}' was changed after it was read. Queue the prompt again to use the new file.")
+        self.keys = frozenset(keys)
+        self._places, self._pieces, size = _plan(_places(file, self.keys))
+        self._buffer = torch.empty(size, dtype=torch.uint8) if buffers is None else buffers.take(size)
+        self._memory = self._buffer.numpy()
+        self._stream = open(file.identity.path, "rb", buffering=0)  # noqa: SIM115 - closed by __exit__
+        self._thread = ThreadPoolExecutor(1)
         # One after the other, by one handle: the system then reads ahead of them.
-        reads = [thread.submit(_read, file, stream, piece, memory) for piece in pieces]
-        peak = 0.0
-        for piece, read in zip(pieces, reads, strict=True):
+        self._reads = [self._thread.submit(_read, file, self._stream, piece, self._memory) for piece in self._pieces]
+
+    def __enter__(self) -> BulkReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown(cancel_futures=True)
+        self._stream.close()
+
+    def result(self) -> BulkRead:
+        """The tensors, as soon as they are read and their elements' size is known.
+
+        Raises:
+            FileError: the file became shorter.
+        """
+        views = {place.key: _view(self._buffer, place) for place in self._places}
+        spans, peak = _spans(self._places), 0.0
+        for piece, read in zip(self._pieces, self._reads, strict=True):
             read.result()
-            peak = float(np.max([peak, max_magnitude(memory, spans, piece.start, piece.end)]))
-    return BulkRead(views, peak)
+            peak = float(np.max([peak, max_magnitude(self._memory, spans, piece.start, piece.end)]))
+        return BulkRead(views, peak)
 
 
 # Size of an element -> the integers that order magnitudes as their bits do.
@@ -136,16 +160,12 @@ def _spans(places: Iterable[_Place]) -> list[tuple[torch.dtype, int, int]]:
     return spans
 
 
-def _places(file: TensorFile, keys: set[str]) -> list[_Place]:
-    """Where the tensors lie in the file, in its order; the header was checked when it was read first."""
-    with open(file.identity.path, "rb") as stream:
-        header_bytes = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(header_bytes))
+def _places(file: TensorFile, keys: Iterable[str]) -> list[_Place]:
+    """Where the tensors lie in the file, in its order; the header was checked when it was read."""
     places = []
     for key in keys:
-        start, end = header[key]["data_offsets"]
-        dtype, shape = DTYPES[header[key]["dtype"]], tuple(header[key]["shape"])
-        places.append(_Place(key, dtype, shape, 8 + header_bytes + start, end - start))
+        info = file.tensors[key]
+        places.append(_Place(key, info.dtype, info.shape, file.starts[key], info.bytes))
     return sorted(places, key=lambda place: place.file_start)
 
 

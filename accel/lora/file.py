@@ -13,9 +13,9 @@ from torch import Tensor
 from ..files import TensorFile, read_header
 from ..spec import ModelSpec
 from .buffers import HostBuffers
-from .bulk import read_tensors
+from .bulk import BulkRead, BulkReader
 from .factor_cache import FactorCache
-from .keys import FileKeys, account, name_format
+from .keys import FileKeys, account, name_format, plain_keys
 from .kinds import Change, convert, product_factors
 from .lowrank import Factors, Tolerance
 from .metadata import adapter_config
@@ -51,13 +51,13 @@ def read_lora(
             this model in it.
     """
     file = read_header(path)
-    keys = account(file, spec)
-    config = adapter_config(file)
-    with torch.inference_mode(False), torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad(), BulkReader(file, plain_keys(file), buffers) as ahead:
+        keys = account(file, spec)
+        config = adapter_config(file)
         cut = [change for change in keys.changes if change.approximated(tolerance)]
         cache = FactorCache(cache_dir, file.identity, tolerance) if cut and cache_dir is not None else None
         factors = cache.load(cut) if cache is not None else None
-        values, peak = _read(file, keys, factors or {}, buffers)
+        values, peak = _read(file, keys, factors or {}, ahead, buffers)
         if factors is None:
             factors = {change.name: product_factors(change, values[change.name], tolerance) for change in cut}
             if cache is not None:
@@ -132,24 +132,32 @@ def make_report(
 
 
 def _read(
-    file: TensorFile, keys: FileKeys, known: Mapping[str, Factors], buffers: HostBuffers | None
+    file: TensorFile, keys: FileKeys, known: Mapping[str, Factors], ahead: BulkReader, buffers: HostBuffers | None
 ) -> tuple[dict[str, dict[str, Tensor]], float]:
-    """Name of a change -> role -> values; those of norms by their key under the name "". And the largest element."""
+    """Name of a change -> role -> values; those of norms by their key under the name "". And the largest element.
+
+    What `ahead` does not read is read now, but for matrices that a known product stands for.
+    """
     wanted = [vector.key for vector in keys.vectors]
     for change in keys.changes:
         for role, piece in change.pieces.items():
             if change.name not in known or role in ("alpha", "dora_scale", "diff_b"):
                 wanted.append(piece.key)
-    bulk = read_tensors(file, wanted, buffers)
-    if not math.isfinite(bulk.peak):
-        for key, tensor in bulk.tensors.items():
-            if tensor.dtype.is_floating_point:
-                check_finite(f"'{file.name}': '{key}'", tensor)
+    with BulkReader(file, set(wanted) - ahead.keys, buffers) as rest:
+        reads = [ahead.result(), rest.result()]
+    for read in reads:
+        _check_finite(file, read)
+    tensors = {**reads[0].tensors, **reads[1].tensors}
     values = {
-        change.name: {
-            role: bulk.tensors[piece.key] for role, piece in change.pieces.items() if piece.key in bulk.tensors
-        }
+        change.name: {role: tensors[piece.key] for role, piece in change.pieces.items() if piece.key in tensors}
         for change in keys.changes
     }
-    values[""] = {vector.key: bulk.tensors[vector.key] for vector in keys.vectors}
-    return values, bulk.peak
+    values[""] = {vector.key: tensors[vector.key] for vector in keys.vectors}
+    return values, max(read.peak for read in reads)
+
+
+def _check_finite(file: TensorFile, read: BulkRead) -> None:
+    if not math.isfinite(read.peak):
+        for key, tensor in read.tensors.items():
+            if tensor.dtype.is_floating_point:
+                check_finite(f"'{file.name}': '{key}'", tensor)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -252,16 +253,28 @@ def flat_buffer(
         buffer = torch.empty(elements, dtype=dtype, pin_memory=pin)
     else:
         buffer = buffers.take(elements * dtype.itemsize).view(dtype)
-    for start, end in gaps:
-        buffer[start:end].zero_()
-    filled = set()
-    for module, layers in by_module.items():
-        place = placed[module]
-        if place.a_start not in filled:
-            filled.add(place.a_start)
-            _fill(buffer.as_strided(place.a_shape, (place.a_shape[1], 1), place.a_start), layers)
-        _fill_scaled(buffer.as_strided(place.b_shape, (place.b_shape[1], 1), place.b_start), layers)
+    with ThreadPoolExecutor(1) as thread:
+        copied = thread.submit(_copy_lora_A, buffer, gaps, placed, by_module)
+        for module, layers in by_module.items():
+            place = placed[module]
+            _fill_scaled(buffer.as_strided(place.b_shape, (place.b_shape[1], 1), place.b_start), layers)
+        copied.result()
     return buffer, placed
+
+
+def _copy_lora_A(
+    buffer: Tensor, gaps: Sequence[tuple[int, int]], placed: Mapping[str, Placed], by_module: Mapping[str, Layers]
+) -> None:
+    """Write what is not scaled, on a thread of its own."""
+    with torch.no_grad():
+        for start, end in gaps:
+            buffer[start:end].zero_()
+        filled = set()
+        for module, layers in by_module.items():
+            place = placed[module]
+            if place.a_start not in filled:
+                filled.add(place.a_start)
+                _fill(buffer.as_strided(place.a_shape, (place.a_shape[1], 1), place.a_start), layers)
 
 
 def _compose(module: str, layers: Layers, base: BaseWeights | None) -> Composed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -45,13 +46,13 @@ class Flux1:
         """See `layout.checkpoint_layout`."""
         return checkpoint_layout(config)
 
-    def lora_aliases(self, config: Flux1Config) -> dict[str, LoraTarget]:
+    def lora_aliases(self, config: Flux1Config) -> Mapping[str, LoraTarget]:
         """See `lora_names.lora_aliases`."""
-        return lora_aliases(checkpoint_layout(config))
+        return _lora_names(config)[0]
 
-    def lora_norms(self, config: Flux1Config) -> dict[str, VectorWeight]:
+    def lora_norms(self, config: Flux1Config) -> Mapping[str, VectorWeight]:
         """See `lora_names.lora_norms`."""
-        return lora_norms(checkpoint_layout(config))
+        return _lora_names(config)[1]
 
     def quantizable(self, module: str) -> bool:
         """Whether a linear of the diffusers model may be stored in fewer bits: those inside the blocks.
@@ -101,3 +102,10 @@ class Flux1:
     def forward(self, config: Flux1Config, model: nn.Module, regions: Sequence[Callable]) -> Flux1Forward:
         """Tie a model that `build` made to its regions, compiled or not."""
         return Flux1Forward(config, model, *regions)
+
+
+@functools.lru_cache(maxsize=4)
+def _lora_names(config: Flux1Config) -> tuple[Mapping[str, LoraTarget], Mapping[str, VectorWeight]]:
+    # 5,000 names, wanted for every LoRA that is read.
+    layout = checkpoint_layout(config)
+    return lora_aliases(layout), lora_norms(layout)
