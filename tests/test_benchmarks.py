@@ -34,6 +34,10 @@ RATIOS = {
     "stock_over_hot": ("stock_merge_ms", ("hot_ms",)),
     "cold_over_read_plus_memcpy": ("cold_ms", ("read_ms", "memcpy_ms")),
 }
+LOAD_KEYS = (
+    "engine_bytes", "peak_rss_bytes", "load_s", "read_s", "cached_load_s", "cached_read_s", "cached_file_bytes",
+    "swap_ms", "forward_s",
+)
 
 
 def command(*arguments):
@@ -264,3 +268,21 @@ def test_a_product_that_is_not_made_is_noticed(loras, monkeypatch):
     monkeypatch.setattr(UnscaledB, "multiply", lambda self, entries, flat: None)
     with pytest.raises(BenchmarkError, match=r"^strength: lora_B"):
         interleave([variant], rounds=1, warm_up=0)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="only Linux tells a process's anonymous memory")
+def test_load_measures_both_modes_and_gives_the_disk_back(tmp_path):
+    path = tmp_path / "load.json"
+    before = set(REPO.iterdir())
+    done = command("load", "--quick", "--json", path)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(path.read_text(encoding="utf-8"))
+    assert set(REPO.iterdir()) == before
+    for mode in ("fp8", "int8"):
+        values = {key: figures[f"{mode}_{key}"] for key in LOAD_KEYS}
+        assert all(math.isfinite(value) and value > 0 for value in values.values()), values
+        # One byte a weight in the blocks, two elsewhere; and the cache holds what the engine holds.
+        assert figures["file_bytes"] / 2 < values["engine_bytes"] < figures["file_bytes"]
+        assert values["cached_file_bytes"] == pytest.approx(values["engine_bytes"], rel=0.05)  # its header is 0.3 MB
+        assert values["peak_rss_bytes"] > values["engine_bytes"]
+    assert {key: figures[key] for key in LOAD_KEYS} == {key: figures[f"fp8_{key}"] for key in LOAD_KEYS}
