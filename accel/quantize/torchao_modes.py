@@ -37,10 +37,17 @@ def _by_rows(weight: Tensor, quantize: Callable[[Tensor], Tensor]) -> Tensor:
     rows = max(1, RUN_ELEMENTS // weight.shape[1])
     if weight.device.type != "cpu" or rows >= weight.shape[0]:
         return quantize(weight)
-    runs = [quantize(run) for run in weight.split(rows)]
-    names, attributes = runs[0].__tensor_flatten__()
-    joined = {name: torch.cat([getattr(run, name) for run in runs]) for name in names}
-    return type(runs[0]).__tensor_unflatten__(joined, attributes, weight.shape, weight.stride())
+    joined: dict[str, Tensor] = {}
+    for start, run in enumerate(weight.split(rows)):
+        quantized = quantize(run)
+        names, attributes = quantized.__tensor_flatten__()
+        for name in names:
+            part = getattr(quantized, name)
+            if name not in joined:
+                # Its memory at once: hundreds of parts that wait to be joined leave as many holes in the heap.
+                joined[name] = part.new_empty((len(weight), *part.shape[1:]))
+            joined[name][start * rows :][: len(part)] = part
+    return type(quantized).__tensor_unflatten__(joined, attributes, weight.shape, weight.stride())
 
 
 def _fp8_weight(weight: Tensor, dynamic: bool) -> Tensor:
