@@ -1,0 +1,38 @@
+"""SageAttention: queries and keys in 8 bits, on most cards the values too. Faster than exact attention, and lossy.
+
+Signature of sageattention 2.2.0. Version 1 writes into the keys that it is given (`k -= km`), so it is not taken.
+thu-ml/SageAttention: sageattention/core.py.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .backend import HALF, Backend, Tolerance, nvidia
+from .library import Library
+from .operator import opaque
+
+LIBRARY = Library(
+    "sageattention", "sageattention", "sageattn",
+    "build it from github.com/thu-ml/SageAttention, or install a wheel of 2.2 for your torch (PyPI has version 1 only)",
+    "2.1.1",
+)  # fmt: skip
+
+
+def _sage(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    # It makes the tensors' device the current one, and leaves it so.
+    with torch.cuda.device_of(query):
+        return LIBRARY.load()(query, key, value, tensor_layout="NHD")
+
+
+SAGE = Backend(
+    name="sage",
+    hardware=nvidia(8, 9, 12, max_head_dim=128),
+    library=LIBRARY.missing,
+    make=lambda: opaque("sage"),
+    instead=("flash_3", "flash_2", "cudnn"),
+    tolerance=dict.fromkeys(HALF, Tolerance(0.15, 0.6)),
+    exact=False,
+    kernel=_sage,
+)
