@@ -46,11 +46,13 @@ class Tolerance:
     worst: float
 
 
-# An exact kernel rounds the weights and its result to the dtype. float32 leaves room for TF32, the caller's choice.
+# An exact kernel rounds the weights and its result to the dtype. SDPA on a CPU is at 0.0019 / 0.0030 in bfloat16 and
+# 0.00024 / 0.00038 in float16; GPUs round as much. float32 leaves room for TF32. What it must catch: zero keys that pad
+# the last tile count (0.011 / 0.030), the last key is lost (0.033 / 0.91), a scale is wrong by 2 % (0.049).
 EXACT: Mapping[torch.dtype, Tolerance] = {
-    torch.bfloat16: Tolerance(1e-2, 5e-2),
-    torch.float16: Tolerance(3e-3, 2e-2),
-    torch.float32: Tolerance(2e-3, 1e-2),
+    torch.bfloat16: Tolerance(6e-3, 2e-2),
+    torch.float16: Tolerance(3e-3, 1e-2),
+    torch.float32: Tolerance(6e-3, 2e-2),
 }
 
 

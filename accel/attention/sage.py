@@ -19,6 +19,10 @@ LIBRARY = Library(
     "2.1.1",
 )  # fmt: skip
 
+# Its quantization, computed in float32 on a CPU: queries and keys in int8, values and weights in float8 or float16, is
+# at 0.039 / 0.078 and 0.023 / 0.068.
+TOLERANCE = Tolerance(0.08, 0.25)
+
 
 def _sage(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     # It makes the tensors' device the current one, and leaves it so.
@@ -32,7 +36,7 @@ SAGE = Backend(
     library=LIBRARY.missing,
     make=lambda: opaque("sage"),
     instead=("flash_3", "flash_2", "cudnn"),
-    tolerance=dict.fromkeys(HALF, Tolerance(0.15, 0.6)),
+    tolerance=dict.fromkeys(HALF, TOLERANCE),
     exact=False,
     kernel=_sage,
 )
