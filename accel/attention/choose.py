@@ -135,7 +135,7 @@ def _sentence(name: str, seconds: Mapping[str, float], target: Target) -> str:
         and BACKENDS[other].hardware(target) is None
         and (BACKENDS[other].library() is not None or BACKENDS[other].downloads())
     ]  # fmt: skip
-    return text + (f"; would run here, but not installed: {', '.join(absent)}" if absent else "")
+    return text + (f"; would run here with their libraries: {', '.join(absent)}" if absent else "")
 
 
 def _refusal(name: str, target: Target, reason: str) -> str:

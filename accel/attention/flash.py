@@ -10,11 +10,13 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .backend import EXACT, HALF, Attention, Backend, nvidia
-from .library import Library, first_line, own_operator
-from .operator import opaque, tokens_first
+from .library import Library, first_line, has_operator
+from .native import sdpa
+from .operator import opaque, register
 
 PROJECT = "github.com/Dao-AILab/flash-attention"
 FLASH_2_LIBRARY = Library(
@@ -41,31 +43,60 @@ FLASH_2_ARGUMENTS = (
 FLASH_3_ARGUMENTS = ("q", "k", "v")
 
 
+def flash_2(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """FlashAttention 2; see `native.sdpa`."""
+    return opaque(query, key, value, "flash_2") if mask is None else sdpa(query, key, value, mask)
+
+
+def flash_2_by_its_operator(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """FlashAttention 2 from 2.7.0 on; see `native.sdpa`."""
+    if mask is not None:
+        return sdpa(query, key, value, mask)
+    scale = query.shape[-1] ** -0.5
+    query, key, value = (heads.transpose(1, 2) for heads in (query, key, value))
+    forward = torch.ops.flash_attn._flash_attn_forward
+    return forward(query, key, value, 0.0, scale, False, -1, -1, 0.0, None, False)[0].transpose(1, 2)
+
+
+def flash_3(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """FlashAttention 3; see `native.sdpa`."""
+    return opaque(query, key, value, "flash_3") if mask is None else sdpa(query, key, value, mask)
+
+
+def flash_3_by_its_operator(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """FlashAttention 3 from November 2025 on; see `native.sdpa`."""
+    if mask is not None:
+        return sdpa(query, key, value, mask)
+    scale = query.shape[-1] ** -0.5
+    query, key, value = (heads.transpose(1, 2) for heads in (query, key, value))
+    return torch.ops.flash_attn_3._flash_attn_forward(query, key, value, softmax_scale=scale)[0].transpose(1, 2)
+
+
+def flash_4(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """FlashAttention 4; see `native.sdpa`."""
+    return opaque(query, key, value, "flash_4") if mask is None else sdpa(query, key, value, mask)
+
+
 def _make_flash_2() -> Attention:
     FLASH_2_LIBRARY.load()
-    operator = own_operator("flash_attn", "_flash_attn_forward", FLASH_2_ARGUMENTS)
-    if operator is None:
-        return opaque("flash_2")
-
-    def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        scale = query.shape[-1] ** -0.5
-        return operator(query, key, value, 0.0, scale, False, -1, -1, 0.0, None, False)[0]
-
-    return tokens_first(run)
+    if has_operator("flash_attn", "_flash_attn_forward", FLASH_2_ARGUMENTS):
+        return flash_2_by_its_operator
+    register()
+    return flash_2
 
 
 def _make_flash_3() -> Attention:
     _flash_3_function()
-    operator = None
-    if FLASH_3_LIBRARY.missing() is None:
-        operator = own_operator("flash_attn_3", "_flash_attn_forward", FLASH_3_ARGUMENTS)
-    if operator is None:
-        return opaque("flash_3")
+    installed = FLASH_3_LIBRARY.missing() is None
+    if installed and has_operator("flash_attn_3", "_flash_attn_forward", FLASH_3_ARGUMENTS, ("softmax_scale",)):
+        return flash_3_by_its_operator
+    register()
+    return flash_3
 
-    def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return operator(query, key, value, softmax_scale=query.shape[-1] ** -0.5)[0]
 
-    return tokens_first(run)
+def _make_flash_4() -> Attention:
+    register()
+    return flash_4
 
 
 def _flash_2(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -136,7 +167,7 @@ FLASH_4 = Backend(
     name="flash_4",
     hardware=nvidia(9, 10, 11, 12, max_head_dim=128),
     library=FLASH_4_LIBRARY.missing,
-    make=lambda: opaque("flash_4"),
+    make=_make_flash_4,
     instead=("cudnn", "flash_3", "flash_2"),
     tolerance={dtype: EXACT[dtype] for dtype in HALF},
     kernel=_flash_4,

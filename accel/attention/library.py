@@ -70,15 +70,25 @@ def find(library: Library) -> Callable[..., Any] | str:
         )
 
 
-def own_operator(namespace: str, name: str, arguments: tuple[str, ...]) -> Callable[..., Any] | None:
-    """An operator that a library registered with PyTorch, if it takes just these arguments in this order."""
+def has_operator(namespace: str, name: str, arguments: tuple[str, ...], keywords: tuple[str, ...] = ()) -> bool:
+    """Whether a library registered an operator with PyTorch that can be called so.
+
+    Args:
+        namespace: of the operator.
+        name: of the operator.
+        arguments: what is given by position, in this order.
+        keywords: what is given by name; the rest must have defaults.
+    """
     packet = getattr(getattr(torch.ops, namespace), name, None)
     if packet is None:
-        return None
-    operator = packet.default
-    declared = operator._schema.arguments
-    fits = tuple(argument.name for argument in declared[: len(arguments)]) == arguments
-    return operator if fits and all(argument.has_default_value() for argument in declared[len(arguments) :]) else None
+        return False
+    declared = packet.default._schema.arguments
+    first, rest = declared[: len(arguments)], declared[len(arguments) :]
+    return (
+        tuple(argument.name for argument in first) == arguments
+        and {argument.name for argument in rest} >= set(keywords)
+        and all(argument.has_default_value() or argument.name in keywords for argument in rest)
+    )
 
 
 def first_line(exc: BaseException) -> str:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backend import EXACT, HALF, Attention, Backend, Target, installed_with_torch, nvidia
+from .backend import EXACT, HALF, Backend, Target, installed_with_torch, nvidia
 
 
 def sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
@@ -35,17 +35,14 @@ def cudnn(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Ten
     return torch.ops.aten._scaled_dot_product_cudnn_attention.default(query, key, value, None, False)[0]
 
 
-def make_flex() -> Attention:
+def flex(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
     """FlexAttention, which TorchInductor writes for the shapes at hand; see `sdpa`, which takes the masks."""
+    # Uncompiled it writes out all scores, gigabytes of them; it gets there only when a region failed to compile.
+    if mask is not None or not torch.compiler.is_compiling():
+        return sdpa(query, key, value, mask)
     from torch.nn.attention.flex_attention import flex_attention  # takes a second to import
 
-    def flex(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        # Uncompiled it writes out all scores, gigabytes of them; it gets there only when a region failed to compile.
-        if mask is not None or not torch.compiler.is_compiling():
-            return sdpa(query, key, value, mask)
-        return flex_attention(query, key, value)
-
-    return flex
+    return flex_attention(query, key, value)
 
 
 def _cudnn_hardware(target: Target) -> str | None:
@@ -85,7 +82,7 @@ FLEX = Backend(
     name="flex",
     hardware=_flex_hardware,
     library=installed_with_torch,
-    make=make_flex,
+    make=lambda: flex,
     instead=(),
     tolerance=EXACT,
 )

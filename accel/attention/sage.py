@@ -9,9 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .backend import HALF, Backend, Tolerance, nvidia
+from .backend import HALF, Attention, Backend, Tolerance, nvidia
 from .library import Library
-from .operator import opaque
+from .native import sdpa
+from .operator import opaque, register
 
 LIBRARY = Library(
     "sageattention", "sageattention", "sageattn",
@@ -24,6 +25,16 @@ LIBRARY = Library(
 TOLERANCE = Tolerance(0.08, 0.25)
 
 
+def sage(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """SageAttention; see `native.sdpa`."""
+    return opaque(query, key, value, "sage") if mask is None else sdpa(query, key, value, mask)
+
+
+def _make() -> Attention:
+    register()
+    return sage
+
+
 def _sage(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     # It makes the tensors' device the current one, and leaves it so.
     with torch.cuda.device_of(query):
@@ -34,7 +45,7 @@ SAGE = Backend(
     name="sage",
     hardware=nvidia(8, 9, 12, max_head_dim=128),
     library=LIBRARY.missing,
-    make=lambda: opaque("sage"),
+    make=_make,
     instead=("flash_3", "flash_2", "cudnn"),
     tolerance=dict.fromkeys(HALF, TOLERANCE),
     exact=False,
