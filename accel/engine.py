@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from .attention import resolve_attention
+from .attention import Target, check_attention, choose_attention
 from .build import load_model, model_bytes
 from .compile import CompileObserver, RegionCompiler, mark_weights_static
 from .errors import EngineStateError
@@ -85,6 +85,7 @@ class Engine:
         settings: what it was made with.
         device: where the weights go.
         dtype: what it computes in.
+        attention: the backend; "auto" until the first `load` has chosen.
         bytes: what the weights take.
         load_count: how often the checkpoint was read.
     """
@@ -121,8 +122,12 @@ class Engine:
         self.load_count = 0
         self._observer = observer or Silent()
         self._compiler = RegionCompiler(settings.compile, self._observer)
-        regions = spec.family.regions(resolve_attention(settings.attention))
-        self._regions = tuple(self._compiler.region(region) for region in regions)
+        self.attention = settings.attention
+        self._attention_target = Target(
+            self.device, self.dtype, *spec.family.heads(spec.config), compiled=settings.compile != "off"
+        )
+        check_attention(settings.attention, self._attention_target)
+        self._regions: tuple[Callable, ...] = ()
         self._pools = pools
         budgets = self._budgets(reserved_bytes=self.bytes)
         self._library = LoraLibrary(spec, self.dtype, self.device, budgets, lora_cache)
@@ -153,11 +158,14 @@ class Engine:
         Raises:
             FileError: the file is gone or changed since its header was read.
             CheckpointError: a weight is not finite.
+            SettingsError: the attention backend does not run here after all, or computes wrong numbers.
         """
         # Parameters made in ComfyUI's inference mode could not be rebound outside it.
         with self._lock, torch.inference_mode(False), torch.no_grad():
             if self.loaded:
                 return
+            if not self._regions:
+                self._regions = self._make_regions()
             if self._model is None:
                 self._assemble()
             else:
@@ -181,6 +189,14 @@ class Engine:
         with self._lock:
             self._forward = self._applied = self._slots = self._model = None
             self._library.clear()
+
+    def _make_regions(self) -> tuple[Callable, ...]:
+        choice = choose_attention(self.settings.attention, self._attention_target)
+        for warning in choice.warnings:
+            self._observer.notice(warning, True)
+        self._observer.notice(choice.sentence, False)
+        self.attention = choice.name
+        return tuple(self._compiler.region(region) for region in self.spec.family.regions(choice.attention))
 
     def _budgets(self, reserved_bytes: int = 0) -> PoolBudgets:
         return self._pools or PoolBudgets.of_free_memory(self.device, reserved_bytes)

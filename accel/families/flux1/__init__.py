@@ -88,6 +88,10 @@ class Flux1:
             "axes_dims_rope": AXES_DIM,
         }
 
+    def heads(self, config: Flux1Config) -> tuple[int, int]:
+        """How many heads the attention has, and their width."""
+        return config.num_heads, HEAD_DIM
+
     def regions(self, attention: Attention) -> tuple[Callable, Callable]:
         """The functions that run a double and a single block: the regions that are compiled."""
 

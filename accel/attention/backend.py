@@ -1,0 +1,127 @@
+"""What an attention backend is, and what it needs of a machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+Attention: TypeAlias = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Target:
+    """What attention has to run on.
+
+    Attributes:
+        device: of the tensors.
+        dtype: of the tensors.
+        heads: per token.
+        head_dim: width of a head.
+        compiled: whether torch.compile traces the call.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    heads: int
+    head_dim: int
+    compiled: bool
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far a backend may be from float32, as relative L2 distances; see `correctness.deviation`.
+
+    Attributes:
+        overall: of the whole result.
+        worst: of the worst token of a head.
+    """
+
+    overall: float
+    worst: float
+
+
+# An exact kernel rounds the weights and its result to the dtype. SDPA on a CPU is at 0.0019 / 0.0030 in bfloat16 and
+# 0.00024 / 0.00038 in float16; GPUs round as much. float32 leaves room for TF32. What it must catch: zero keys that pad
+# the last tile count (0.011 / 0.030), the last key is lost (0.033 / 0.91), a scale is wrong by 2 % (0.049).
+EXACT: Mapping[torch.dtype, Tolerance] = {
+    torch.bfloat16: Tolerance(6e-3, 2e-2),
+    torch.float16: Tolerance(3e-3, 1e-2),
+    torch.float32: Tolerance(6e-3, 2e-2),
+}
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to compute attention.
+
+    Attributes:
+        name: what the user chooses.
+        hardware: why it cannot run on a target: what the sentence after its name says. None: it can.
+        library: likewise, because of what is installed; imports it, once per process.
+        make: gives the function to trace; called where nothing is missing.
+        instead: other backends, nearest first; the first that runs is named in errors.
+        tolerance: by dtype; what is not in it is not computed.
+        exact: whether it computes what SDPA computes, up to rounding: what "auto" may take.
+        kernel: for `operator`: (B, N, heads, head_dim) three times -> the same; None where nothing needs it.
+        downloads: whether `make` would go to the network now.
+    """
+
+    name: str
+    hardware: Callable[[Target], str | None]
+    library: Callable[[], str | None]
+    make: Callable[[], Attention]
+    instead: tuple[str, ...]
+    tolerance: Mapping[torch.dtype, Tolerance]
+    exact: bool = True
+    kernel: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+    downloads: Callable[[], bool] = lambda: False
+
+    def missing(self, target: Target) -> str | None:
+        """Why it cannot run on a target, or None. The machine first: nothing is worth installing that cannot run."""
+        if target.dtype not in self.tolerance:
+            known = ", ".join(_dtype_name(dtype) for dtype in self.tolerance)
+            return f"computes in {known}, but dtype is {_dtype_name(target.dtype)}"
+        return self.hardware(target) or self.library()
+
+
+def installed_with_torch() -> None:
+    """A `Backend.library` of what PyTorch has itself."""
+
+
+def nvidia(*majors: int, max_head_dim: int, amd: bool = False) -> Callable[[Target], str | None]:
+    """A `Backend.hardware` for kernels of NVIDIA cards.
+
+    Args:
+        majors: compute capabilities, such as 9 for 9.0.
+        max_head_dim: widest head.
+        amd: whether there are kernels for AMD cards too.
+    """
+
+    def missing(target: Target) -> str | None:
+        wanted = f"needs an NVIDIA card of compute capability {_ranges(majors)}"
+        if target.device.type != "cuda":
+            return f"{wanted}; this is the device {target.device}"
+        if torch.version.hip is not None:
+            return None if amd else f"{wanted}; this is an AMD card"
+        major, minor = torch.cuda.get_device_capability(target.device)
+        if major not in majors:
+            return f"{wanted}; {torch.cuda.get_device_name(target.device)} has {major}.{minor}"
+        if target.head_dim > max_head_dim or target.head_dim % 8:
+            return f"takes heads of up to {max_head_dim} channels, in eights; this model's have {target.head_dim}"
+        return None
+
+    return missing
+
+
+def _ranges(majors: tuple[int, ...]) -> str:
+    return " or ".join(f"{major}.x" for major in majors)
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

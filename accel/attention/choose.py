@@ -1,0 +1,145 @@
+"""From what a user asks for to the function that runs."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from ..errors import SettingsError
+from .backend import Attention, Backend, Target
+from .backends import BACKENDS
+from .correctness import make_inputs, verify
+
+# What "auto" takes from: exact ones that need no compile of their own. Of two that are about equally fast it takes the
+# one that stands first, in every process, so that compiled code in caches stays good.
+AUTO = ("sdpa", "cudnn", "flash_3", "flash_4", "flash_2", "xformers")
+MARGIN = 0.05
+# A picture of 1024 × 1024 and a prompt.
+MEASURED_TOKENS = 4_608
+WARM_UPS = 2
+REPEATS = 5
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The attention of an engine.
+
+    Attributes:
+        name: of the backend.
+        attention: its function.
+        sentence: what a user should know of the choice.
+        warnings: backends that "auto" had to leave out because they are broken here, a sentence each.
+    """
+
+    name: str
+    attention: Attention
+    sentence: str
+    warnings: tuple[str, ...] = ()
+
+
+def check_attention(name: str, target: Target) -> None:
+    """Say so now if a choice cannot run. Imports the library of an explicit one; computes nothing.
+
+    Args:
+        name: a name of `BACKENDS`, or "auto".
+        target: what it is for.
+
+    Raises:
+        SettingsError: something is missing; it says what, how to get it, and which backend runs instead.
+    """
+    if name != "auto":
+        reason = BACKENDS[name].missing(target)
+        if reason is not None:
+            raise SettingsError(_refusal(name, target, reason))
+
+
+def choose_attention(name: str, target: Target) -> Choice:
+    """Give the attention for a choice, after it was compared with SDPA.
+
+    Args:
+        name: see `check_attention`, which ran before.
+        target: what it is for.
+
+    Raises:
+        SettingsError: an explicit choice is missing something, does not run, or computes wrong numbers.
+    """
+    if name == "auto":
+        return _choose_fastest(target)
+    check_attention(name, target)
+    if name == "sdpa":
+        return Choice(name, BACKENDS[name].make(), "attention: sdpa")
+    try:
+        attention = BACKENDS[name].make()
+    except ImportError as exc:
+        raise SettingsError(_refusal(name, target, str(exc))) from exc
+    verdict = verify(name, target)
+    if verdict.refusal is not None:
+        raise SettingsError(_refusal(name, target, verdict.refusal))
+    what = f"{verdict.deviation:.2g} from float32" + ("" if BACKENDS[name].exact else ", an approximation")
+    return Choice(name, attention, f"attention: {name} ({what})")
+
+
+def _choose_fastest(target: Target) -> Choice:
+    present = [name for name in AUTO if _usable_as_it_is(BACKENDS[name], target)]
+    refusals = {name: verify(name, target).refusal for name in present if name != "sdpa"}
+    names = tuple(name for name in present if refusals.get(name) is None)
+    warnings = tuple(f"attention '{name}' {reason}, and is not used." for name, reason in refusals.items() if reason)
+    seconds = measure(names, target) if len(names) > 1 else {}
+    name = fastest(seconds) if seconds else "sdpa"
+    return Choice(name, BACKENDS[name].make(), _sentence(name, seconds, target), warnings)
+
+
+def fastest(seconds: Mapping[str, float]) -> str:
+    """The first backend of `AUTO` that is within `MARGIN` of the fastest."""
+    least = min(seconds.values())
+    return next(name for name in AUTO if name in seconds and seconds[name] <= least * (1 + MARGIN))
+
+
+@functools.cache
+def measure(names: tuple[str, ...], target: Target) -> Mapping[str, float]:
+    """Seconds of one call, per backend, on a GPU; once per process. Takes some tens of milliseconds each."""
+    with torch.inference_mode():
+        inputs = make_inputs(target, 1, MEASURED_TOKENS)
+        return {name: _seconds(functools.partial(BACKENDS[name].make(), *inputs, None)) for name in names}
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    for _ in range(WARM_UPS):
+        run()
+    times = []
+    for _ in range(REPEATS):
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        run()
+        stop.record()
+        stop.synchronize()
+        times.append(start.elapsed_time(stop) / 1e3)
+    return min(times)
+
+
+def _usable_as_it_is(backend: Backend, target: Target) -> bool:
+    return backend.missing(target) is None and not backend.downloads()
+
+
+def _sentence(name: str, seconds: Mapping[str, float], target: Target) -> str:
+    text = f"attention: {name}"
+    if seconds:
+        others = ", ".join(f"{other} {took * 1e3:.2f}" for other, took in seconds.items() if other != name)
+        text += f", {seconds[name] * 1e3:.2f} ms a call at {MEASURED_TOKENS} tokens ({others})"
+    absent = [
+        other for other in AUTO
+        if other not in seconds and other != name and target.dtype in BACKENDS[other].tolerance
+        and BACKENDS[other].hardware(target) is None
+        and (BACKENDS[other].library() is not None or BACKENDS[other].downloads())
+    ]  # fmt: skip
+    return text + (f"; would run here with their libraries: {', '.join(absent)}" if absent else "")
+
+
+def _refusal(name: str, target: Target, reason: str) -> str:
+    nearest = next(
+        (other for other in BACKENDS[name].instead if _usable_as_it_is(BACKENDS[other], target)), "sdpa"
+    )
+    return f"attention '{name}' {reason}. The nearest that runs here is '{nearest}'."

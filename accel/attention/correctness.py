@@ -1,0 +1,115 @@
+"""Whether a backend computes attention: it is compared with SDPA in float32 before it draws anything.
+
+A kernel that was built for another card, another torch, or is simply broken, may run and give wrong numbers.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .backend import Attention, Backend, Target
+from .backends import BACKENDS
+from .library import first_line
+
+# Two pictures, and no multiple of any kernel's tile: what is wrong is often wrong in the last tile.
+BATCH = 2
+TOKENS = 1_173
+# Scores of standard deviation 2, as a trained model's have: the weights of some twenty tokens count then. Flat weights
+# would hide what a few wrong tokens do.
+SHARPNESS = 2.0
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a comparison found.
+
+    Attributes:
+        refusal: why the backend is not used: what the sentence after its name says; or None.
+        deviation: relative L2 distance of the whole result from float32.
+    """
+
+    refusal: str | None
+    deviation: float = 0.0
+
+
+@functools.cache
+def verify(name: str, target: Target) -> Verdict:
+    """Run a backend once on inputs of a model's shapes. Once per process, backend and target.
+
+    Args:
+        name: a backend in which nothing is missing on the target.
+        target: where; its `heads` and `head_dim` make the shapes.
+
+    Raises:
+        torch.OutOfMemoryError: there is no room for 0.3 GB: says nothing of the backend.
+    """
+    backend = BACKENDS[name]
+    with torch.inference_mode():
+        query, key, value = make_inputs(target, BATCH, TOKENS)
+        try:
+            output = _as_in_a_block(backend, backend.make())(query, key, value, None)
+            return judge(backend, target, output, _reference(query, key, value))
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as exc:  # a library raises what it likes
+            return Verdict(f"does not run here ({type(exc).__name__}: {first_line(exc)})")
+
+
+def judge(backend: Backend, target: Target, output: Tensor, reference: Tensor) -> Verdict:
+    """Compare a result with the right one.
+
+    Args:
+        backend: says the tolerance.
+        target: says the dtype.
+        output: (B, heads, N, head_dim), of the target's dtype.
+        reference: likewise, float32.
+    """
+    if output.shape != reference.shape or output.dtype != target.dtype:
+        found, expected = (f"{tuple(shape)} of {dtype}" for shape, dtype in (
+            (output.shape, output.dtype), (reference.shape, target.dtype)))  # fmt: skip
+        return Verdict(f"returns {found}, expected {expected}")
+    tolerance = backend.tolerance[target.dtype]
+    difference = output.float() - reference
+    overall = float(difference.norm() / reference.norm())
+    worst = float((difference.norm(dim=-1) / reference.norm(dim=-1)).max())
+    if overall <= tolerance.overall and worst <= tolerance.worst:  # NaN is neither
+        return Verdict(None, overall)
+    return Verdict(
+        f"computes wrong numbers here: {overall:.2g} from SDPA in float32 (relative L2), {worst:.2g} at the worst "
+        f"token; allowed are {tolerance.overall:g} and {tolerance.worst:g}",
+        overall,
+    )
+
+
+def make_inputs(target: Target, batch: int, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Random query, key and value as a block hands them over: (B, heads, N, head_dim), views of (B, N, heads, …)."""
+    generator = torch.Generator(target.device).manual_seed(0)
+
+    def normal(scale: float) -> Tensor:
+        shape = (batch, tokens, target.heads, target.head_dim)
+        tensor = torch.randn(shape, generator=generator, device=target.device, dtype=torch.float32)
+        return tensor.mul_(scale).to(target.dtype).transpose(1, 2)
+
+    return normal(SHARPNESS), normal(1.0), normal(1.0)
+
+
+def _reference(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(query.float(), key.float(), value.float())
+
+
+def _as_in_a_block(backend: Backend, attention: Attention) -> Callable[..., Tensor]:
+    """FlexAttention is nothing until it is compiled; the others are the same compiled or not."""
+    if backend.name != "flex":
+        return attention
+    # A code object of its own: dynamo keeps compiled code with it, and would call the next target's a recompile.
+    own = types.FunctionType(
+        attention.__code__.replace(), attention.__globals__, attention.__name__, None, attention.__closure__
+    )
+    return torch.compile(own, fullgraph=True, dynamic=True)
