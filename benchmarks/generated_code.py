@@ -178,6 +178,15 @@ def _describe(code: str, graph: Any) -> dict[str, Any]:
     }
 
 
+def _spilled(node: Any, graph: Any) -> Iterator[tuple[str, int]]:
+    """Buffers that a fused kernel writes for itself alone, and their bytes: inductor's count leaves them out."""
+    own = {each.get_name() for each in node.get_nodes()} if hasattr(node, "get_nodes") else set()
+    for each in node.get_outputs() if len(own) > 1 else ():
+        name, readers = each.get_name(), {user.get_name() for user in each.users if not user.is_weak}
+        if readers <= own and name not in graph.removed_buffers:
+            yield name, _tensor_bytes(each.node)
+
+
 def crossings(call: str) -> dict[str, int]:
     """Count what crosses from the device to the host in the code of a `call` function."""
     return {"host_copies": len(re.findall(HOST_COPIES, call)), "syncs": len(re.findall(SYNCS, call))}
@@ -192,11 +201,23 @@ def _own_operator(node: Any) -> dict[str, Any] | None:
     names = [argument.name for argument in operator._schema.arguments]
     tensors = dict(zip(names, arguments, strict=False))
     weights = [(*map(int, weight.get_size()), weight.get_dtype().itemsize) for weight in tensors["weights"]]
-    return {
-        "name": operator._schema.name.partition("::")[2],
-        "rows": math.prod(map(int, tensors["x"].get_size()[:-1])),
-        "weights": weights,
-    }
+    return {"name": operator._schema.name.partition("::")[2], "weights": weights, "streams": _streams(tensors)}
+
+
+def _streams(tensors: dict[str, Any]) -> list[dict[str, Any]]:
+    """Recipe and sizes of the sources of each input of a call."""
+    if "joint" in tensors:
+        batch, tokens, width = map(int, tensors["joint"].get_size())
+        lengths = (int(tensors["text_tokens"]), tokens - int(tensors["text_tokens"]))
+        return [{"recipe": "plain", "sources": [(batch, length, width)]} for length in lengths]
+    prefixes = ("text_", "image_") if "text_sources" in tensors else ("",)
+    return [
+        {
+            "recipe": tensors[f"{prefix}recipe"],
+            "sources": [tuple(map(int, source.get_size())) for source in tensors[f"{prefix}sources"]],
+        }
+        for prefix in prefixes
+    ]
 
 
 def _product(node: Any) -> int | None:

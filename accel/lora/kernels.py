@@ -52,8 +52,8 @@ def kernel():
     def fused(
         x, weight, bias, hidden, lora_B, output, x_scale, weight_scale,  # pointers
         M, N, K, R,
-        hidden_stride,
-        SCALED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+        weight_stride, bias_stride, hidden_stride,
+        SCALED: tl.constexpr, GELU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
         BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
     ):  # fmt: skip
         # Programs that share rows of x or of the weight run at about the same time, and find them in L2.
@@ -72,7 +72,7 @@ def kernel():
         for start in range(0, K, BLOCK_K):
             k = start + tl.arange(0, BLOCK_K)[None, :]
             left = tl.load(x + m64 * K + k, mask=inside_m & (k < K), other=0.0)
-            right = tl.load(weight + n64 * K + k, mask=inside_n & (k < K), other=0.0)
+            right = tl.load(weight + n64 * weight_stride + k, mask=inside_n & (k < K), other=0.0)
             total = tl.dot(left, tl.trans(right), total)
         if SCALED:
             total *= tl.load(x_scale + m, mask=m < M, other=0.0)[:, None]
@@ -82,9 +82,11 @@ def kernel():
             left = tl.load(hidden + m64 * hidden_stride + r, mask=inside_m & (r < R), other=0.0)
             right = tl.load(lora_B + n64 * R + r, mask=inside_n & (r < R), other=0.0)
             total = tl.dot(left, tl.trans(right), total)
-        total += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-        place = output + m64 * N + n[None, :]
-        tl.store(place, total.to(output.dtype.element_ty), mask=inside_m & (n < N)[None, :])
+        inside = inside_m & (n < N)[None, :]
+        total += tl.load(bias + m64 * bias_stride + n[None, :], mask=inside, other=0.0).to(tl.float32)
+        if GELU:  # x · sigmoid(2 u) is x / 2 · (1 + tanh(u))
+            total *= tl.sigmoid(1.5957691216057308 * (total + 0.044715 * total * total * total))
+        tl.store(output + m64 * N + n[None, :], total.to(output.dtype.element_ty), mask=inside)
 
     return fused
 
@@ -97,17 +99,21 @@ def fused_linear(
     lora_B: Tensor,
     scales: tuple[Tensor, Tensor] | None,
     config: Config,
+    gelu: bool = False,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Compute x · Wᵀ (· scales) + hidden · Bᵀ + bias, each read once, the result written once.
 
     Args:
         x: (M, K), bfloat16, float16 or, with scales, float8_e4m3fn.
-        weight: (N, K), of x's dtype.
-        bias: (N,).
+        weight: (N, K), of x's dtype; its rows contiguous.
+        bias: (N,), or (M, N) of what is added to each row; it may be `out`.
         hidden: (M, rank), its columns contiguous; the product with lora_A.
         lora_B: (N, rank).
         scales: of x's rows (M,) and the weight's rows (N,), float32; None for unscaled.
         config: tile sizes.
+        gelu: the result goes through GELU (tanh).
+        out: contiguous (M, N) to write to; None for a new one.
 
     Returns:
         (M, N) of `hidden`'s dtype.
@@ -115,46 +121,44 @@ def fused_linear(
     import triton
 
     (m, k), n, rank = x.shape, weight.shape[0], lora_B.shape[1]
-    output = torch.empty((m, n), dtype=hidden.dtype, device=x.device)
+    output = torch.empty((m, n), dtype=hidden.dtype, device=x.device) if out is None else out
     x_scale, weight_scale = scales or (bias, bias)
     grid = (triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n),)
     kernel()[grid](
         x, weight, bias, hidden, lora_B, output, x_scale, weight_scale,
         m, n, k, rank,
-        hidden.stride(0),
-        SCALED=scales is not None, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
+        weight.stride(0), bias.stride(0) if bias.ndim == 2 else 0, hidden.stride(0),
+        SCALED=scales is not None, GELU=gelu,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
         BLOCK_R=16 if rank <= 16 else 64, GROUP_M=8, num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     return output
 
 
-# Shape, rank, dtype and device -> the tile sizes that won there, or None where separate products did.
+# Device, dtype, size and shapes -> the tile sizes that won there, or None where separate products did.
 _FASTEST: dict[tuple, Config | None] = {}
 
 
 def fastest(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    hidden: Tensor,
-    lora_B: Tensor,
-    scales: tuple[Tensor, Tensor] | None,
-    separate: Callable[[], Tensor],
+    x: Tensor, shape: tuple, fused: Callable[[Config], Tensor], separate: Callable[[], Tensor]
 ) -> Tensor:
-    """Compute by whatever is fastest on this GPU: `fused_linear` or `separate`.
+    """Compute by whatever is fastest on this GPU: the kernel with some tile sizes, or `separate`.
 
     The first call with a shape measures, takes milliseconds, and waits for the GPU; a kernel that does not compile, or
     whose result is not that of `separate`, is never used.
+
+    Args:
+        x: what is read, for its rows, dtype and device.
+        shape: what else the fastest way depends on.
+        fused: runs `fused_linear`; as often as one likes, with the same result.
+        separate: likewise, without it.
     """
     # Token counts of one resolution differ by the prompt's length; the winner changes slowly with them.
-    size = round(2 * math.log2(max(x.shape[0], 1)))
-    key = (x.device, x.dtype, size, *weight.shape, lora_B.shape[1])
+    key = (x.device, x.dtype, round(2 * math.log2(max(x.shape[0], 1))), *shape)
     if key not in _FASTEST:
-        candidates = {config: functools.partial(fused_linear, x, weight, bias, hidden, lora_B, scales, config)
-                      for config in CONFIGS}  # fmt: skip
-        _FASTEST[key] = choose(candidates, separate, _seconds)
+        _FASTEST[key] = choose({config: functools.partial(fused, config) for config in CONFIGS}, separate, _seconds)
     config = _FASTEST[key]
-    return separate() if config is None else fused_linear(x, weight, bias, hidden, lora_B, scales, config)
+    return separate() if config is None else fused(config)
 
 
 def choose(
