@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import kernels
+
 PLAIN, GELU, MODULATED = "plain", "gelu", "modulated"
 
 
@@ -110,14 +112,30 @@ def down(recipe: str, sources: Sequence[Tensor], lora_A: Tensor) -> Tensor:
     """
     if recipe == MODULATED:
         return _modulated_down(*sources, lora_A)
-    parts = [part.flatten(0, -2) for part in sources]
-    if recipe == GELU:
-        parts[-1] = F.gelu(parts[-1], approximate="tanh")
-    matrices = lora_A.split([part.shape[-1] for part in parts], dim=1)
-    product = parts[0] @ matrices[0].t()
-    for part, matrix in zip(parts[1:], matrices[1:], strict=True):
-        product.addmm_(part, matrix.t())
-    return product
+    *before, last = (part.flatten(0, -2) for part in sources)
+    *matrices, matrix = lora_A.split([part.shape[-1] for part in sources], dim=1)
+
+    def start() -> Tensor | None:
+        product = None
+        for part, columns in zip(before, matrices, strict=True):
+            product = part @ columns.t() if product is None else product.addmm_(part, columns.t())
+        return product
+
+    def separate() -> Tensor:
+        product, part = start(), F.gelu(last, approximate="tanh") if recipe == GELU else last
+        return part @ matrix.t() if product is None else product.addmm_(part, matrix.t())
+
+    if recipe == GELU and last.is_cuda and last.dtype != torch.float32:
+        # The kernel reads rows that follow each other.
+        rows, shape = last.contiguous(), (*lora_A.shape, GELU)
+        return kernels.fastest(
+            rows,
+            shape,
+            lambda config: kernels.gelu_product(rows, matrix, start(), config),
+            separate,
+            kernels.NARROW_CONFIGS,
+        )
+    return separate()
 
 
 def _modulated_down(hidden_states: Tensor, rstd: Tensor, shift: Tensor, scale: Tensor, lora_A: Tensor) -> Tensor:
@@ -126,7 +144,8 @@ def _modulated_down(hidden_states: Tensor, rstd: Tensor, shift: Tensor, scale: T
     With C taking the mean from what it is multiplied by, and s = 1 + scale: (rstd · (h C) ∘ s + shift) Aᵀ
     = rstd · h (C (A ∘ s)ᵀ) + shift Aᵀ. The mean is taken from lora_A's side, where nothing cancels.
     """
-    scaled = lora_A.float() * (1 + scale.float())
+    scaled = lora_A * (1 + scale.float())
     centered = (scaled - scaled.mean(dim=-1, keepdim=True)).to(lora_A.dtype)
     product = torch.matmul(hidden_states, centered.transpose(1, 2))
-    return torch.addcmul(shift.float() @ lora_A.float().t(), product.float(), rstd).to(lora_A.dtype).flatten(0, 1)
+    constant = shift.float() @ lora_A.float().t()
+    return torch.add(product * rstd, constant, out=product).flatten(0, 1)

@@ -36,6 +36,8 @@ class Config(NamedTuple):
 
 # Each within 99 KiB of shared memory for ranks up to 16, as Ada has; a GPU without room for one does without it.
 CONFIGS = (Config(128, 128, 64, 4, 3), Config(128, 256, 32, 8, 3), Config(64, 128, 64, 4, 3))
+# For products with lora_A, few columns wide: many programs must read x.
+NARROW_CONFIGS = (Config(32, 64, 128, 4, 3), Config(64, 64, 64, 4, 4), Config(16, 128, 128, 4, 3))
 
 
 @functools.cache
@@ -53,8 +55,8 @@ def kernel():
         x, weight, bias, hidden, lora_B, output, x_scale, weight_scale,  # pointers
         M, N, K, R,
         weight_stride, bias_stride, hidden_stride,
-        SCALED: tl.constexpr, GELU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-        BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
+        SCALED: tl.constexpr, BIAS: tl.constexpr, GELU_X: tl.constexpr, GELU: tl.constexpr,
+        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
     ):  # fmt: skip
         # Programs that share rows of x or of the weight run at about the same time, and find them in L2.
         program = tl.program_id(0)
@@ -73,6 +75,9 @@ def kernel():
             k = start + tl.arange(0, BLOCK_K)[None, :]
             left = tl.load(x + m64 * K + k, mask=inside_m & (k < K), other=0.0)
             right = tl.load(weight + n64 * weight_stride + k, mask=inside_n & (k < K), other=0.0)
+            if GELU_X:  # x · sigmoid(2 u) is x / 2 · (1 + tanh(u))
+                wide = left.to(tl.float32)
+                left = (wide * tl.sigmoid(1.5957691216057308 * (wide + 0.044715 * wide * wide * wide))).to(right.dtype)
             total = tl.dot(left, tl.trans(right), total)
         if SCALED:
             total *= tl.load(x_scale + m, mask=m < M, other=0.0)[:, None]
@@ -83,8 +88,9 @@ def kernel():
             right = tl.load(lora_B + n64 * R + r, mask=inside_n & (r < R), other=0.0)
             total = tl.dot(left, tl.trans(right), total)
         inside = inside_m & (n < N)[None, :]
-        total += tl.load(bias + m64 * bias_stride + n[None, :], mask=inside, other=0.0).to(tl.float32)
-        if GELU:  # x · sigmoid(2 u) is x / 2 · (1 + tanh(u))
+        if BIAS:
+            total += tl.load(bias + m64 * bias_stride + n[None, :], mask=inside, other=0.0).to(tl.float32)
+        if GELU:
             total *= tl.sigmoid(1.5957691216057308 * (total + 0.044715 * total * total * total))
         tl.store(output + m64 * N + n[None, :], total.to(output.dtype.element_ty), mask=inside)
 
@@ -118,21 +124,52 @@ def fused_linear(
     Returns:
         (M, N) of `hidden`'s dtype.
     """
+    output = x.new_empty((x.shape[0], weight.shape[0]), dtype=hidden.dtype) if out is None else out
+    _launch(x, weight, bias, hidden, lora_B, output, scales, config, gelu_x=False, gelu=gelu)
+    return output
+
+
+def gelu_product(x: Tensor, matrix: Tensor, added: Tensor | None, config: Config) -> Tensor:
+    """Compute gelu(x) · Aᵀ + added, without the activated input written out.
+
+    Args:
+        x: (M, K), bfloat16 or float16.
+        matrix: A, (N, K), of x's dtype; its rows contiguous.
+        added: (M, N), which is written to and returned; None for a new one and nothing to add.
+        config: tile sizes.
+    """
+    output = x.new_empty((x.shape[0], matrix.shape[0])) if added is None else added
+    nothing = matrix[:, :0]
+    _launch(x, matrix, added, output, nothing, output, None, config, gelu_x=True, gelu=False)
+    return output
+
+
+def _launch(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    hidden: Tensor,
+    lora_B: Tensor,
+    output: Tensor,
+    scales: tuple[Tensor, Tensor] | None,
+    config: Config,
+    *,
+    gelu_x: bool,
+    gelu: bool,
+) -> None:
     import triton
 
     (m, k), n, rank = x.shape, weight.shape[0], lora_B.shape[1]
-    output = torch.empty((m, n), dtype=hidden.dtype, device=x.device) if out is None else out
-    x_scale, weight_scale = scales or (bias, bias)
+    x_scale, weight_scale = scales or (output, output)
     grid = (triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n),)
     kernel()[grid](
-        x, weight, bias, hidden, lora_B, output, x_scale, weight_scale,
+        x, weight, output if bias is None else bias, hidden, lora_B, output, x_scale, weight_scale,
         m, n, k, rank,
-        weight.stride(0), bias.stride(0) if bias.ndim == 2 else 0, hidden.stride(0),
-        SCALED=scales is not None, GELU=gelu,
+        weight.stride(0), bias.stride(0) if bias is not None and bias.ndim == 2 else 0, hidden.stride(0),
+        SCALED=scales is not None, BIAS=bias is not None, GELU_X=gelu_x, GELU=gelu,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
         BLOCK_R=16 if rank <= 16 else 64, GROUP_M=8, num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
-    return output
 
 
 # Device, dtype, size and shapes -> the tile sizes that won there, or None where separate products did.
@@ -140,7 +177,11 @@ _FASTEST: dict[tuple, Config | None] = {}
 
 
 def fastest(
-    x: Tensor, shape: tuple, fused: Callable[[Config], Tensor], separate: Callable[[], Tensor]
+    x: Tensor,
+    shape: tuple,
+    fused: Callable[[Config], Tensor],
+    separate: Callable[[], Tensor],
+    configs: tuple[Config, ...] = CONFIGS,
 ) -> Tensor:
     """Compute by whatever is fastest on this GPU: the kernel with some tile sizes, or `separate`.
 
@@ -150,13 +191,14 @@ def fastest(
     Args:
         x: what is read, for its rows, dtype and device.
         shape: what else the fastest way depends on.
-        fused: runs `fused_linear`; as often as one likes, with the same result.
+        fused: runs the kernel; as often as one likes, with the same result.
         separate: likewise, without it.
+        configs: tile sizes to try.
     """
     # Token counts of one resolution differ by the prompt's length; the winner changes slowly with them.
     key = (x.device, x.dtype, round(2 * math.log2(max(x.shape[0], 1))), *shape)
     if key not in _FASTEST:
-        _FASTEST[key] = choose({config: functools.partial(fused, config) for config in CONFIGS}, separate, _seconds)
+        _FASTEST[key] = choose({config: functools.partial(fused, config) for config in configs}, separate, _seconds)
     config = _FASTEST[key]
     return separate() if config is None else fused(config)
 

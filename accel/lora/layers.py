@@ -230,6 +230,8 @@ class _Product:
         return kernels.fastest(self.parts[0], shape, fused, separate)
 
     def _weights(self) -> Sequence[Tensor]:
+        if len(self.parts) == 1:
+            return [self.weight]
         return self.weight.split([part.shape[1] for part in self.parts], dim=1)
 
 
@@ -277,14 +279,14 @@ def _joint_linears(
             of_picture = [source[picture : picture + 1] for source in sources]
             rows = [each[picture * length : (picture + 1) * length] for each in quantized]
             products = _products(of_picture, rows, weights, scales)
-            placed = [replace(product, out=each[picture, tokens]) for product, each in zip(products, outputs, strict=True)]
+            placed = [
+                replace(product, out=each[picture, tokens]) for product, each in zip(products, outputs, strict=True)
+            ]
             _run(placed, recipe, of_picture, biases, *slots)
     return outputs
 
 
-def _split_linears(
-    joint: Tensor, quantized: Sequence[Tensor], *parameters: Sequence[Tensor] | int
-) -> list[Tensor]:
+def _split_linears(joint: Tensor, quantized: Sequence[Tensor], *parameters: Sequence[Tensor] | int) -> list[Tensor]:
     *lists, text_tokens = parameters
     outputs = []
     for layer, tokens in enumerate((slice(None, text_tokens), slice(text_tokens, None))):
