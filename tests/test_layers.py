@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from accel.compile import RegionCompiler, mark_weights_static
 from accel.engine import Silent
 from accel.lora import kernels, layers
+from accel.lora.inputs import Columns, modulated
 from accel.lora.layers import LoraLinear, linears
 from accel.lora.slots import LoraSlots
 from accel.lora.stack import FlatLora, Placed
@@ -337,6 +338,136 @@ def test_a_linear_by_itself_is_linears_of_one():
     with torch.inference_mode():
         together = linears(x, *model.values())
         assert all(torch.equal(layer(x), output) for layer, output in zip(model.values(), together, strict=True))
+
+
+# What the operators do on a GPU, here on a CPU: inputs in parts or as recipes, GELU with the product.
+
+FEED_FORWARD = {"up": (256, 512), "down": (512, 256), "wide_down": (768, 256)}
+
+
+def make_feed_forward(kind):
+    """Two linears with GELU between them; the second reads it alone, or behind the input."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({name: nn.Linear(*sizes, dtype=torch.bfloat16) for name, sizes in FEED_FORWARD.items()})
+    model.requires_grad_(False)
+    if kind == "fp8":
+        for linear in model.values():
+            quantize_float8(linear)
+    mark_weights_static(model)
+    slots = LoraSlots(model, list(FEED_FORWARD), torch.bfloat16, CPU)
+    slots.bind(slots.empty)
+    return model, slots
+
+
+def feed_forward(model, hidden_states, modulation):
+    shift, scale = modulation[:, None].chunk(2, dim=-1)
+    x = modulated(hidden_states, shift, scale, 1e-6)
+    hidden = linears(x, model["up"], gelu_last=True)[0]
+    return [*linears(hidden, model["down"]), *linears(hidden.after(hidden_states), model["wide_down"])]
+
+
+def plain_feed_forward(model, loras, hidden_states, modulation):
+    """The same in float32."""
+    shift, scale = modulation[:, None].float().chunk(2, dim=-1)
+    wide = hidden_states.float()
+
+    def run(name, x):
+        lora_A, lora_B = loras.get(name, (torch.zeros(1, x.shape[-1]), torch.zeros(FEED_FORWARD[name][1], 1)))
+        return F.linear(x, dequantized(model[name].base) + lora_B @ lora_A, model[name].base.bias.float())
+
+    x = F.layer_norm(wide, wide.shape[-1:], eps=1e-6) * (1 + scale) + shift
+    hidden = F.gelu(run("up", x), approximate="tanh")
+    return [run("down", hidden), run("wide_down", torch.cat([wide, hidden], dim=-1))]
+
+
+def bind_feed_forward(slots, rank, names=tuple(FEED_FORWARD)):
+    """Bind a LoRA whose effect is as large as the linears', and return its matrices in float32."""
+    generator = torch.Generator().manual_seed(1)
+    buffer, placed, loras = [torch.zeros(ALIGN)], {}, {}
+    for name in names:
+        (in_features, out_features), starts = FEED_FORWARD[name], []
+        for rows, columns in ((rank, in_features), (out_features, rank)):
+            starts.append(sum(part.numel() for part in buffer))
+            buffer.append((torch.randn(rows * columns, generator=generator) * 0.19 * rank**-0.25).bfloat16().float())
+        placed[name] = Placed(starts[0], (rank, in_features), starts[1], (out_features, rank))
+        loras[name] = buffer[-2].view(rank, -1), buffer[-1].view(-1, rank)
+    slots.bind(slots.bindings(FlatLora(torch.cat(buffer).bfloat16(), placed, {}, {})))
+    return loras
+
+
+def feed_forward_inputs(batch, tokens):
+    generator = torch.Generator().manual_seed(2)
+    hidden_states = torch.randn(batch, tokens, 256, generator=generator)
+    # As FLUX's: a few channels are much larger than the others, and the mean is not 0.
+    hidden_states[..., :4] *= 30
+    return (hidden_states + 0.5).bfloat16(), torch.randn(batch, 512, generator=generator).bfloat16()
+
+
+@pytest.mark.parametrize("kind", ["bf16", "fp8"])
+def test_as_on_a_gpu_every_lora_equals_the_formula(kind, monkeypatch):
+    monkeypatch.setattr(layers, "fuses", lambda x: True)
+    model, slots = make_feed_forward(kind)
+    compiler = RegionCompiler("regional", Silent())
+    compiled = compiler.region(feed_forward)
+    for rank, size in ((0, (2, 20)), (16, (1, 7)), (1, (3, 33)), (128, (2, 20))):
+        loras = bind_feed_forward(slots, rank) if rank else {}
+        given = feed_forward_inputs(*size)
+        with torch.inference_mode(), compiler.scope():
+            outputs = compiled(model, *given), feed_forward(model, *given)
+        expected = plain_feed_forward(model, loras, *given)
+        for output in outputs:
+            for part, wanted in zip(output, expected, strict=True):
+                # Two linears follow each other, and the bfloat16 between them.
+                assert distance(part, wanted) < 2 * BASES[kind], (rank, size)
+    assert (compiler.count, compiler.recompiles) == (1, 0)
+
+
+@pytest.mark.parametrize("name", FEED_FORWARD)
+def test_as_on_a_gpu_what_a_lora_adds_survives_float8(name, monkeypatch):
+    """The LoRA starts from what the input is computed from, not from the input's eight bits."""
+    monkeypatch.setattr(layers, "fuses", lambda x: True)
+    model, slots = make_feed_forward("fp8")
+    hidden_states, modulation = feed_forward_inputs(2, 40)
+    shift, scale = modulation[:, None].chunk(2, dim=-1)
+    up = torch.randn(2, 40, 512, generator=torch.Generator().manual_seed(4)).bfloat16()
+    x = {
+        "up": modulated(hidden_states, shift, scale, 1e-6),
+        "down": Columns((up,), gelu=True),
+        "wide_down": Columns((hidden_states, up), gelu=True),
+    }[name]
+    with torch.inference_mode():
+        without = linears(x, model[name])[0]
+        lora_A, lora_B = bind_feed_forward(slots, 16, [name])[name]
+        added = linears(x, model[name])[0].float() - without.float()
+    normed = F.layer_norm(hidden_states.float(), (256,), eps=1e-6) * (1 + scale.float()) + shift.float()
+    activated = F.gelu(up.float(), approximate="tanh")
+    exact = {"up": normed, "down": activated, "wide_down": torch.cat([hidden_states.float(), activated], -1)}[name]
+    assert distance(added, exact @ lora_A.t() @ lora_B.t()) < EFFECT_TOLERANCE
+
+
+@pytest.mark.parametrize("kind", ["bf16", "fp8"])
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_joint_and_split_linears_are_those_of_each_stream(kind, on_gpu, monkeypatch):
+    monkeypatch.setattr(layers, "fuses", lambda x: on_gpu)
+    model = make_base(kind)
+    slots = LoraSlots(model, list(OUT_FEATURES), torch.bfloat16, CPU)
+    flat = make_lora((16, 0, 32))
+    text, image = inputs(model, 2, 5), inputs(model, 2, 9) * 2
+    for binding in (slots.empty, slots.bindings(flat), slots.bindings(make_lora((16, 0, 0), mixing=32, bias=True))):
+        slots.bind(binding)
+        with torch.inference_mode():
+            joint = layers.joint_linears(text, image, [model["q"], model["k"]], [model["k"], model["q"]])
+            wanted = [
+                torch.cat([linears(text, model[first])[0], linears(image, model[second])[0]], dim=1)
+                for first, second in (("q", "k"), ("k", "q"))
+            ]
+            both = torch.cat([text, image], dim=1)
+            split = layers.split_linears(both, 5, model["mlp"], model["q"])
+            wanted += [linears(text, model["mlp"])[0], linears(image, model["q"])[0]]
+        for output, expected in zip([*joint, *split], wanted, strict=True):
+            # Two pictures at once and one after another are products of other sizes.
+            assert output.is_contiguous()
+            assert distance(output, expected) < 4e-3
 
 
 # Binding, interrupted.

@@ -56,7 +56,8 @@ def kernel():
         M, N, K, R,
         weight_stride, bias_stride, hidden_stride,
         SCALED: tl.constexpr, BIAS: tl.constexpr, GELU_X: tl.constexpr, GELU: tl.constexpr,
-        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
+        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+        BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
     ):  # fmt: skip
         # Programs that share rows of x or of the weight run at about the same time, and find them in L2.
         program = tl.program_id(0)
