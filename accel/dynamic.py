@@ -23,12 +23,14 @@ def quantized_dtype(base: nn.Module) -> torch.dtype | None:
     return weight.qdata.dtype
 
 
-def quantize_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def quantize_rows(x: Tensor, dtype: torch.dtype, again: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Scale each row to the range of a dtype.
 
     Args:
         x: (…, in_features).
         dtype: float8_e4m3fn or int8.
+        again: x, computed once more by the same code. A kernel that takes the largest of each row and then scales it
+            reads what x is computed from twice; given one tensor for both, inductor has it write x out in between.
 
     Returns:
         The values, (N, in_features) of `dtype`, and their scales, (N, 1) float32.
@@ -36,6 +38,7 @@ def quantize_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     rows = x.flatten(0, -2)
     largest = torch.finfo(dtype).max if dtype.is_floating_point else torch.iinfo(dtype).max
     scale = (rows.abs().amax(dim=-1, keepdim=True).float() / largest).clamp(min=SMALLEST_SCALE)
+    rows = rows if again is None else again.flatten(0, -2)
     values = (rows.float() / scale).clamp(-largest, largest)
     return (values if dtype.is_floating_point else values.round()).to(dtype), scale
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from accel.families.flux1 import Flux1, Flux1Config
+from accel.lora.inputs import Columns, Input, as_input
 
 from .flux_loras import block_linears
 
@@ -29,15 +30,32 @@ def block_modules(config: Flux1Config) -> list[str]:
 def without_lora_layers(function: Callable) -> Callable:
     """A block function, to be run over a block whose linears are bare: each is called by itself.
 
-    The function's code is the same; only the name `linears` means something else to it.
+    The function's code is the same; only the names of what runs linears mean something else to it.
     """
 
-    def linears(x: Tensor, *layers: nn.Module) -> list[Tensor]:
-        return [layer(x) for layer in layers]
+    def linears(x: Tensor | Input, *layers: nn.Module, gelu_last: bool = False) -> list[Any]:
+        value = as_input(x).value()
+        outputs = [layer(value) for layer in layers]
+        return [*outputs[:-1], Columns((outputs[-1],), gelu=True)] if gelu_last else outputs
 
-    return types.FunctionType(
-        function.__code__, {**function.__globals__, "linears": linears}, function.__name__, function.__defaults__
-    )
+    def joint_linears(text: Input, image: Input, text_layers: Any, image_layers: Any) -> list[Tensor]:
+        pairs = zip(linears(text, *text_layers), linears(image, *image_layers), strict=True)
+        return [torch.cat(pair, dim=1) for pair in pairs]
+
+    def split_linears(joint: Tensor, tokens: int, text_layer: nn.Module, image_layer: nn.Module) -> list[Tensor]:
+        return [text_layer(joint[:, :tokens]), image_layer(joint[:, tokens:])]
+
+    def feed_forward(x: Input, module: nn.Module) -> Tensor:
+        return module(x.value())
+
+    names = {
+        **function.__globals__,
+        "linears": linears,
+        "joint_linears": joint_linears,
+        "split_linears": split_linears,
+        "_feed_forward": feed_forward,
+    }
+    return types.FunctionType(function.__code__, names, function.__name__, function.__defaults__)
 
 
 def add_peft(model: nn.Module, config: Flux1Config, rank: int) -> None:

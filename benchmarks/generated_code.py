@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from accel.families.flux1 import Flux1, Flux1Config
 from accel.families.flux1.blocks import double_block, single_block
+from accel.lora.inputs import MODULATED, PLAIN
 from accel.lora.slots import LoraSlots
 
 from .block_variants import add_peft, block_modules, one_of_each, quantize_float8, without_lora_layers
@@ -158,18 +159,21 @@ def _capture() -> Callable[[Callable, nn.Module, tuple], dict[str, Any]]:
 
 def _describe(code: str, graph: Any) -> dict[str, Any]:
     call = code[code.index("def call(") :]
-    moved, products, operators = 0, 0, []
+    spilled, products, works, operators = 0, 0, [], []
     for node in graph.scheduler.nodes:
         own = _own_operator(node.node)
-        if own is not None:
-            operators.append(own)
+        operators += own
+        if own:
             continue
-        shapes = _product(node.node)
-        products += shapes is not None
-        # Inductor's count takes a slice that a library reads for the whole buffer: products are counted by their sizes.
-        moved += node.get_read_write_buffers_sizes() if shapes is None else shapes
+        product = _product(node.node)
+        products += product is not None
+        # Inductor takes a slice that a library reads for the whole buffer: products are counted by their sizes.
+        works.append(product or (node.get_read_write_buffers_sizes(), _attention_flops(node.node), 2))
+        spilled += sum(size for _, size in _spilled(node, graph))
     return {
-        "bytes": moved,
+        "works": works,
+        "bytes": sum(moved for moved, _, _ in works),
+        "spilled_bytes": spilled,
         "inductor_bytes": graph.count_bytes()[0],
         "kernels": len(re.findall(r"triton_[a-z0-9_]+\.run\(", call)),
         "products": products,
@@ -178,33 +182,82 @@ def _describe(code: str, graph: Any) -> dict[str, Any]:
     }
 
 
+def _spilled(node: Any, graph: Any) -> Iterator[tuple[str, int]]:
+    """Buffers that a fused kernel writes for itself alone, and their bytes: inductor's count leaves them out."""
+    own = {each.get_name() for each in node.get_nodes()} if hasattr(node, "get_nodes") else set()
+    for each in node.get_outputs() if len(own) > 1 else ():
+        name, readers = each.get_name(), {user.get_name() for user in each.users if not user.is_weak}
+        if readers <= own and name not in graph.removed_buffers:
+            yield name, _tensor_bytes(each.node)
+
+
 def crossings(call: str) -> dict[str, int]:
     """Count what crosses from the device to the host in the code of a `call` function."""
     return {"host_copies": len(re.findall(HOST_COPIES, call)), "syncs": len(re.findall(SYNCS, call))}
 
 
-def _own_operator(node: Any) -> dict[str, Any] | None:
-    """A call of an operator of ours: what it reads and how large."""
+def _own_operator(node: Any) -> list[dict[str, Any]]:
+    """A call of an operator of ours: the linears that read each of its inputs, as fields of `lora_bytes.Linears`."""
     operator = getattr(node, "op_overload", None)
     if operator is None or operator.namespace != "flux_hotswap":
-        return None
+        return []
     arguments = node.unflatten_args(node.inputs, node.constant_args)[0]
     names = [argument.name for argument in operator._schema.arguments]
-    tensors = dict(zip(names, arguments, strict=False))
-    weights = [(*map(int, weight.get_size()), weight.get_dtype().itemsize) for weight in tensors["weights"]]
-    return {
-        "name": operator._schema.name.partition("::")[2],
-        "rows": math.prod(map(int, tensors["x"].get_size()[:-1])),
-        "weights": weights,
-    }
+    given = dict(zip(names, arguments, strict=False))
+    if "sources" not in given and "joint" not in given and "text_sources" not in given:
+        raise ValueError(f"the bytes of {operator} are not known.")
+    weights, inputs = given["weights"], list(_inputs_of(given))
+    count = len(weights) // len(inputs)
+    return [
+        {
+            "rows": math.prod(_size(sources[0])[:-1]),
+            # Of a modulated input's sources the first is the large one.
+            "parts": [_size(source)[-1] for source in (sources[:1] if recipe == MODULATED else sources)],
+            "out_features": [_size(weight)[0] for weight in weights[number * count : (number + 1) * count]],
+            "weight_width": weights[0].get_dtype().itemsize,
+            "recipe": recipe,
+            "gelu_last": given.get("gelu_last", False),
+        }
+        for number, (recipe, sources) in enumerate(inputs)
+    ]
 
 
-def _product(node: Any) -> int | None:
-    """Bytes of a matrix product, or None for other kernels: each operand once by its own size, and the result."""
+def _inputs_of(given: dict[str, Any]) -> Iterator[tuple[str, list[Any]]]:
+    """Recipe and sources of each input of a call."""
+    if "joint" in given:
+        batch, tokens, width = _size(given["joint"])
+        text_tokens = int(given["text_tokens"])
+        for length in (text_tokens, tokens - text_tokens):
+            yield PLAIN, [(batch, length, width)]
+        return
+    for prefix in ("text_", "image_") if "text_sources" in given else ("",):
+        yield given[f"{prefix}recipe"], given[f"{prefix}sources"]
+
+
+def _size(tensor: Any) -> tuple[int, ...]:
+    return tensor if isinstance(tensor, tuple) else tuple(map(int, tensor.get_size()))
+
+
+def _product(node: Any) -> tuple[int, int, int] | None:
+    """Bytes and operations of a matrix product, and bytes of an element; None for other kernels.
+
+    Each operand is read once, by its own size, and the result written once.
+    """
     names = (str(getattr(node, "python_kernel_name", "")), str(getattr(node, "op_overload", "")))
     if not any(name.endswith((f".{product}", f"aten.{product}.default")) for name in names for product in PRODUCTS):
         return None
-    return sum(_tensor_bytes(tensor) for tensor in (*node.inputs, node))
+    left = next(each for each in node.inputs if len(each.get_size()) > 1)
+    flops = 2 * _size(left)[-1] * math.prod(_size(node))
+    return sum(_tensor_bytes(tensor) for tensor in (*node.inputs, node)), flops, left.get_dtype().itemsize
+
+
+def _attention_flops(node: Any) -> int:
+    """Operations of the stand-in for attention, two products of (N, D) and (N, N) per head; 0 for other kernels."""
+    if getattr(node, "op_overload", None) is not torch.ops.flux_hotswap_bench.attention.default:
+        return 0
+    # (B, heads, N, D), or, as diffusers calls it, (B, N, heads, D): there are more tokens than heads.
+    size = _size(node)
+    return 4 * math.prod(size) * max(size[1:3])
 
 
 def _tensor_bytes(tensor: Any) -> int:

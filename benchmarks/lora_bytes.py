@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from accel.lora.inputs import GELU, MODULATED, PLAIN
+
 # Of activations, biases and LoRA matrices: bfloat16.
 WIDTH = 2
 # Of the scale of a row that is quantized: float32.
@@ -21,15 +23,24 @@ class Linears:
 
     Attributes:
         rows: tokens of the input.
-        in_features: of each.
-        out_features: of each.
+        parts: columns of each tensor that the input, or what it is computed from, consists of.
+        out_features: of each linear.
         weight_width: bytes of a weight's element; 1: float8, whose input is float8, too, both with a scale per row.
+        recipe: how the input is computed from the parts, see `accel.lora.inputs`. float8 linears read it ready-made.
+        gelu_last: the last output goes through GELU.
     """
 
     rows: int
-    in_features: int
+    parts: Sequence[int]
     out_features: Sequence[int]
     weight_width: int
+    recipe: str = PLAIN
+    gelu_last: bool = False
+
+    @property
+    def in_features(self) -> int:
+        """Columns of the input."""
+        return sum(self.parts)
 
 
 def linears_bytes(linears: Linears, rank: int, fused: bool) -> int:
@@ -38,14 +49,14 @@ def linears_bytes(linears: Linears, rank: int, fused: bool) -> int:
     Each matrix product reads its operands once and writes its result once (what a product reads again because its tiles
     do not fit on the chip depends on the kernel, and is left out, as it is in inductor's own count). So, per linear:
 
-    - its input (in float8: the quantized one), its weight, its bias; and its output, written;
+    - its input (in float8: the quantized one), its weight, its bias; and its output, written. For an input in parts
+      each further one is a product that reads the output and writes it again. GELU is part of the last product;
 
     and with a LoRA:
 
-    - the first product, once for all linears of the call, whose lora_A lie side by side: the bfloat16 input and every
-      lora_A, read; the hidden states, rows × rank of each linear, written;
+    - the first product, see `_down_bytes`;
     - the second product, per linear: its hidden states and lora_B, read. In the fused kernel it is added before the
-      output is written. By itself it reads the output and writes it again.
+      output is written. By itself it reads the output and writes it again, and so does GELU then.
 
     Args:
         linears: the call.
@@ -54,25 +65,53 @@ def linears_bytes(linears: Linears, rank: int, fused: bool) -> int:
     """
     rows, in_features = linears.rows, linears.in_features
     scales = SCALE if linears.weight_width == 1 else 0
+    again = 0 if scales else len(linears.parts) - 1
     total = 0
     for out_features in linears.out_features:
         total += rows * (in_features * linears.weight_width + scales)
         total += out_features * (in_features * linears.weight_width + scales + WIDTH)
-        total += rows * out_features * WIDTH
+        total += (1 + 2 * again) * rows * out_features * WIDTH
     if not rank:
         return total
-    ranks = rank * len(linears.out_features)
-    total += WIDTH * (rows * in_features + ranks * in_features + rows * ranks)
+    total += _down_bytes(linears, rank * len(linears.out_features), fused)
     for out_features in linears.out_features:
         total += WIDTH * (rows + out_features) * rank
         if not fused:
             total += 2 * WIDTH * rows * out_features
+    if linears.gelu_last and not fused:
+        total += 2 * WIDTH * rows * linears.out_features[-1]
+    return total
+
+
+def _down_bytes(linears: Linears, ranks: int, fused: bool) -> int:
+    """The product with every lora_A of a call, side by side: see `accel.lora.inputs.down`.
+
+    It reads what the input consists of and lora_A, and writes the hidden states, rows × ranks. GELU of the last part
+    is written out and read, unless the kernel applies it to what it reads. What is done to the columns of a modulated
+    input is done to lora_A, and to the hidden states.
+    """
+    rows, in_features = linears.rows, linears.in_features
+    total = WIDTH * (rows * in_features + ranks * in_features + rows * ranks)
+    total += 2 * (len(linears.parts) - 1) * WIDTH * rows * ranks
+    if linears.recipe == GELU and not fused:
+        total += 2 * WIDTH * rows * linears.parts[-1]
+    if linears.recipe == MODULATED:
+        # lora_A: times the scale (2 read, 4 written), its mean (4), less that (8), rounded (6), and in float32 (10).
+        total += ranks * in_features * 30
+        # The hidden states: times rstd (2 + 4), and the constant (4 + 2).
+        total += ranks * rows * 12
     return total
 
 
 def linears_products(linears: Linears, rank: int, fused: bool) -> int:
-    """Count matrix products, a fused kernel as one: base, one with lora_A for all, one with each lora_B."""
+    """Count matrix products, a fused kernel as one: base, one with lora_A for all, one with each lora_B.
+
+    Each further part of an input is one more product of each linear, and of lora_A; a modulated input's lora_A has one
+    more, with the shift.
+    """
     count = len(linears.out_features)
+    base = count if linears.weight_width == 1 else count * len(linears.parts)
     if not rank:
-        return count
-    return 1 + count if fused else 1 + 2 * count
+        return base
+    first = len(linears.parts) + (linears.recipe == MODULATED)
+    return base + first if fused else base + first + count

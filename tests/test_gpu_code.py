@@ -3,23 +3,26 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
+import torch
 
+import accel.lora.layers  # noqa: F401 - registers the pack's operators
 from benchmarks import gpu_code
 from benchmarks.lora_bytes import Linears, linears_bytes, linears_products
-from benchmarks.report import BenchmarkError
+from benchmarks.roofline import Gpu, Work, rest, step_ms
 from harness.paths import REPO
 
 # MB of one double and one single block, with a little room for another version of inductor. Lower them when they fall.
 CEILINGS_MB = {
-    "bf16_none": 3_560,
-    "bf16_rank16": 3_940,
-    "bf16_rank16_separate": 4_905,
-    "bf16_rank128": 4_015,
-    "fp8_none": 3_065,
-    "fp8_rank16": 3_445,
-    "fp8_rank16_separate": 4_410,
+    "bf16_none": 2_880,
+    "bf16_rank16": 3_260,
+    "bf16_rank16_separate": 4_680,
+    "bf16_rank128": 3_335,
+    "fp8_none": 2_470,
+    "fp8_rank16": 2_880,
+    "fp8_rank16_separate": 4_295,
 }
 
 
@@ -27,7 +30,7 @@ CEILINGS_MB = {
 def finished(tmp_path_factory):
     path = tmp_path_factory.mktemp("bench") / "gpu_code.json"
     command = [sys.executable, "-m", "benchmarks", "gpu_code", "--json", str(path)]
-    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr
     return json.loads(path.read_text(encoding="utf-8")), done.stdout, path.with_suffix(".png")
 
@@ -42,7 +45,10 @@ def test_every_key_is_there(figures):
         assert figures[f"{name}_mb"] > 1000, name
         for kind in gpu_code.COUNTS:
             assert isinstance(figures[f"{name}_{kind}"], int)
-    for key in ("bf16_rank16_over_none", "bf16_rank128_over_none", "fp8_rank16_over_none", "machine", "date", "notes"):
+    for key in (
+        *("bf16_rank16_over_none", "bf16_rank128_over_none", "fp8_rank16_over_none", "machine", "date", "notes"),
+        *("diffusers_bf16_mb", "diffusers_fp8_mb", "below_diffusers_bf16", "below_diffusers_fp8"),
+    ):
         assert key in figures
 
 
@@ -52,20 +58,40 @@ def test_bytes_do_not_grow(figures):
 
 
 def test_goals_are_met(figures):
-    assert len(figures["goals"]) == 3
+    assert len(figures["goals"]) == 5
     assert all(goal["met"] for goal in figures["goals"]), figures["goals"]
 
 
-def test_lora_layers_with_nothing_bound_cost_nothing_over_bf16(figures):
-    assert figures["bf16_none_mb"] == figures["bf16_bare_mb"]
-    for kind in gpu_code.COUNTS:
-        assert figures[f"bf16_none_{kind}"] == figures[f"bf16_bare_{kind}"]
-
-
-def test_our_blocks_move_no_more_than_those_of_diffusers(figures):
+def test_our_blocks_move_a_tenth_less_than_those_of_diffusers(figures):
     for dtype in ("bf16", "fp8"):
-        assert figures[f"{dtype}_bare_mb"] <= figures[f"diffusers_{dtype}_none_mb"]
-        assert figures[f"{dtype}_bare_kernels"] <= figures[f"diffusers_{dtype}_none_kernels"]
+        theirs = figures[f"diffusers_{dtype}_mb"]
+        assert theirs == figures[f"diffusers_{dtype}_none_mb"]
+        assert figures[f"{dtype}_none_mb"] <= 0.9 * theirs
+        assert figures[f"below_diffusers_{dtype}"] == pytest.approx(1 - figures[f"{dtype}_none_mb"] / theirs)
+        assert figures[f"{dtype}_none_kernels"] <= figures[f"diffusers_{dtype}_none_kernels"] - 6
+    # In bf16, even with a LoRA on every linear.
+    assert figures["bf16_rank16_mb"] < figures["diffusers_bf16_mb"]
+
+
+def test_no_kernel_writes_what_only_itself_reads(figures):
+    """What inductor's own count leaves out."""
+    for name in gpu_code.VARIANTS:
+        if name.startswith(("bf16_none", "bf16_rank", "fp8_none", "fp8_rank")):
+            assert figures[f"{name}_spilled_mb"] == 0, name
+    # Control: it is seen where there is one.
+    assert figures["diffusers_bf16_none_spilled_mb"] > 50
+
+
+def test_bounds_follow_the_bytes(figures):
+    for gpu, slower in (("h100", 5), ("rtx4090", 25)):
+        for dtype in ("bf16", "fp8"):
+            ours, theirs = figures[f"{gpu}_{dtype}_bound_ms"], figures[f"{gpu}_diffusers_{dtype}_bound_ms"]
+            # The arithmetic is the same; only what is moved differs.
+            assert 0.75 * theirs < ours < theirs
+            assert ours < figures[f"{gpu}_{dtype}_rank16_bound_ms"] < 1.1 * ours
+        assert figures[f"{gpu}_fp8_bound_ms"] < figures[f"{gpu}_bf16_bound_ms"]
+        # 12 billion weights on 4,608 tokens, or on one, and attention: some 60 to 80 TFLOP.
+        assert slower * 10 < figures[f"{gpu}_bf16_bound_ms"] < slower * 25
 
 
 def test_nothing_waits_for_the_device_or_leaves_it(figures):
@@ -75,10 +101,11 @@ def test_nothing_waits_for_the_device_or_leaves_it(figures):
 
 
 def test_counts_of_products(figures):
-    # 14 linears in a double block, 6 in a single one, in 10 and 3 calls.
-    assert figures["bf16_none_products"] == figures["fp8_none_products"] == 20
-    assert figures["bf16_rank16_products"] == 20 + 13
-    assert figures["bf16_rank16_separate_products"] == 2 * 20 + 13
+    # 14 linears in a double block, 6 in a single one, whose last one reads two tensors, in 12 inputs.
+    assert figures["fp8_none_products"] == 20
+    assert figures["bf16_none_products"] == 20 + 1
+    assert figures["bf16_rank16_products"] == 21 + 12 + 2
+    assert figures["bf16_rank16_separate_products"] == 21 + 12 + 2 + 20
     assert figures["peft_bf16_rank16_products"] == 3 * 20
 
 
@@ -94,7 +121,7 @@ def test_the_table_and_the_picture_show_the_figures(finished):
 
 
 def test_one_linear():
-    linear = Linears(rows=10, in_features=32, out_features=[64], weight_width=2)
+    linear = Linears(rows=10, parts=[32], out_features=[64], weight_width=2)
     base = 2 * (10 * 32 + 64 * 32 + 64 + 10 * 64)
     assert linears_bytes(linear, 0, fused=True) == linears_bytes(linear, 0, fused=False) == base
     down = 2 * (10 * 32 + 16 * 32 + 10 * 16)
@@ -104,29 +131,79 @@ def test_one_linear():
 
 
 def test_linears_that_share_an_input_read_it_once_for_their_loras():
-    one = Linears(10, 32, [64], 2)
-    three = Linears(10, 32, [64, 64, 64], 2)
+    one = Linears(10, [32], [64], 2)
+    three = Linears(10, [32], [64, 64, 64], 2)
     assert linears_bytes(three, 0, fused=True) == 3 * linears_bytes(one, 0, fused=True)
     assert linears_bytes(three, 16, fused=True) == 3 * linears_bytes(one, 16, fused=True) - 2 * 2 * (10 * 32)
 
 
 def test_float8_reads_one_byte_and_scales_and_the_loras_read_bfloat16():
-    wide, narrow = Linears(10, 32, [64], 2), Linears(10, 32, [64], 1)
+    wide, narrow = Linears(10, [32], [64], 2), Linears(10, [32], [64], 1)
     saved = 10 * 32 + 64 * 32
     assert linears_bytes(narrow, 0, fused=True) == linears_bytes(wide, 0, fused=True) - saved + 4 * (10 + 64)
-    lora = [linears_bytes(each, 16, fused=True) - linears_bytes(each, 0, fused=True) for each in (wide, narrow)]
-    assert lora[0] == lora[1]
+    assert lora_bytes(wide) == lora_bytes(narrow)
+
+
+def lora_bytes(linear, fused=True):
+    return linears_bytes(linear, 16, fused) - linears_bytes(linear, 0, fused)
+
+
+def test_an_input_in_two_parts_reads_and_writes_the_output_once_more():
+    one, two = Linears(10, [32], [64], 2), Linears(10, [8, 24], [64], 2)
+    assert linears_bytes(two, 0, fused=True) == linears_bytes(one, 0, fused=True) + 2 * 2 * 10 * 64
+    assert lora_bytes(two) == lora_bytes(one) + 2 * 2 * 10 * 16
+    # In float8 they were quantized into one.
+    assert linears_bytes(replace(two, weight_width=1), 0, True) == linears_bytes(replace(one, weight_width=1), 0, True)
+
+
+def test_gelu_costs_a_pass_only_where_no_kernel_takes_it_along():
+    linear = Linears(10, [32], [64, 48], 2)
+    last, before = replace(linear, gelu_last=True), replace(linear, recipe="gelu")
+    for fused in (True, False):
+        assert linears_bytes(last, 0, fused) == linears_bytes(before, 0, fused) == linears_bytes(linear, 0, fused)
+    assert lora_bytes(last) == lora_bytes(before) == lora_bytes(linear)
+    assert lora_bytes(last, fused=False) == lora_bytes(linear, fused=False) + 2 * 2 * 10 * 48
+    assert lora_bytes(before, fused=False) == lora_bytes(linear, fused=False) + 2 * 2 * 10 * 32
+
+
+def test_a_modulated_input_costs_a_lora_passes_over_its_own_matrices():
+    linear = Linears(10, [32], [64, 48], 1)
+    more = lora_bytes(replace(linear, recipe="modulated")) - lora_bytes(linear)
+    assert more == 2 * 16 * (32 * 30 + 10 * 12)
 
 
 def test_products_of_one_call():
-    call = Linears(10, 32, [64, 64, 64, 256], 2)
+    call = Linears(10, [32], [64, 64, 64, 256], 2)
     assert [linears_products(call, rank, fused) for rank, fused in ((0, True), (16, True), (16, False))] == [4, 5, 9]
 
 
+def test_a_bound_is_the_slower_of_memory_and_arithmetic():
+    gpu = Gpu("", 1e9, {2: 1e12, 1: 2e12})
+    assert gpu.seconds(Work(2e9)) == gpu.seconds(Work(2e9, 1e12)) == 2
+    assert gpu.seconds(Work(1e9, 3e12)) == 3
+    assert gpu.seconds(Work(1e9, 3e12, 1)) == 1.5
+    step = step_ms(gpu, [Work(1e6), Work(1e6)], [Work(1e6)], [Work(5e6)])
+    assert step == pytest.approx(19 * 2 + 38 + 5)
+
+
+def test_the_rest_of_the_model_is_what_is_outside_its_blocks():
+    works = rest(4096, 512)
+    weights = 64 * 3072 * 2 + 4096 * 3072 + 6 * 3072 * 3072 // 2 + (256 * 2 + 768) * 3072 + 2 * 3072 * 3072
+    assert sum(work.bytes for work in works) > 2 * weights
+    assert max(work.flops for work in works) == 2 * 512 * 4096 * 3072
+
+
 def test_an_operator_without_a_count_is_an_error():
-    block = {"bytes": 0, **dict.fromkeys(gpu_code.COUNTS, 0), "operators": [{"name": "add_loras_", "weights": []}]}
-    with pytest.raises(BenchmarkError, match="add_loras_"):
-        gpu_code.count({"double": block}, 16, fused=True)
+    from types import SimpleNamespace
+
+    from benchmarks.generated_code import _own_operator
+
+    operator = torch.ops.flux_hotswap.add_loras_.default
+    node = SimpleNamespace(
+        op_overload=operator, inputs=[], constant_args=[], unflatten_args=lambda inputs, constants: ([None] * 6, {})
+    )
+    with pytest.raises(ValueError, match="add_loras_"):
+        _own_operator(node)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The pack's own LoRA layers: right over every kind of base, at any rank, eager and compiled once; free where empty."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -15,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from accel.compile import RegionCompiler, mark_weights_static
 from accel.engine import Silent
 from accel.lora import kernels, layers
+from accel.lora.inputs import Columns, modulated
 from accel.lora.layers import LoraLinear, linears
 from accel.lora.slots import LoraSlots
 from accel.lora.stack import FlatLora, Placed
@@ -248,7 +250,10 @@ def test_control_ranks_that_are_not_marked_recompile(monkeypatch):
 class Operators(TorchDispatchMode):
     """Names of the aten operators that run, views left out."""
 
-    VIEWS = ("view", "t", "slice", "as_strided", "_unsafe_view", "reshape", "detach", "alias", "transpose")
+    VIEWS = (
+        *("view", "t", "slice", "split_with_sizes", "as_strided", "_unsafe_view", "reshape", "detach", "alias"),
+        "transpose",
+    )
 
     def __init__(self):
         super().__init__()
@@ -269,7 +274,7 @@ def operators(run):
 
 
 def down(rows, lora_A):
-    names, hidden = operators(lambda: layers._down(rows, lora_A))
+    names, hidden = operators(lambda: layers._down(lambda matrix: rows @ matrix.t(), lora_A))
     for low, matrix in zip(hidden, lora_A, strict=True):
         if matrix.shape[0]:
             torch.testing.assert_close(low, rows @ matrix.t(), atol=1e-5, rtol=1e-5)
@@ -302,20 +307,25 @@ def test_lora_a_products_that_can_be_one_are_one(products, make):
     assert down(torch.randn(10, 64), make()) == ["mm"] * products
 
 
+def run_linears(x, linear, lora_A, lora_B):
+    weight, slots = ([linear.weight], [], [linear.bias]), ([lora_A], [lora_B], [torch.empty(0)])
+    return operators(lambda: layers._linears("plain", [x], [], *weight, *slots, False))
+
+
 def test_nothing_bound_runs_what_a_linear_runs():
     linear = nn.Linear(64, 32).requires_grad_(False)
     x, empty, no_A = torch.randn(2, 5, 64), torch.empty(0), torch.empty(0, 64)
     expected, output = operators(lambda: F.linear(x, linear.weight, linear.bias))
-    names, (ours,) = operators(lambda: layers._linears(x, [linear.weight], [linear.bias], [no_A], [empty], [empty]))
+    names, (ours,) = run_linears(x, linear, no_A, empty)
     assert names == expected == ["addmm"]
     assert torch.equal(ours, output)
 
 
 def test_a_lora_is_two_more_products_and_no_other_pass():
     linear = nn.Linear(64, 32).requires_grad_(False)
-    x, empty = torch.randn(2, 5, 64), torch.empty(0)
+    x = torch.randn(2, 5, 64)
     lora_A, lora_B = torch.randn(16, 64), torch.randn(32 * 16)
-    names, _ = operators(lambda: layers._linears(x, [linear.weight], [linear.bias], [lora_A], [lora_B], [empty]))
+    names, _ = run_linears(x, linear, lora_A, lora_B)
     assert names == ["mm", "addmm", "addmm_"]
 
 
@@ -328,6 +338,136 @@ def test_a_linear_by_itself_is_linears_of_one():
     with torch.inference_mode():
         together = linears(x, *model.values())
         assert all(torch.equal(layer(x), output) for layer, output in zip(model.values(), together, strict=True))
+
+
+# What the operators do on a GPU, here on a CPU: inputs in parts or as recipes, GELU with the product.
+
+FEED_FORWARD = {"up": (256, 512), "down": (512, 256), "wide_down": (768, 256)}
+
+
+def make_feed_forward(kind):
+    """Two linears with GELU between them; the second reads it alone, or behind the input."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({name: nn.Linear(*sizes, dtype=torch.bfloat16) for name, sizes in FEED_FORWARD.items()})
+    model.requires_grad_(False)
+    if kind == "fp8":
+        for linear in model.values():
+            quantize_float8(linear)
+    mark_weights_static(model)
+    slots = LoraSlots(model, list(FEED_FORWARD), torch.bfloat16, CPU)
+    slots.bind(slots.empty)
+    return model, slots
+
+
+def feed_forward(model, hidden_states, modulation):
+    shift, scale = modulation[:, None].chunk(2, dim=-1)
+    x = modulated(hidden_states, shift, scale, 1e-6)
+    hidden = linears(x, model["up"], gelu_last=True)[0]
+    return [*linears(hidden, model["down"]), *linears(hidden.after(hidden_states), model["wide_down"])]
+
+
+def plain_feed_forward(model, loras, hidden_states, modulation):
+    """The same in float32."""
+    shift, scale = modulation[:, None].float().chunk(2, dim=-1)
+    wide = hidden_states.float()
+
+    def run(name, x):
+        lora_A, lora_B = loras.get(name, (torch.zeros(1, x.shape[-1]), torch.zeros(FEED_FORWARD[name][1], 1)))
+        return F.linear(x, dequantized(model[name].base) + lora_B @ lora_A, model[name].base.bias.float())
+
+    x = F.layer_norm(wide, wide.shape[-1:], eps=1e-6) * (1 + scale) + shift
+    hidden = F.gelu(run("up", x), approximate="tanh")
+    return [run("down", hidden), run("wide_down", torch.cat([wide, hidden], dim=-1))]
+
+
+def bind_feed_forward(slots, rank, names=tuple(FEED_FORWARD)):
+    """Bind a LoRA whose effect is as large as the linears', and return its matrices in float32."""
+    generator = torch.Generator().manual_seed(1)
+    buffer, placed, loras = [torch.zeros(ALIGN)], {}, {}
+    for name in names:
+        (in_features, out_features), starts = FEED_FORWARD[name], []
+        for rows, columns in ((rank, in_features), (out_features, rank)):
+            starts.append(sum(part.numel() for part in buffer))
+            buffer.append((torch.randn(rows * columns, generator=generator) * 0.19 * rank**-0.25).bfloat16().float())
+        placed[name] = Placed(starts[0], (rank, in_features), starts[1], (out_features, rank))
+        loras[name] = buffer[-2].view(rank, -1), buffer[-1].view(-1, rank)
+    slots.bind(slots.bindings(FlatLora(torch.cat(buffer).bfloat16(), placed, {}, {})))
+    return loras
+
+
+def feed_forward_inputs(batch, tokens):
+    generator = torch.Generator().manual_seed(2)
+    hidden_states = torch.randn(batch, tokens, 256, generator=generator)
+    # As FLUX's: a few channels are much larger than the others, and the mean is not 0.
+    hidden_states[..., :4] *= 30
+    return (hidden_states + 0.5).bfloat16(), torch.randn(batch, 512, generator=generator).bfloat16()
+
+
+@pytest.mark.parametrize("kind", ["bf16", "fp8"])
+def test_as_on_a_gpu_every_lora_equals_the_formula(kind, monkeypatch):
+    monkeypatch.setattr(layers, "fuses", lambda x: True)
+    model, slots = make_feed_forward(kind)
+    compiler = RegionCompiler("regional", Silent())
+    compiled = compiler.region(feed_forward)
+    for rank, size in ((0, (2, 20)), (16, (1, 7)), (1, (3, 33)), (128, (2, 20))):
+        loras = bind_feed_forward(slots, rank) if rank else {}
+        given = feed_forward_inputs(*size)
+        with torch.inference_mode(), compiler.scope():
+            outputs = compiled(model, *given), feed_forward(model, *given)
+        expected = plain_feed_forward(model, loras, *given)
+        for output in outputs:
+            for part, wanted in zip(output, expected, strict=True):
+                # Two linears follow each other, and the bfloat16 between them.
+                assert distance(part, wanted) < 2 * BASES[kind], (rank, size)
+    assert (compiler.count, compiler.recompiles) == (1, 0)
+
+
+@pytest.mark.parametrize("name", FEED_FORWARD)
+def test_as_on_a_gpu_what_a_lora_adds_survives_float8(name, monkeypatch):
+    """The LoRA starts from what the input is computed from, not from the input's eight bits."""
+    monkeypatch.setattr(layers, "fuses", lambda x: True)
+    model, slots = make_feed_forward("fp8")
+    hidden_states, modulation = feed_forward_inputs(2, 40)
+    shift, scale = modulation[:, None].chunk(2, dim=-1)
+    up = torch.randn(2, 40, 512, generator=torch.Generator().manual_seed(4)).bfloat16()
+    x = {
+        "up": modulated(hidden_states, shift, scale, 1e-6),
+        "down": Columns((up,), gelu=True),
+        "wide_down": Columns((hidden_states, up), gelu=True),
+    }[name]
+    with torch.inference_mode():
+        without = linears(x, model[name])[0]
+        lora_A, lora_B = bind_feed_forward(slots, 16, [name])[name]
+        added = linears(x, model[name])[0].float() - without.float()
+    normed = F.layer_norm(hidden_states.float(), (256,), eps=1e-6) * (1 + scale.float()) + shift.float()
+    activated = F.gelu(up.float(), approximate="tanh")
+    exact = {"up": normed, "down": activated, "wide_down": torch.cat([hidden_states.float(), activated], -1)}[name]
+    assert distance(added, exact @ lora_A.t() @ lora_B.t()) < EFFECT_TOLERANCE
+
+
+@pytest.mark.parametrize("kind", ["bf16", "fp8"])
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_joint_and_split_linears_are_those_of_each_stream(kind, on_gpu, monkeypatch):
+    monkeypatch.setattr(layers, "fuses", lambda x: on_gpu)
+    model = make_base(kind)
+    slots = LoraSlots(model, list(OUT_FEATURES), torch.bfloat16, CPU)
+    flat = make_lora((16, 0, 32))
+    text, image = inputs(model, 2, 5), inputs(model, 2, 9) * 2
+    for binding in (slots.empty, slots.bindings(flat), slots.bindings(make_lora((16, 0, 0), mixing=32, bias=True))):
+        slots.bind(binding)
+        with torch.inference_mode():
+            joint = layers.joint_linears(text, image, [model["q"], model["k"]], [model["k"], model["q"]])
+            wanted = [
+                torch.cat([linears(text, model[first])[0], linears(image, model[second])[0]], dim=1)
+                for first, second in (("q", "k"), ("k", "q"))
+            ]
+            both = torch.cat([text, image], dim=1)
+            split = layers.split_linears(both, 5, model["mlp"], model["q"])
+            wanted += [linears(text, model["mlp"])[0], linears(image, model["q"])[0]]
+        for output, expected in zip([*joint, *split], wanted, strict=True):
+            # Two pictures at once and one after another are products of other sizes.
+            assert output.is_contiguous()
+            assert distance(output, expected) < 4e-3
 
 
 # Binding, interrupted.
@@ -398,9 +538,14 @@ def test_after_a_bind_that_was_interrupted_anywhere_the_next_one_is_right(then):
 
 INTERPRETED = """
 import json, sys, torch
-from accel.lora.kernels import Config, fused_linear
+import torch.nn.functional as F
+from accel.lora.kernels import Config, fused_linear, gelu_product
 torch.manual_seed(0)
 distances = {}
+
+def note(name, output, wanted):
+    distances[name] = float((output.float() - wanted).norm() / wanted.norm())
+
 for rank in (16, 20, 128):
     for m, n, k in ((70, 96, 160), (1, 33, 48), (64, 64, 64)):
         x, weight, bias = torch.randn(m, k).half(), torch.randn(n, k).half(), torch.randn(n).half()
@@ -412,9 +557,34 @@ for rank in (16, 20, 128):
         for name, given, base in (
             ("unscaled", None, product), ("scaled", scales, product * scales[0][:, None] * scales[1])
         ):
-            output = fused_linear(x, weight, bias, hidden, lora_B, given, Config(32, 32, 32, 4, 2))
-            wanted = base + lora
-            distances[f"{name} rank {rank} {m}x{n}x{k}"] = float((output.float() - wanted).norm() / wanted.norm())
+            config = Config(32, 32, 32, 4, 2)
+            case, arguments = f"{name} rank {rank} {m}x{n}x{k}", (x, weight, bias, hidden, lora_B, given, config)
+            note(case, fused_linear(*arguments), base + lora)
+            gelu = F.gelu((base + lora) / 8, approximate="tanh")
+            eighth = [None if part is None else part / 8 for part in (bias, lora_B, given and given[0])]
+            scale = eighth[2] is None
+            note(
+                f"gelu {case}",
+                fused_linear(
+                    x, weight / 8 if scale else weight, eighth[0], hidden, eighth[1],
+                    given and (eighth[2], given[1]), config, gelu=True,
+                ),
+                gelu,
+            )
+            # Further columns of x, whose weight is a slice, added to what the others gave, in its place.
+            more = torch.randn(m, 2 * k).half()
+            wide = torch.randn(n, 3 * k).half()
+            out = torch.randn(m, n).half()
+            if given is None:
+                wanted = out.float() + more.float() @ wide[:, k:].float().t() + lora - bias.float()
+                result = fused_linear(more, wide[:, k:], out, hidden, lora_B, None, config, out=out)
+                assert result is out
+                note(f"added {case}", out, wanted)
+                wanted = F.gelu(x.float(), approximate="tanh") @ weight.float().t()
+                note(f"gelu x {case}", gelu_product(x, weight, None, config), wanted)
+                out = torch.randn(m, n).half()
+                wanted += out.float()
+                note(f"gelu x added {case}", gelu_product(x, weight, out, config), wanted)
 print(json.dumps(distances))
 """
 
@@ -432,9 +602,9 @@ def test_the_fused_kernel_in_tritons_interpreter():
     )
     assert done.returncode == 0, done.stderr
     distances = json.loads(done.stdout)
-    assert len(distances) == 18
-    # float16 rounds the result once, by up to 2 ** -11.
-    assert all(value < 5e-4 for value in distances.values()), distances
+    assert len(distances) == 2 * 18 + 3 * 9
+    # float16 rounds what is read and the result once each, by up to 2 ** -11.
+    assert all(value < 1e-3 for value in distances.values()), distances
 
 
 # Shared memory that one program may have, NVIDIA's CUDA programming guide, "technical specifications".
@@ -442,39 +612,43 @@ SHARED_BYTES = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 120: 99 * 1024}
 
 
 @pytest.mark.parametrize("capability", SHARED_BYTES)
-@pytest.mark.parametrize("config", kernels.CONFIGS)
+@pytest.mark.parametrize("config", kernels.CONFIGS + kernels.NARROW_CONFIGS)
 def test_the_fused_kernel_compiles_for_every_gpu_and_fits_it(capability, config):
     pytest.importorskip("triton", reason="no Triton for this system; the pack does without the kernel there")
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
     pointers = ("x", "weight", "bias", "hidden", "lora_B", "output", "x_scale", "weight_scale")
-    sizes = ("M", "N", "K", "R", "hidden_stride")
-    for dtype in ("bf16", "fp8e4nv") if capability >= 89 else ("bf16",):
-        for block_r in (16, 64):
-            constants = {
-                "SCALED": dtype != "bf16",
-                "BLOCK_M": config.block_m,
-                "BLOCK_N": config.block_n,
-                "BLOCK_K": config.block_k,
-                "BLOCK_R": block_r,
-                "GROUP_M": 8,
-            }
-            signature = dict.fromkeys(pointers, "*bf16")
-            signature.update(dict.fromkeys(("x", "weight"), f"*{dtype}"))
-            if dtype != "bf16":
-                signature.update(dict.fromkeys(("x_scale", "weight_scale"), "*fp32"))
-            signature.update(dict.fromkeys(sizes, "i32") | dict.fromkeys(constants, "constexpr"))
-            # As at run time: every pointer, and every size but the number of rows, is a multiple of 16.
-            names = [*pointers, *sizes]
-            attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in names if name != "M"}
-            source = ASTSource(kernels.kernel(), signature, constexprs=constants, attrs=attributes)
-            options = {"num_warps": config.warps, "num_stages": config.stages}
-            compiled = compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-            assert f".target sm_{capability}" in compiled.asm["ptx"]
-            assert "mma" in compiled.asm["ptx"]
-            if block_r == 16:
-                assert compiled.metadata.shared <= SHARED_BYTES[capability]
+    sizes = ("M", "N", "K", "R", "weight_stride", "bias_stride", "hidden_stride")
+    narrow = config in kernels.NARROW_CONFIGS
+    dtypes = ("bf16", "fp8e4nv") if capability >= 89 and not narrow else ("bf16",)
+    for dtype, block_r in itertools.product(dtypes, (16,) if narrow else (16, 64)):
+        constants = {
+            "SCALED": dtype != "bf16",
+            "BIAS": True,
+            "GELU_X": narrow,
+            "GELU": block_r == 16 and not narrow,
+            "BLOCK_M": config.block_m,
+            "BLOCK_N": config.block_n,
+            "BLOCK_K": config.block_k,
+            "BLOCK_R": block_r,
+            "GROUP_M": 8,
+        }
+        signature = dict.fromkeys(pointers, "*bf16")
+        signature.update(dict.fromkeys(("x", "weight"), f"*{dtype}"))
+        if dtype != "bf16":
+            signature.update(dict.fromkeys(("x_scale", "weight_scale"), "*fp32"))
+        signature.update(dict.fromkeys(sizes, "i32") | dict.fromkeys(constants, "constexpr"))
+        # As at run time: every pointer, and every size but the number of rows, is a multiple of 16.
+        names = [*pointers, *sizes]
+        attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in names if name != "M"}
+        source = ASTSource(kernels.kernel(), signature, constexprs=constants, attrs=attributes)
+        options = {"num_warps": config.warps, "num_stages": config.stages}
+        compiled = compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+        assert f".target sm_{capability}" in compiled.asm["ptx"]
+        assert "mma" in compiled.asm["ptx"]
+        if block_r == 16:
+            assert compiled.metadata.shared <= SHARED_BYTES[capability]
 
 
 FAST, SLOW, WRONG = kernels.CONFIGS
@@ -526,7 +700,7 @@ def test_on_a_gpu_the_fastest_way_is_right(rank, scaled):
         scales = (torch.rand(1000, 1) + 0.5, torch.rand(3072, 1) + 0.5) if scaled else None
     dtype = torch.float8_e4m3fn if scaled else torch.bfloat16
     x, weight = x.to(dtype), (weight * 16).to(dtype)
-    product = layers._Product(x, weight, scales, torch.bfloat16)
+    product = layers._Product([x], weight, scales, torch.bfloat16)
     base = x.float() @ weight.float().t()
     if scaled:
         base = base * scales[0] * scales[1].t()

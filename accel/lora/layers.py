@@ -7,15 +7,16 @@ and the LoRA is accumulated into the linear's output, where separate layers writ
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..dynamic import int8_linears, quantize_rows, quantized_dtype
 from . import kernels
+from .inputs import PLAIN, Columns, Input, as_input, down
 
 # The Parameters of a `LoraLinear` that a LoRA binds.
 SLOTS = ("lora_A", "lora_B", "mixing")
@@ -48,29 +49,85 @@ class LoraLinear(nn.Module):
         return linears(x, self)[0]
 
 
-def linears(x: Tensor, *layers: LoraLinear) -> list[Tensor]:
+def linears(x: Tensor | Input, *layers: LoraLinear, gelu_last: bool = False) -> list[Any]:
     """Run linears that read the same input.
 
     Args:
-        x: (…, in_features).
+        x: (…, in_features), or a description of it.
         layers: one or more, with biases.
+        gelu_last: the last output goes through GELU (tanh): it is an `Input` of the linear after that, because who
+            computes it best depends on what computes the two linears.
 
     Returns:
         One (…, out_features) per layer.
     """
-    bases = [layer.base for layer in layers]
-    biases = [base.bias for base in bases]
-    slots = [[getattr(layer, slot) for layer in layers] for slot in SLOTS]
-    if all(is_plain(base) for base in bases):
-        return torch.ops.flux_hotswap.linears(x, [base.weight for base in bases], biases, *slots)
-    dtypes = {quantized_dtype(base) for base in bases}
-    if dtypes == {torch.float8_e4m3fn}:
-        rows, scale = quantize_rows(x, torch.float8_e4m3fn)
-        weights, scales = [base.weight.qdata for base in bases], [base.weight.scale for base in bases]
-        return torch.ops.flux_hotswap.scaled_linears(x, rows, scale, weights, scales, biases, *slots)
-    outputs = int8_linears(x, bases) if dtypes == {torch.int8} else [base(x) for base in bases]
-    torch.ops.flux_hotswap.add_loras_(outputs, x, biases, *slots)
+    x, bases = as_input(x), [layer.base for layer in layers]
+    in_product = gelu_last and fuses(x.sources[0]) and all(is_plain(base) for base in bases)
+    operands = _operands(x, bases)
+    if operands is not None:
+        outputs = torch.ops.flux_hotswap.linears(*operands, *_weights(bases), *_slots(layers), in_product)
+    else:
+        value = x.value()
+        int8 = {quantized_dtype(base) for base in bases} == {torch.int8}
+        outputs = int8_linears(value, bases) if int8 else [base(value) for base in bases]
+        torch.ops.flux_hotswap.add_loras_(outputs, value, [base.bias for base in bases], *_slots(layers))
+    if gelu_last:
+        return [*outputs[:-1], Columns((outputs[-1],), gelu=not in_product)]
     return outputs
+
+
+def joint_linears(
+    text: Tensor | Input, image: Tensor | Input, text_layers: Sequence[LoraLinear], image_layers: Sequence[LoraLinear]
+) -> list[Tensor]:
+    """Run linears over two streams of tokens, whose outputs become one: text first, written in place.
+
+    Args:
+        text: (B, T, in_features), or a description of it.
+        image: (B, I, in_features), or a description of it.
+        text_layers: one or more, with biases.
+        image_layers: as many, with the same output sizes.
+
+    Returns:
+        One (B, T + I, out_features) per pair of layers.
+    """
+    text, image = as_input(text), as_input(image)
+    layers = [*text_layers, *image_layers]
+    bases = [layer.base for layer in layers]
+    streams = _operands(text, bases), _operands(image, bases)
+    if None not in streams:
+        operands = [operand for stream in streams for operand in stream]
+        return torch.ops.flux_hotswap.joint_linears(*operands, *_weights(bases), *_slots(layers))
+    pairs = zip(linears(text, *text_layers), linears(image, *image_layers), strict=True)
+    return [torch.cat(pair, dim=1) for pair in pairs]
+
+
+def split_linears(joint: Tensor, text_tokens: int, text_layer: LoraLinear, image_layer: LoraLinear) -> list[Tensor]:
+    """Run one linear over the first tokens and another over the others.
+
+    Args:
+        joint: (B, N, in_features).
+        text_tokens: T.
+        text_layer: reads (B, T, in_features).
+        image_layer: reads (B, N - T, in_features).
+
+    Returns:
+        (B, T, out_features) and (B, N - T, out_features).
+    """
+    layers = (text_layer, image_layer)
+    bases = [layer.base for layer in layers]
+    operands = _operands(as_input(joint), bases)
+    if operands is not None:
+        _, _, quantized = operands
+        return torch.ops.flux_hotswap.split_linears(joint, quantized, *_weights(bases), *_slots(layers), text_tokens)
+    return [*linears(joint[:, :text_tokens], text_layer), *linears(joint[:, text_tokens:], image_layer)]
+
+
+def fuses(x: Tensor) -> bool:
+    """Whether what surrounds a product is worth to be part of it: on a GPU, whose libraries and kernels can.
+
+    On a CPU inductor's own kernels around the products are faster than what is in PyTorch's library.
+    """
+    return x.is_cuda
 
 
 def is_plain(base: nn.Module) -> bool:
@@ -78,90 +135,203 @@ def is_plain(base: nn.Module) -> bool:
     return type(base) is nn.Linear and type(base.weight) is nn.Parameter
 
 
+def _operands(x: Input, bases: Sequence[nn.Module]) -> tuple[str, list[Tensor], list[Tensor]] | None:
+    """How the operators take an input: its recipe and sources, and its float8 rows with their scale, or nothing.
+
+    None where they cannot run these linears.
+    """
+    if all(is_plain(base) for base in bases):
+        if fuses(x.sources[0]) and x.recipe == PLAIN:
+            return PLAIN, x.sources, []
+        return PLAIN, [x.value()], []
+    if {quantized_dtype(base) for base in bases} != {torch.float8_e4m3fn}:
+        return None
+    value = x.value()
+    if not fuses(value):
+        return PLAIN, [value], list(quantize_rows(value, torch.float8_e4m3fn))
+    return x.recipe, x.sources, list(quantize_rows(value, torch.float8_e4m3fn, again=x.value()))
+
+
+def _weights(bases: Sequence[nn.Module]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Weights, their scales if they are float8, biases."""
+    biases = [base.bias for base in bases]
+    if is_plain(bases[0]):
+        return [base.weight for base in bases], [], biases
+    return [base.weight.qdata for base in bases], [base.weight.scale for base in bases], biases
+
+
+def _slots(layers: Sequence[LoraLinear]) -> list[list[Tensor]]:
+    return [[getattr(layer, slot) for layer in layers] for slot in SLOTS]
+
+
 @dataclass(frozen=True)
 class _Product:
-    """x · Wᵀ, of plain matrices or of float8 ones with a scale for each row.
+    """x · Wᵀ, of plain matrices or of float8 ones with a scale for each row, and what comes right after it.
 
     Attributes:
-        rows: (N, in_features).
+        parts: (N, K₁), (N, K₂), …: x, its columns in one or more tensors.
         weight: (out_features, in_features).
-        scales: of the rows, (N, 1), and of the weight's rows, (out_features, 1); or None.
+        scales: of x's rows, (N, 1), and of the weight's, (out_features, 1); or None. With them x has one part.
         dtype: of the result.
+        gelu: whether the result goes through GELU (tanh).
+        out: where it is written, (N, out_features); None for a tensor of its own.
     """
 
-    rows: Tensor
+    parts: Sequence[Tensor]
     weight: Tensor
     scales: tuple[Tensor, Tensor] | None
     dtype: torch.dtype
+    gelu: bool = False
+    out: Tensor | None = None
 
-    def __call__(self, bias: Tensor | None) -> Tensor:
-        if self.scales is None:
-            return F.linear(self.rows, self.weight, bias)
-        rows, columns = self.scales
-        options = {"scale_a": rows, "scale_b": columns.t(), "out_dtype": self.dtype, "use_fast_accum": True}
-        return torch._scaled_mm(self.rows, self.weight.t(), bias=bias, **options)
+    def linear(self, bias: Tensor | None, parts: int | None = None) -> Tensor:
+        """The product and its bias; of the first parts alone, if a number is given."""
+        if self.scales is not None:
+            rows, columns = self.scales
+            options = {"scale_a": rows, "scale_b": columns.t(), "out_dtype": self.dtype, "use_fast_accum": True}
+            return torch._scaled_mm(self.parts[0], self.weight.t(), bias=bias, out=self.out, **options)
+        (first, weight), *others = list(zip(self.parts, self._weights(), strict=True))[:parts]
+        if bias is None:
+            output = torch.mm(first, weight.t(), out=self.out)
+        else:
+            output = torch.addmm(bias, first, weight.t(), out=self.out)
+        for part, weight in others:
+            output.addmm_(part, weight.t())
+        return output
+
+    def finish(self, output: Tensor) -> Tensor:
+        """What comes after the bias and the LoRA, in place."""
+        return torch.ops.aten.gelu_(output, approximate="tanh") if self.gelu else output
+
+    def alone(self, bias: Tensor) -> Tensor:
+        """The result where no LoRA is bound."""
+        if self.gelu and self.parts[0].is_cuda and len(self.parts) == 1 and self.out is None:
+            # cuBLASLt applies it before it writes. On CUDA this operator's GELU is that of tanh, elsewhere it is not:
+            # torch/_decomp/decompositions.py, _addmm_activation().
+            return torch._addmm_activation(bias, self.parts[0], self.weight.t(), use_gelu=True)
+        return self.finish(self.linear(bias))
 
     def with_lora(self, bias: Tensor, hidden: Tensor, lora_B: Tensor) -> Tensor:
-        def separate() -> Tensor:
-            return self(bias).addmm_(hidden, lora_B.t())
+        """The result with a LoRA: hidden, (N, rank), is its first product."""
 
-        if self.rows.is_cuda and self.dtype != torch.float32:
-            return kernels.fastest(self.rows, self.weight, bias, hidden, lora_B, self.scales, separate)
-        return separate()
+        def separate() -> Tensor:
+            return self.finish(self.linear(bias).addmm_(hidden, lora_B.t()))
+
+        def fused(config: kernels.Config) -> Tensor:
+            added, out = bias, self.out
+            if len(self.parts) > 1:
+                added = out = self.linear(bias, len(self.parts) - 1)
+            part, weight = self.parts[-1], self._weights()[-1]
+            return kernels.fused_linear(part, weight, added, hidden, lora_B, self.scales, config, self.gelu, out)
+
+        if not self.parts[0].is_cuda or self.dtype == torch.float32:
+            return separate()
+        shape = (*(part.shape[1] for part in self.parts), *lora_B.shape, self.gelu)
+        return kernels.fastest(self.parts[0], shape, fused, separate)
+
+    def _weights(self) -> Sequence[Tensor]:
+        if len(self.parts) == 1:
+            return [self.weight]
+        return self.weight.split([part.shape[1] for part in self.parts], dim=1)
 
 
 def _linears(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    lora_A: Sequence[Tensor],
-    lora_B: Sequence[Tensor],
-    mixing: Sequence[Tensor],
-) -> list[Tensor]:
-    # The kernel reads rows that follow each other.
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
-    return _run(x, [_Product(rows, weight, None, x.dtype) for weight in weights], biases, lora_A, lora_B, mixing)
-
-
-def _scaled_linears(
-    x: Tensor,
-    rows: Tensor,
-    row_scale: Tensor,
+    recipe: str,
+    sources: Sequence[Tensor],
+    quantized: Sequence[Tensor],
     weights: Sequence[Tensor],
     weight_scales: Sequence[Tensor],
     biases: Sequence[Tensor],
     lora_A: Sequence[Tensor],
     lora_B: Sequence[Tensor],
     mixing: Sequence[Tensor],
+    gelu_last: bool,
 ) -> list[Tensor]:
-    products = [
-        _Product(rows, weight, (row_scale, scale), x.dtype)
-        for weight, scale in zip(weights, weight_scales, strict=True)
-    ]
-    return _run(x, products, biases, lora_A, lora_B, mixing)
+    x = sources[0]
+    products = _products(sources, quantized, weights, weight_scales)
+    if gelu_last:
+        products[-1] = replace(products[-1], gelu=True)
+    outputs = _run(products, recipe, sources, biases, lora_A, lora_B, mixing)
+    return [output.view(*x.shape[:-1], output.shape[-1]) for output in outputs]
+
+
+def _joint_linears(
+    text_recipe: str,
+    text_sources: Sequence[Tensor],
+    text_quantized: Sequence[Tensor],
+    image_recipe: str,
+    image_sources: Sequence[Tensor],
+    image_quantized: Sequence[Tensor],
+    *parameters: Sequence[Tensor],
+) -> list[Tensor]:
+    text, image = text_sources[0], image_sources[0]
+    count, text_tokens = len(parameters[0]) // 2, text.shape[1]
+    outputs = _like_joint_linears(text_recipe, text_sources, None, None, image_sources, None, parameters[0])
+    streams = (
+        (text_recipe, text_sources, text_quantized, slice(0, text_tokens), slice(0, count)),
+        (image_recipe, image_sources, image_quantized, slice(text_tokens, None), slice(count, None)),
+    )
+    for recipe, sources, quantized, tokens, layers in streams:
+        weights, scales, biases, *slots = (each[layers] for each in parameters)
+        length = sources[0].shape[1]
+        # One picture at a time: only then are the rows of an output that a stream fills next to each other.
+        for picture in range(image.shape[0]):
+            of_picture = [source[picture : picture + 1] for source in sources]
+            rows = [each[picture * length : (picture + 1) * length] for each in quantized]
+            products = _products(of_picture, rows, weights, scales)
+            placed = [
+                replace(product, out=each[picture, tokens]) for product, each in zip(products, outputs, strict=True)
+            ]
+            _run(placed, recipe, of_picture, biases, *slots)
+    return outputs
+
+
+def _split_linears(joint: Tensor, quantized: Sequence[Tensor], *parameters: Sequence[Tensor] | int) -> list[Tensor]:
+    *lists, text_tokens = parameters
+    outputs = []
+    for layer, tokens in enumerate((slice(None, text_tokens), slice(text_tokens, None))):
+        rows = [each.unflatten(0, joint.shape[:2])[:, tokens].flatten(0, 1) for each in quantized]
+        one = (each[layer : layer + 1] for each in lists)
+        outputs += _linears(PLAIN, [joint[:, tokens]], rows, *one, False)
+    return outputs
+
+
+def _products(
+    sources: Sequence[Tensor], quantized: Sequence[Tensor], weights: Sequence[Tensor], weight_scales: Sequence[Tensor]
+) -> list[_Product]:
+    dtype = sources[0].dtype
+    if quantized:
+        rows, scale = quantized
+        pairs = zip(weights, weight_scales, strict=True)
+        return [_Product([rows], weight, (scale, weight_scale), dtype) for weight, weight_scale in pairs]
+    # The kernel reads rows that follow each other.
+    parts = [source.reshape(-1, source.shape[-1]).contiguous() for source in sources]
+    return [_Product(parts, weight, None, dtype) for weight in weights]
 
 
 def _run(
-    x: Tensor,
     products: Sequence[_Product],
+    recipe: str,
+    sources: Sequence[Tensor],
     biases: Sequence[Tensor],
     lora_A: Sequence[Tensor],
     lora_B: Sequence[Tensor],
     mixing: Sequence[Tensor],
 ) -> list[Tensor]:
-    hidden = _down(x.reshape(-1, x.shape[-1]), lora_A)
+    hidden = _down(lambda matrix: down(recipe, sources, matrix), lora_A)
     outputs = []
     for product, bias, up, mix, low in zip(products, biases, lora_B, mixing, hidden, strict=True):
-        out_features = product.weight.shape[0]
+        matrix = up.view(product.weight.shape[0], -1)
         if mix.numel():
-            output = _mix(product(None), mix).add_(bias)
+            output = _mix(product.linear(None), mix).add_(bias)
             if low is not None:
-                output.addmm_(low, up.view(out_features, -1).t())
+                output.addmm_(low, matrix.t())
+            output = product.finish(output)
+            outputs.append(output if product.out is None else product.out.copy_(output))
         elif low is not None:
-            output = product.with_lora(bias, low, up.view(out_features, -1))
+            outputs.append(product.with_lora(bias, low, matrix))
         else:
-            output = product(bias)
-        outputs.append(output.view(*x.shape[:-1], out_features))
+            outputs.append(product.alone(bias))
     return outputs
 
 
@@ -173,7 +343,8 @@ def _add_loras_(
     lora_B: Sequence[Tensor],
     mixing: Sequence[Tensor],
 ) -> None:
-    hidden = _down(x.reshape(-1, x.shape[-1]), lora_A)
+    rows = x.reshape(-1, x.shape[-1])
+    hidden = _down(lambda matrix: rows @ matrix.t(), lora_A)
     for output, bias, up, mix, low in zip(outputs, biases, lora_B, mixing, hidden, strict=True):
         out_features = output.shape[-1]
         if mix.numel():
@@ -183,7 +354,7 @@ def _add_loras_(
             output.view(-1, out_features).addmm_(low, up.view(out_features, -1).t())
 
 
-def _down(rows: Tensor, lora_A: Sequence[Tensor]) -> list[Tensor | None]:
+def _down(multiply: Callable[[Tensor], Tensor], lora_A: Sequence[Tensor]) -> list[Tensor | None]:
     """The products with each lora_A, None where it is empty; one product for matrices that are the same or adjoin."""
     hidden: list[Tensor | None] = [None] * len(lora_A)
     start = 0
@@ -202,7 +373,7 @@ def _down(rows: Tensor, lora_A: Sequence[Tensor]) -> list[Tensor | None]:
                 break
         if rank:
             whole = first if rank == first.shape[0] else first.as_strided((rank, first.shape[1]), (first.shape[1], 1))
-            product = rows @ whole.t()
+            product = multiply(whole)
             for index, (column, size) in enumerate(columns, start):
                 hidden[index] = product[:, column : column + size]
         start += len(columns)
@@ -218,8 +389,36 @@ def _mix(rows: Tensor, mixing: Tensor) -> Tensor:
     return torch.einsum("nkj,kij->nki", rows.view(rows.shape[0], -1, width), blocks).reshape(rows.shape)
 
 
-def _like_linears(x: Tensor, weights: Sequence[Tensor], *_: object) -> list[Tensor]:
+def _like_linears(
+    recipe: str, sources: Sequence[Tensor], quantized: Sequence[Tensor], weights: Sequence[Tensor], *_: object
+) -> list[Tensor]:
+    x = sources[0]
     return [x.new_empty((*x.shape[:-1], weight.shape[0])) for weight in weights]
+
+
+def _like_joint_linears(
+    text_recipe: str,
+    text_sources: Sequence[Tensor],
+    text_quantized: Sequence[Tensor] | None,
+    image_recipe: str | None,
+    image_sources: Sequence[Tensor],
+    image_quantized: Sequence[Tensor] | None,
+    weights: Sequence[Tensor],
+    *_: object,
+) -> list[Tensor]:
+    text, image = text_sources[0], image_sources[0]
+    size = (image.shape[0], text.shape[1] + image.shape[1])
+    return [image.new_empty((*size, weight.shape[0])) for weight in weights[: len(weights) // 2]]
+
+
+def _like_split_linears(
+    joint: Tensor, quantized: Sequence[Tensor], weights: Sequence[Tensor], *parameters: Sequence[Tensor] | int
+) -> list[Tensor]:
+    batch, tokens, _ = joint.shape
+    text_tokens = parameters[-1]
+    lengths = (text_tokens, tokens - text_tokens)
+    pairs = zip(lengths, weights, strict=True)
+    return [joint.new_empty((batch, length, weight.shape[0])) for length, weight in pairs]
 
 
 def _register() -> torch.library.Library | None:
@@ -228,14 +427,18 @@ def _register() -> torch.library.Library | None:
         return None  # this file was imported under another package name before: the operators are the same
     library = torch.library.Library(namespace, "FRAGMENT")
     slots = "Tensor[] biases, Tensor[] lora_A, Tensor[] lora_B, Tensor[] mixing"
-    scaled = "Tensor x, Tensor rows, Tensor row_scale, Tensor[] weights, Tensor[] weight_scales"
+    parameters = f"Tensor[] weights, Tensor[] weight_scales, {slots}"
+    x, text, image = (
+        f"str {name}recipe, Tensor[] {name}sources, Tensor[] {name}quantized" for name in ("", "text_", "image_")
+    )
     for name, schema, function, fake in (
-        ("linears", f"(Tensor x, Tensor[] weights, {slots}) -> Tensor[]", _linears, _like_linears),
+        ("linears", f"({x}, {parameters}, bool gelu_last) -> Tensor[]", _linears, _like_linears),
+        ("joint_linears", f"({text}, {image}, {parameters}) -> Tensor[]", _joint_linears, _like_joint_linears),
         (
-            "scaled_linears",
-            f"({scaled}, {slots}) -> Tensor[]",
-            _scaled_linears,
-            lambda x, rows, row_scale, weights, *_: _like_linears(x, weights),
+            "split_linears",
+            f"(Tensor joint, Tensor[] quantized, {parameters}, SymInt text_tokens) -> Tensor[]",
+            _split_linears,
+            _like_split_linears,
         ),
         ("add_loras_", f"(Tensor(a!)[] outputs, Tensor x, {slots}) -> ()", _add_loras_, lambda *_: None),
     ):

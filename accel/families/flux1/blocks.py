@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ...attention import Attention
-from ...lora.layers import linears
+from ...lora.inputs import Modulated, modulated
+from ...lora.layers import joint_linears, linears, split_linears
 from .config import HEAD_DIM
 
 FLOAT16_MAX = 65504.0
@@ -42,30 +43,32 @@ def double_block(
     Returns:
         hidden_states (B, I, H) and encoder_hidden_states (B, T, H).
     """
-    attn = block.attn
+    attn, text_tokens = block.attn, encoder_hidden_states.shape[1]
     shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = block.norm1.linear(temb)[:, None].chunk(6, dim=-1)
     c_shift, c_scale, c_gate, c_shift_mlp, c_scale_mlp, c_gate_mlp = (
         block.norm1_context.linear(temb)[:, None].chunk(6, dim=-1)
     )
-    image = _modulate(block.norm1.norm(hidden_states), shift, scale)
-    text = _modulate(block.norm1_context.norm(encoder_hidden_states), c_shift, c_scale)
+    query, key, value = joint_linears(
+        modulated(encoder_hidden_states, c_shift, c_scale, block.norm1_context.norm.eps),
+        modulated(hidden_states, shift, scale, block.norm1.norm.eps),
+        (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj),
+        (attn.to_q, attn.to_k, attn.to_v),
+    )
+    is_text = torch.arange(query.shape[1], device=query.device)[:, None, None] < text_tokens
+    query_scale = torch.where(is_text, attn.norm_added_q.weight, attn.norm_q.weight)
+    key_scale = torch.where(is_text, attn.norm_added_k.weight, attn.norm_k.weight)
+    query = _rotate(_norm(query, query_scale, attn.norm_q.eps), rotary)
+    key = _rotate(_norm(key, key_scale, attn.norm_k.eps), rotary)
+    joint = _attend(query, key, value, mask, attention)
+    text, image = split_linears(joint, text_tokens, attn.to_add_out, attn.to_out[0])
 
-    image_q, image_k, image_v = map(_heads, linears(image, attn.to_q, attn.to_k, attn.to_v))
-    text_q, text_k, text_v = map(_heads, linears(text, attn.add_q_proj, attn.add_k_proj, attn.add_v_proj))
-    query = _join(attn.norm_added_q(text_q), attn.norm_q(image_q))
-    key = _join(attn.norm_added_k(text_k), attn.norm_k(image_k))
-    value = _join(text_v, image_v)
-    joint = _attend(query, key, value, rotary, mask, attention)
-    text_tokens = encoder_hidden_states.shape[1]
-    text, image = joint[:, :text_tokens], joint[:, text_tokens:]
+    hidden_states = hidden_states + gate * image
+    image = modulated(hidden_states, shift_mlp, scale_mlp, block.norm2.eps)
+    hidden_states = hidden_states + gate_mlp * _feed_forward(image, block.ff)
 
-    hidden_states = hidden_states + gate * attn.to_out[0](image)
-    image = _modulate(block.norm2(hidden_states), shift_mlp, scale_mlp)
-    hidden_states = hidden_states + gate_mlp * block.ff(image)
-
-    encoder_hidden_states = encoder_hidden_states + c_gate * attn.to_add_out(text)
-    text = _modulate(block.norm2_context(encoder_hidden_states), c_shift_mlp, c_scale_mlp)
-    encoder_hidden_states = encoder_hidden_states + c_gate_mlp * block.ff_context(text)
+    encoder_hidden_states = encoder_hidden_states + c_gate * text
+    text = modulated(encoder_hidden_states, c_shift_mlp, c_scale_mlp, block.norm2_context.eps)
+    encoder_hidden_states = encoder_hidden_states + c_gate_mlp * _feed_forward(text, block.ff_context)
     return hidden_states, _within_float16(encoder_hidden_states)
 
 
@@ -87,42 +90,39 @@ def single_block(
     """
     attn = block.attn
     shift, scale, gate = block.norm.linear(temb)[:, None].chunk(3, dim=-1)
-    normed = _modulate(block.norm.norm(hidden_states), shift, scale)
-    query, key, value, mlp = linears(normed, attn.to_q, attn.to_k, attn.to_v, block.proj_mlp)
-    query, key, value = attn.norm_q(_heads(query)), attn.norm_k(_heads(key)), _heads(value)
-    attended = _attend(query, key, value, rotary, mask, attention)
-    mlp = block.act_mlp(mlp)
-    hidden_states = hidden_states + gate * block.proj_out(torch.cat([attended, mlp], dim=-1))
+    normed = modulated(hidden_states, shift, scale, block.norm.norm.eps)
+    query, key, value, mlp = linears(normed, attn.to_q, attn.to_k, attn.to_v, block.proj_mlp, gelu_last=True)
+    query = _rotate(_norm(query, attn.norm_q.weight, attn.norm_q.eps), rotary)
+    key = _rotate(_norm(key, attn.norm_k.weight, attn.norm_k.eps), rotary)
+    attended = _attend(query, key, value, mask, attention)
+    hidden_states = hidden_states + gate * linears(mlp.after(attended), block.proj_out)[0]
     return _within_float16(hidden_states)
 
 
-def _modulate(normed: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return normed * (1 + scale) + shift
+def _feed_forward(x: Modulated, feed_forward: nn.Module) -> Tensor:
+    activation, _, output = feed_forward.net
+    return linears(linears(x, activation.proj, gelu_last=True)[0], output)[0]
 
 
-def _heads(projected: Tensor) -> Tensor:
+def _norm(projected: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """RMS norm of each head: (B, N, heads · D), scale (…, D) -> (B, N, heads, D), float32."""
+    heads = projected.unflatten(-1, (-1, HEAD_DIM)).float()
+    return heads * torch.rsqrt(heads.square().mean(dim=-1, keepdim=True) + eps) * scale.float()
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, attention: Attention) -> Tensor:
     # (B, N, heads, D), as the linears leave them and the next one reads them: attention gets a transposed view.
-    return projected.unflatten(-1, (-1, HEAD_DIM))
-
-
-def _join(text: Tensor, image: Tensor) -> Tensor:
-    return torch.cat([text, image], dim=1)
-
-
-def _attend(
-    query: Tensor, key: Tensor, value: Tensor, rotary: Tensor, mask: Tensor | None, attention: Attention
-) -> Tensor:
-    query, key, value = (heads.transpose(1, 2) for heads in (_rotate(query, rotary), _rotate(key, rotary), value))
+    query, key, value = query.to(value.dtype), key.to(value.dtype), value.unflatten(-1, (-1, HEAD_DIM))
+    query, key, value = (heads.transpose(1, 2) for heads in (query, key, value))
     return attention(query, key, value, mask).transpose(1, 2).flatten(2)
 
 
 def _rotate(heads: Tensor, rotary: Tensor) -> Tensor:
     # Pairs of neighbouring channels turn together, as in black-forest-labs/flux math.py, apply_rope(). Written as one
-    # sum over whole heads, which inductor computes in one kernel; two halves that are stacked it writes out in float32.
+    # sum over whole heads, which inductor computes in one kernel; two halves that are stacked it writes out.
     cos, sin = (table.transpose(1, 2).unsqueeze(-1).expand(-1, -1, -1, -1, 2).flatten(-2) for table in rotary)
     even, odd = heads.unflatten(-1, (-1, 2)).unbind(-1)
-    across = torch.stack([-odd, even], dim=-1).flatten(-2)
-    return (heads.float() * cos + across.float() * sin).to(heads.dtype)
+    return heads * cos + torch.stack([-odd, even], dim=-1).flatten(-2) * sin
 
 
 def _within_float16(hidden_states: Tensor) -> Tensor:

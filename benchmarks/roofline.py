@@ -1,0 +1,73 @@
+"""The least time that a step of FLUX.1-dev can take on a GPU, from what its kernels read, write and compute: a bound.
+
+Each kernel takes at least its bytes over the memory's bandwidth, and at least its operations over the peak of the
+tensor cores; kernels follow one another. Nothing here is measured, and no kernel reaches both peaks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from accel.families.flux1 import Flux1, Flux1Config
+
+from .lora_bytes import WIDTH, Linears, linears_bytes
+
+FLUX1_DEV = Flux1Config(3072, 19, 38, 64, 64, 4096, 768, 12288, True)
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Peaks of a GPU: bytes per second, and dense operations per second by the bytes of an operand's element."""
+
+    name: str
+    bandwidth: float
+    flops: Mapping[int, float]
+
+    def seconds(self, work: Work) -> float:
+        """The bound of one kernel."""
+        return max(work.bytes / self.bandwidth, work.flops / self.flops[work.width])
+
+
+@dataclass(frozen=True)
+class Work:
+    """One kernel: bytes read and written, operations, and bytes of an element of what it multiplies."""
+
+    bytes: float
+    flops: float = 0
+    width: int = 2
+
+
+# H100 SXM: NVIDIA H100 Tensor Core GPU datasheet, dense (half of the figures with sparsity). RTX 4090: NVIDIA Ada GPU
+# architecture whitepaper, appendix A, dense, with float32 accumulation.
+GPUS = {
+    "h100": Gpu("H100 SXM", 3.35e12, {2: 989e12, 1: 1979e12}),
+    "rtx4090": Gpu("RTX 4090", 1.008e12, {2: 165.2e12, 1: 330.3e12}),
+}
+
+
+def linears_work(linears: Linears, rank: int, fused: bool) -> Work:
+    """One call of linears, its LoRA included."""
+    rows, in_features, out = linears.rows, linears.in_features, sum(linears.out_features)
+    flops = 2 * rows * in_features * out
+    if rank:
+        flops += 2 * rows * rank * (in_features * len(linears.out_features) + out)
+    return Work(linears_bytes(linears, rank, fused), flops, linears.weight_width)
+
+
+def rest(image_tokens: int, text_tokens: int) -> list[Work]:
+    """The linears outside the blocks, which are not quantized: on image tokens, on text tokens, or once per picture."""
+    rows = {"x_embedder": image_tokens, "proj_out": image_tokens, "context_embedder": text_tokens}
+    quantizable = Flux1().quantizable
+    return [
+        linears_work(Linears(rows.get(part.module, 1), [linear.in_features], [part.rows], WIDTH), 0, False)
+        for linear in Flux1().layout(FLUX1_DEV).linears
+        for part in linear.parts
+        if not quantizable(part.module)
+    ]
+
+
+def step_ms(gpu: Gpu, double: Iterable[Work], single: Iterable[Work], others: Iterable[Work]) -> float:
+    """The bound of one step: all blocks, and what is around them."""
+    times = [sum(map(gpu.seconds, works)) for works in (double, single, others)]
+    return 1e3 * (FLUX1_DEV.depth * times[0] + FLUX1_DEV.depth_single * times[1] + times[2])
