@@ -24,6 +24,8 @@ NODES = {
     "FluxQuantizeTransformer": "Quantize Transformer",
     "FluxHotswapLora": "Hotswap LoRA",
     "FluxTextEncoderLoader": "Flux Text Encoder Loader",
+    "FluxStepCache": "Flux Step Cache",
+    "FluxAccelReport": "Flux Accel Report",
 }
 # The files that the workflows name. Validation looks at names only, so the content does not matter.
 MODEL_FILES = (
