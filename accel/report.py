@@ -20,7 +20,7 @@ from .step_cache import StepCacheSettings
 
 # What changes how an engine computes, or whether it can.
 LIBRARIES = (
-    "torch", "triton", "triton-windows", "diffusers", "torchao", "bitsandbytes", "gguf", "safetensors", "transformers",
+    "triton", "triton-windows", "diffusers", "torchao", "bitsandbytes", "gguf", "safetensors", "transformers",
     "peft", "numpy", "flash-attn", "sageattention", "xformers", "kernels",
 )
 PIXELS_PER_LATENT = 8
@@ -251,7 +251,7 @@ def _machine(reported: Reported) -> Rows:
 
 
 def _libraries(reported: Reported) -> Rows:
-    rows = []
+    rows = [("torch", torch.__version__)]  # with its CUDA, which the package's own version leaves out
     for name in LIBRARIES:
         try:
             rows.append((name, version(name)))
