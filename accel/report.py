@@ -117,7 +117,7 @@ def _model(reported: Reported) -> Rows:
         loaded += f", the last time in {reported.last_load_s:.2f} s"
     return [
         ("file", f"{Path(spec.file.name).name}, {_gb(spec.file.identity.size_bytes)}, {_dtype(spec.stored_dtype)}"),
-        ("family", f"{spec.family.name} {config.variant}, {spec.parameter_count / 1e9:.3g} billion parameters"),
+        ("family", f"{spec.family.name} {config.variant}, {spec.parameter_count / 1e6:,.0f} million parameters"),
         ("blocks", f"{config.depth} double, {config.depth_single} single, hidden size {config.hidden_size}"),
         ("computes in", f"{_dtype(engine.dtype)} (dtype: {engine.settings.dtype})"),
         ("weights", f"{_gb(engine.bytes)} on {engine.device}; {loaded if engine.load_count else 'not loaded yet'}"),

@@ -12,8 +12,8 @@ from harness.graphs import Picture, graph, latents, node, relative_distance
 
 BASE = Picture(steps=10)
 # The end of a sampling, in steps so small that every one but the first can be skipped, and its middle.
-CLOSE, LATE = Picture(steps=20), {"denoise": 0.05}
-MIDDLE = 0.975
+CLOSE, LATE = Picture(steps=20), {"denoise": 0.002}
+MIDDLE = 0.99895
 # The tiny model's random blocks change a lot from step to step.
 OFTEN = {"threshold": 0.6}
 
