@@ -66,7 +66,8 @@ class FluxAccelReport(io.ComfyNode):
         )
         picture = draw_samplings(samplings, Path(model.engine.spec.file.name).name)
         image = torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255.0)[None]
-        shown = {**ui.PreviewImage(image, cls=cls).as_dict(), **ui.PreviewText(text).as_dict()}
+        # Without `cls`: no workflow, and so no prompt, is written into the picture.
+        shown = {**ui.PreviewImage(image).as_dict(), **ui.PreviewText(text).as_dict()}
         return io.NodeOutput(text, image, ui=shown)
 
 

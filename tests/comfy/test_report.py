@@ -47,6 +47,7 @@ def test_it_waits_for_the_sampler_and_tells_of_it(comfy, lora):
     assert f"ComfyUI       {comfy.server.version}" in text
     assert str(comfy.server.base_directory) not in text
     assert image.size[0] == 1280
+    assert not image.info  # nor the workflow with its prompts
 
 
 def test_it_runs_again_in_every_prompt_and_remembers(comfy):
@@ -56,6 +57,9 @@ def test_it_runs_again_in_every_prompt_and_remembers(comfy):
     second, _ = read(comfy, nodes)  # everything but the report is known to ComfyUI
     assert "136 × 64" not in first
     assert "136 × 64" in second
+    again = comfy.run(nodes)
+    assert "p0_report" in again.executed
+    assert "p0_sample" not in again.executed
 
 
 def test_text_and_picture_are_outputs_too(comfy):
