@@ -148,6 +148,11 @@ class Engine:
         return self._compiler.count
 
     @property
+    def compile_s(self) -> float:
+        """What the calls that compiled took in all."""
+        return self._compiler.seconds
+
+    @property
     def recompile_count(self) -> int:
         """Compiles of a region that was compiled before: what this package promises not to need."""
         return self._compiler.recompiles
@@ -271,6 +276,16 @@ class Engine:
                 self._applied = stack.key
                 error = self._library.error(stack)
             return SwapReport(str(stack), source, (time.perf_counter() - start) * 1e3, size, error)
+
+    @property
+    def bound(self) -> tuple | None:
+        """`LoraStack.key` of what the engine computes with; None when that is not known, or nothing is loaded."""
+        return self._applied
+
+    @property
+    def lora_pools(self) -> dict[str, tuple[int, int]]:
+        """What LoRAs take of the memory: pool -> (bytes, budget); see `LoraLibrary.pools`."""
+        return self._library.pools
 
     def applied(self, stack: LoraStack) -> bool:
         """Whether the engine computes with this stack now."""

@@ -8,6 +8,8 @@ from .loader import FluxAccelLoader
 from .lora import FluxHotswapLora
 from .pocket import add_pocket_folders
 from .quantize import FluxQuantizeTransformer
+from .report import FluxAccelReport
+from .step_cache import FluxStepCache
 from .text_encoder import FluxTextEncoderLoader
 
 
@@ -20,4 +22,11 @@ class FluxHotswapExtension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """Every node class, in menu order."""
-        return [FluxAccelLoader, FluxQuantizeTransformer, FluxHotswapLora, FluxTextEncoderLoader]
+        return [
+            FluxAccelLoader,
+            FluxQuantizeTransformer,
+            FluxHotswapLora,
+            FluxStepCache,
+            FluxTextEncoderLoader,
+            FluxAccelReport,
+        ]

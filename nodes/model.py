@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import logging
 import math
@@ -20,11 +21,15 @@ from ..accel.engine import Engine
 from ..accel.families.flux1 import AXES_DIM, PATCH_SIZE, Flux1Config, Flux1Inputs
 from ..accel.families.flux1.forward import BlockHook, BlockState, EmbeddingHook, Hooks, Residuals
 from ..accel.families.flux1.positions import RopeOptions
+from ..accel.report import Sampling
 from .native_lora import NativeLoras
 
 log = logging.getLogger(__name__)
 
 GUIDANCE = "flux_hotswap_guidance"
+STEP_CACHE = "flux_hotswap_step_cache"
+# How many samplings of an engine are remembered for a report.
+SAMPLINGS = 12
 # Patches that run inside a block, where the compiled region has no place for them.
 INSIDE_BLOCKS = ("attn1_patch", "attn1_output_patch")
 
@@ -39,6 +44,8 @@ class AcceleratedFlux(comfy.model_base.Flux):
         super().__init__(config, model_type=kind)
         self.diffusion_model = TransformerAdapter(engine, _skeleton(config.unet_config, engine.dtype))
         self.native_loras = NativeLoras(engine.spec.family.layout(engine.spec.config))
+        self.samplings: collections.deque[Sampling] = collections.deque(maxlen=SAMPLINGS)
+        self.last_load_s: float | None = None
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Names and shapes of ComfyUI's own FLUX model, without data: loader nodes match LoRA keys against them."""
@@ -46,11 +53,13 @@ class AcceleratedFlux(comfy.model_base.Flux):
 
     def _apply_model(self, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **kwargs):
         # A ControlNet with a VAE reloads models in the middle of sampling, without pre_run; and schedules move on here.
+        begin_call = None
         if self.current_patcher is not None:
             self.current_patcher.ensure_applied(transformer_options)
+            begin_call = self.current_patcher.record_call(x.shape, transformer_options or {})
         # super() casts every condition to the model's dtype, and guidance is multiplied by 1000 afterwards: 3.5 would
         # become 3504 in bfloat16. It travels beside the others, in float32.
-        options = {**(transformer_options or {}), GUIDANCE: kwargs.pop("guidance", None)}
+        options = {**(transformer_options or {}), GUIDANCE: kwargs.pop("guidance", None), STEP_CACHE: begin_call}
         return super()._apply_model(x, t, c_concat, c_crossattn, control, options, **kwargs)
 
 
@@ -118,7 +127,7 @@ class TransformerAdapter(nn.Module):
         self._warn_about_unsupported(options)
         control = control or {}
         dtype = self.dtype
-        exact_guidance = options.get(GUIDANCE)
+        exact_guidance, begin_call = options.get(GUIDANCE), options.get(STEP_CACHE)
         inputs = Flux1Inputs(
             latent=x.to(dtype),
             timestep=timestep,
@@ -131,7 +140,14 @@ class TransformerAdapter(nn.Module):
             residuals=Residuals(control.get("input", ()), control.get("output", ())),
             rope=RopeOptions(**options["rope_options"]) if options.get("rope_options") else RopeOptions(),
             hooks=_hooks(options, self.engine.spec.config),
+            step_cache=None if begin_call is None else begin_call(),
         )
+        if inputs.step_cache is not None and inputs.hooks.around_block and "blocks" not in self._warned:
+            self._warned.add("blocks")
+            log.warning(
+                "Flux Hotswap: a node patches blocks, and counts on every one to run in every step. Flux Step Cache "
+                "skips nothing on this model. Remove one of the two nodes."
+            )
         return self.engine(inputs)
 
     def _warn_about_unsupported(self, options: dict[str, Any]) -> None:

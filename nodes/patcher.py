@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+import math
 import time
 import uuid
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +21,8 @@ from ..accel.lora.schedule import Keyframes, Playback, ScheduledStack
 from ..accel.lora.stack import LoraStack
 from ..accel.lora.weights import LoraWeights
 from ..accel.prefetch import Prefetcher
+from ..accel.report import Sampling
+from ..accel.step_cache import StepCache, StepCacheSettings, StepCall
 from .prefetch import prefetcher_for
 from .progress import show_text
 
@@ -36,7 +41,13 @@ class SamplingRecord:
     started: float
     compiles_before: int
     recompiles_before: int
+    compile_s_before: float = 0.0
     swaps: list[SwapReport] = field(default_factory=list)
+    step_cache: StepCache | None = None
+    size: tuple[int, ...] = ()
+    steps: int = 0
+    calls: int = 0
+    sigmas: torch.Tensor | None = None
 
 
 class AcceleratedModelPatcher(comfy.model_patcher.ModelPatcher):
@@ -57,6 +68,7 @@ class AcceleratedModelPatcher(comfy.model_patcher.ModelPatcher):
         """Take ModelPatcher's own arguments: its `clone` calls this."""
         super().__init__(model, load_device, offload_device, size, weight_inplace_update)
         self.loras = ScheduledStack()
+        self.step_cache: StepCacheSettings | None = None
         self._playback: Playback | None = None
         self._prefetcher: Prefetcher | None = None
 
@@ -69,6 +81,13 @@ class AcceleratedModelPatcher(comfy.model_patcher.ModelPatcher):
         """Copy the handle, not the engine."""
         copy = super().clone(*args, **kwargs)
         copy.loras = self.loras
+        copy.step_cache = self.step_cache
+        return copy
+
+    def with_step_cache(self, settings: StepCacheSettings) -> AcceleratedModelPatcher:
+        """A clone that skips steps; at threshold 0 one that does not."""
+        copy = self.clone()
+        copy.step_cache = settings if settings.threshold else None
         return copy
 
     def with_lora(
@@ -148,7 +167,11 @@ class AcceleratedModelPatcher(comfy.model_patcher.ModelPatcher):
             )
         super().pre_run()
         engine = self.engine
-        self.model.sampling_record = SamplingRecord(time.perf_counter(), engine.compile_count, engine.recompile_count)
+        self.model.sampling_record = SamplingRecord(
+            time.perf_counter(), engine.compile_count, engine.recompile_count, engine.compile_s
+        )
+        if self.step_cache is not None:
+            self.model.sampling_record.step_cache = self._new_step_cache(self.step_cache)
         if not engine.loaded:
             self._load()
         if self.loras.varies:
@@ -178,6 +201,32 @@ class AcceleratedModelPatcher(comfy.model_patcher.ModelPatcher):
             first = options.get("sample_sigmas")
             self._apply(self._playback.at(sigma, sigma if first is None else float(first.max())))
 
+    def record_call(self, shape: torch.Size, options: dict[str, Any]) -> Callable[[], StepCall] | None:
+        """Note one call of the model, once its LoRAs are bound.
+
+        Args:
+            shape: (B, C, h, w) of its latents.
+            options: its transformer options.
+
+        Returns:
+            What asks the step cache of this sampling, if it has one.
+        """
+        record, sigmas = self.model.sampling_record, options.get("sigmas")
+        conditions = tuple(options.get("uuids", ()))
+        record.calls += 1
+        record.size = (shape[0] // max(1, len(conditions)), *shape[2:])
+        if sigmas is not record.sigmas:  # one tensor for all calls of a step
+            record.steps, record.sigmas = record.steps + 1, sigmas
+        if record.step_cache is None or sigmas is None:
+            return None
+        return functools.partial(record.step_cache.call, sigmas, conditions, self.engine.bound)
+
+    def _new_step_cache(self, settings: StepCacheSettings) -> StepCache:
+        sigma_of = self.model.model_sampling.percent_to_sigma
+        start = float(sigma_of(settings.start_percent)) if settings.start_percent > 0.0 else math.inf
+        end = float(sigma_of(settings.end_percent)) if settings.end_percent < 1.0 else -math.inf
+        return StepCache(settings, start, end)
+
     def _apply(self, stack: LoraStack) -> None:
         if not self.engine.applied(stack):
             self.model.sampling_record.swaps.append(self.engine.swap(stack))
@@ -198,17 +247,39 @@ class AcceleratedModelPatcher(comfy.model_patcher.ModelPatcher):
         sources = ", ".join(f"{count} × {source}" if count > 1 else source for source, count in counts.items())
         error = max((swap.error for swap in record.swaps), default=0.0)
         cut = f" cut to rank {self.loras.stack.max_rank} (error {error:.2%})" if error else ""
+        seconds = time.perf_counter() - record.started
+        self.model.samplings.append(self._sampling(record, seconds))
         summary = (
             f"LoRAs {self.loras}{cut} | swap {swap_ms:.2f} ms ({sources or 'already bound'}) | "
             f"compiled {engine.compile_count - record.compiles_before} | "
             f"recompiles {engine.recompile_count - record.recompiles_before} | "
-            f"sampling {time.perf_counter() - record.started:.2f} s"
+            f"sampling {seconds:.2f} s"
         )
+        if record.step_cache is not None:
+            summary += f" | step cache {record.step_cache}"
         log.info("Flux Hotswap: %s", summary)
         show_text(summary)
 
+    def _sampling(self, record: SamplingRecord, seconds: float) -> Sampling:
+        engine, cache = self.engine, record.step_cache
+        return Sampling(
+            loras=str(self.loras),
+            size=record.size,
+            steps=record.steps,
+            calls=record.calls,
+            seconds=seconds,
+            swaps=tuple(record.swaps),
+            compiles=engine.compile_count - record.compiles_before,
+            recompiles=engine.recompile_count - record.recompiles_before,
+            compile_s=engine.compile_s - record.compile_s_before,
+            step_cache="" if cache is None else str(cache),
+        )
+
     def _load(self) -> None:
+        start, was_loaded = time.perf_counter(), self.engine.loaded
         self.engine.load()
+        if not was_loaded:
+            self.model.last_load_s = time.perf_counter() - start
         self.model.model_loaded_weight_memory = self.engine.bytes
 
     # What cannot be done to an engine, with what to do instead.

@@ -21,6 +21,8 @@ LOADER = "FluxAccelLoader"
 # ComfyUI's own nodes read their file themselves, so only its way from the disk can be saved.
 NATIVE = ("LoraLoader", "LoraLoaderModelOnly")
 LORA_NODES = (OURS, *NATIVE)
+# They hand a model on with the LoRAs that it has.
+PASSING = ("FluxStepCache",)
 # How many queued prompts are looked at.
 AHEAD = 8
 Graph = Mapping[str, Mapping[str, Any]]
@@ -45,11 +47,11 @@ def stacks_of(graph: Graph, checkpoint: str) -> list[WantedStack]:
     """
     found: dict[WantedStack, None] = {}
     for node in graph.values():
-        if node.get("class_type") in LORA_NODES:
+        if node.get("class_type") in (*LORA_NODES, *PASSING):
             continue
         for link in node.get("inputs", {}).values():
             # Output 0 is the model's; what comes from output 1 is a CLIP.
-            if _is_link(link) and link[1] == 0 and _class(graph, link[0]) in LORA_NODES:
+            if _is_link(link) and link[1] == 0 and _class(graph, link[0]) in (*LORA_NODES, *PASSING):
                 stack = _stack(graph, link[0], checkpoint)
                 if stack:
                     found[stack] = None

@@ -30,6 +30,7 @@ from accel.families.flux1 import Flux1Inputs
 from accel.lora.lowrank import Factors, compress
 from accel.lora.stack import LoraStack
 from accel.settings import EngineSettings, Quantization
+from accel.step_cache import StepCache, StepCacheSettings
 
 from . import autoencoder, measure, text
 from .draw import SHAPES, SIZE_PX, Pixels, Scene, prompt, random_scene
@@ -37,6 +38,9 @@ from .loras import RECIPES, Recipe
 from .train import LENGTH, MODELS, NAMES, STEPS, load_decoder, load_trained, tokenizer_of_comfyui, write
 
 BATCH = 16
+# FLUX.1 is drawn with about so many steps, which are closer to one another than those of `STEPS`.
+CACHED_STEPS = 28
+CACHED_PROMPTS = 48
 # What a LoRA does to a picture, against the same picture without it.
 EFFECTS: Mapping[str, Callable[[Pixels, Pixels], float]] = {
     "outline": measure.hollow,
@@ -92,7 +96,22 @@ class Pocket:
             pictures += self._draw_batch(engine, requests[start : start + BATCH], steps)
         return pictures
 
-    def _draw_batch(self, engine: Engine, requests: Sequence[Request], steps: int) -> list[Pixels]:
+    def draw_cached(
+        self, engine: Engine, requests: Sequence[Request], settings: StepCacheSettings, steps: int
+    ) -> tuple[list[Pixels], float]:
+        """As `draw`, with a step cache, picture by picture, as in a batch the one that changes most decides for all.
+
+        Returns:
+            The pictures, and the share of steps that were skipped.
+        """
+        pictures, caches = [], [StepCache(settings) for _ in requests]
+        for request, cache in zip(requests, caches, strict=True):
+            pictures += self._draw_batch(engine, [request], steps, cache)
+        return pictures, sum(cache.skipped for cache in caches) / (steps * len(requests))
+
+    def _draw_batch(
+        self, engine: Engine, requests: Sequence[Request], steps: int, cache: StepCache | None = None
+    ) -> list[Pixels]:
         side = SIZE_PX // 8
         shape = (1, autoencoder.CHANNELS, side, side)
         noise = [torch.randn(shape, generator=torch.Generator().manual_seed(request.seed)) for request in requests]
@@ -101,11 +120,13 @@ class Pocket:
             encoded = self._encoder(self._tokenizer([request.prompt for request in requests], LENGTH))
             bias = text.attention_bias(LENGTH, side * side // 4).to(engine.dtype)
             for now, after in pairwise(sigmas):
+                timestep = now.expand(len(requests))
                 inputs = Flux1Inputs(
                     latents.to(engine.dtype),
-                    now.expand(len(requests)),
+                    timestep,
                     encoded.to(engine.dtype),
                     attention_mask=bias,
+                    step_cache=None if cache is None else cache.call(timestep),
                 )
                 latents = latents + (after - now) * engine(inputs).float()
             decoded = self._decoder(latents).clamp(0, 1).permute(0, 2, 3, 1)
@@ -212,6 +233,23 @@ def engine_modes(compile: str) -> Iterator[tuple[str, EngineSettings]]:
             yield mode, EngineSettings(dtype="bf16", compile=compile, quantization=Quantization(mode))
 
 
+def evaluate_step_cache(pocket: Pocket, requests: Sequence[Request]) -> dict[str, Any]:
+    """The step cache at several thresholds: PSNR against every step computed, what it draws, and what it skips."""
+    engine = pocket.engine(EngineSettings(dtype="bf16", compile="off"))
+    result: dict[str, Any] = {}
+    for steps in (STEPS, CACHED_STEPS):
+        reference: list[Pixels] | None = None
+        for threshold in (0.0, 0.06, 0.08, 0.1, 0.12, 0.16, 0.2, 0.3):
+            drawn, skipped = pocket.draw_cached(engine, requests, StepCacheSettings(threshold), steps)
+            reference = drawn if reference is None else reference
+            result[f"{steps} steps, threshold {threshold:g}"] = {
+                "skipped": round(skipped, 4),
+                "psnr_db": measure.psnr(drawn, reference),
+                "follows": following(drawn, requests),
+            }
+    return result
+
+
 def evaluate_ranks(pocket: Pocket, requests: Sequence[Request]) -> dict[str, Any]:
     """LoRAs truncated to lower ranks by SVD: PSNR against the whole LoRA, and what is left of its effect."""
     engine = pocket.engine(EngineSettings(dtype="bf16", compile="off"))
@@ -267,6 +305,7 @@ def main(arguments: Iterable[str] | None = None) -> int:
     figures: dict[str, Any] = {"bytes": sum(path.stat().st_size for path in options.models.rglob("*.safetensors"))}
     figures["modes"] = evaluate_modes(pocket, held_out, options.compile)
     figures["loras"] = evaluate_loras(pocket, plain)
+    figures["step cache"] = evaluate_step_cache(pocket, held_out[:CACHED_PROMPTS])
     figures["svd"] = evaluate_ranks(pocket, plain)
     if options.merge:
         from .stock_merge import evaluate_merge

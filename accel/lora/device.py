@@ -52,6 +52,11 @@ class DeviceLoras:
         self._bound: Hashable | None = None
 
     @property
+    def budget_bytes(self) -> int:
+        """What the buffers may take."""
+        return self._budget_bytes
+
+    @property
     def bytes(self) -> int:
         """What the buffers take."""
         return sum(resident.bytes for resident in self._residents.values())

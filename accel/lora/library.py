@@ -104,6 +104,18 @@ class LoraLibrary:
         """What they may take."""
         return self._host.budget_bytes
 
+    @property
+    def pools(self) -> dict[str, tuple[int, int]]:
+        """What is kept, and may be, in bytes: files, prepared stacks, stacks on the device, unscaled lora_B."""
+        pools = {
+            "files": (self._files.bytes, self._files.budget_bytes),
+            "prepared": (self._host.bytes, self._host.budget_bytes),
+        }
+        if self._loras is not None:
+            pools["device"] = self._loras.bytes, self._loras.budget_bytes
+            pools["other strengths"] = self._unscaled.bytes, self._unscaled.budget_bytes
+        return pools
+
     def attach(self, slots: LoraSlots, budgets: PoolBudgets) -> None:
         """Begin to bring LoRAs to a model's slots, within budgets of the memory that is free now."""
         self._files.budget_bytes, self._host.budget_bytes = budgets.files_bytes, budgets.host_bytes

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...step_cache import StepCall
 from .config import TIMESTEP_DIM, Flux1Config
 from .positions import RopeOptions, RotaryTables, image_ids, pack, pad_to_patches, place, rotary_table, unpack
 
@@ -73,6 +74,14 @@ class Residuals:
     double: Sequence[Tensor | None] = ()
     single: Sequence[Tensor | None] = ()
 
+    @property
+    def places(self) -> tuple[tuple[int, ...], ...]:
+        """After which double and which single blocks something is added."""
+        return tuple(
+            tuple(index for index, residual in enumerate(kind) if residual is not None)
+            for kind in (self.double, self.single)
+        )
+
 
 @dataclass(frozen=True)
 class Flux1Inputs:
@@ -90,6 +99,8 @@ class Flux1Inputs:
         residuals: ControlNet residuals.
         rope: scales and shifts of positions.
         hooks: patches between blocks.
+        step_cache: asked whether to skip all blocks but the first; not asked while hooks patch blocks, which they
+            expect to run in every step.
     """
 
     latent: Tensor
@@ -103,6 +114,7 @@ class Flux1Inputs:
     residuals: Residuals = Residuals()
     rope: RopeOptions = RopeOptions()
     hooks: Hooks = Hooks()
+    step_cache: StepCall | None = None
 
 
 class Flux1Forward:
@@ -150,8 +162,11 @@ class Flux1Forward:
             inputs.attention_mask,
             encoder_hidden_states.shape[1],
         )
-        state = self._run_blocks(state, inputs.residuals, hooks)
+        step_cache = None if hooks.around_block else inputs.step_cache
+        state = self._run_blocks(state, inputs.residuals, hooks, step_cache, image_tokens)
         tokens = state.hidden_states[:, state.text_tokens : state.text_tokens + image_tokens]
+        if step_cache is not None:
+            step_cache.keep(tokens)
         velocity = model.proj_out(model.norm_out(tokens, conditioning))
         return unpack(velocity, image_grid.rows, image_grid.columns)[..., : latent.shape[2], : latent.shape[3]]
 
@@ -165,8 +180,11 @@ class Flux1Forward:
             conditioning = conditioning + embed.guidance_embedder(sinusoid(inputs.guidance).to(dtype))
         return conditioning + embed.text_embedder(pooled[:, : self.config.pooled_dim].to(dtype))
 
-    def _run_blocks(self, state: BlockState, residuals: Residuals, hooks: Hooks) -> BlockState:
+    def _run_blocks(
+        self, state: BlockState, residuals: Residuals, hooks: Hooks, step_cache: StepCall | None, image_tokens: int
+    ) -> BlockState:
         conditioning, temb = state.conditioning, F.silu(state.conditioning)
+        embedded = state.hidden_states
 
         def activated(state: BlockState) -> Tensor:
             return temb if state.conditioning is conditioning else F.silu(state.conditioning)
@@ -186,6 +204,12 @@ class Flux1Forward:
 
             state = _hooked(hooks, "double", index, double, state)
             _add(residuals.double, index, state.hidden_states)
+            if index == 0 and step_cache is not None:
+                first = state.hidden_states[:, :image_tokens]
+                structure = embedded.shape[1], state.text_tokens, residuals.places
+                tokens = step_cache.skip(embedded[:, :image_tokens], first, structure)
+                if tokens is not None:
+                    return replace(state, hidden_states=tokens, encoder_hidden_states=None, text_tokens=0)
 
         text_tokens = state.encoder_hidden_states.shape[1]
         joined = torch.cat([state.encoder_hidden_states, state.hidden_states], dim=1)
