@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -18,11 +19,13 @@ class Benchmark:
         summary: one line, for `--help`.
         module: where its `run(quick: bool) -> report.Report` is; imported only when it runs.
         scales: whether `run` also takes `scale`, the share of FLUX.1-dev's blocks.
+        options: what else `run` takes: flag -> how argparse reads it.
     """
 
     summary: str
     module: str
     scales: bool = False
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 BENCHMARKS: Mapping[str, Benchmark] = {
@@ -44,6 +47,18 @@ BENCHMARKS: Mapping[str, Benchmark] = {
         "what the code generated for an H100 reads and writes, with and without LoRA, beside PEFT; needs no GPU",
         "benchmarks.gpu_code",
     ),
+    "ablation": Benchmark(
+        "the published table: baseline, compile, fp8, flash_3, hotswap, all, each left out; two LoRAs in turn; also "
+        "writes Markdown beside --json FILE",
+        "benchmarks.ablation",
+        options={
+            "--peers": {"action": "store_true", "help": "also stock ComfyUI and diffusers, from the same files"},
+            "--model": {"type": Path, "metavar": "FILE", "help": "a FLUX.1 checkpoint; default: two blocks, random"},
+            "--lora": {"type": Path, "metavar": "FILE", "action": "append", "help": "twice: the LoRAs for --model"},
+            "--steps": {"type": int, "help": "of an image (default 28 with --model, else 2)"},
+            "--resolution": {"type": int, "default": 1024, "help": "of an image with --model (default 1024)"},
+        },
+    ),
 }
 
 
@@ -54,11 +69,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: --json {options.json}: there is no folder {options.json.parent}.", file=sys.stderr)
         return 2
 
-    from .report import BenchmarkError, print_report, write_json  # imports torch: not for --help
+    from .report import BenchmarkError, print_report, write_json, write_markdown  # imports torch: not for --help
 
     try:
         benchmark = BENCHMARKS[options.name]
         extra = {"scale": options.scale} if benchmark.scales else {}
+        extra |= {name: getattr(options, name) for name in (flag.lstrip("-") for flag in benchmark.options)}
         report = import_module(benchmark.module).run(quick=options.quick, **extra)
     except BenchmarkError as error:
         print(f"error: {options.name}: {error}", file=sys.stderr)
@@ -67,6 +83,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write_json(report, options.json)  # first: printing fails when stdout is a pipe that was closed
         if report.picture is not None:
             report.picture(options.json.with_suffix(".png"))
+        if report.lines:
+            write_markdown(report, options.json.with_suffix(".md"))
     print_report(report)
     return 0
 
@@ -82,6 +100,8 @@ def _parser() -> argparse.ArgumentParser:
         one.add_argument("--quick", action="store_true", help="small sizes: shows that it works, says nothing of speed")
         if benchmark.scales:
             one.add_argument("--scale", type=float, default=1.0, help="share of FLUX.1-dev's blocks (default 1)")
+        for flag, how in benchmark.options.items():
+            one.add_argument(flag, **how)
     return parser
 
 

@@ -15,7 +15,7 @@ POOL = 2**25
 WEIGHT_STD = 0.02
 
 
-def write_checkpoint(path: Path, config: Flux1Config, seed: int = 0) -> int:
+def write_checkpoint(path: Path, config: Flux1Config, seed: int = 0, std: float = WEIGHT_STD) -> int:
     """Write a bf16 checkpoint in the original layout; holds one tensor's worth of memory.
 
     Returns:
@@ -30,7 +30,7 @@ def write_checkpoint(path: Path, config: Flux1Config, seed: int = 0) -> int:
     header = json.dumps(entries).encode()
     header = header.ljust(-(-len(header) // 8) * 8)
     generator = torch.Generator().manual_seed(seed)
-    pool = torch.empty(POOL).normal_(0.0, WEIGHT_STD, generator=generator).bfloat16()
+    pool = torch.empty(POOL).normal_(0.0, std, generator=generator).bfloat16()
     with open(path, "wb") as stream:
         stream.write(len(header).to_bytes(8, "little") + header)
         for name, shape in shapes.items():

@@ -85,16 +85,21 @@ class Row:
 
 @dataclass(frozen=True)
 class Goal:
-    """What the product promises, `value` ≤ `limit`; a missed goal is shown, it does not fail the benchmark."""
+    """What the product promises; a missed goal is shown, it does not fail the benchmark.
+
+    Attributes:
+        value: what was measured; at most `limit`, or at least it.
+    """
 
     statement: str
     value: float
     limit: float
+    at_least: bool = False
 
     @property
     def met(self) -> bool:
         """Whether the promise is kept."""
-        return self.value <= self.limit
+        return self.value >= self.limit if self.at_least else self.value <= self.limit
 
 
 @dataclass(frozen=True)
@@ -106,6 +111,8 @@ class Report:
         samples_ms: every sample behind the medians.
         notes: what a reader must know to judge the figures.
         picture: draws the figures into a PNG file.
+        columns: headings of `lines`, a table too wide for `rows`; it goes into a Markdown file.
+        lines: its cells.
     """
 
     title: str
@@ -115,6 +122,8 @@ class Report:
     notes: Sequence[str] = ()
     samples_ms: Mapping[str, Sequence[float]] = field(default_factory=dict)
     picture: Callable[[Path], None] | None = None
+    columns: Sequence[str] = ()
+    lines: Sequence[Sequence[str]] = ()
     machine: Mapping[str, Any] = field(default_factory=lambda: machine())
     date: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
 
@@ -154,16 +163,19 @@ class OtherLoad:
         """Start counting."""
         self._start = _cpu_seconds()
 
-    def share(self) -> float | None:
+    def share(self, own_s: float = 0.0) -> float | None:
         """Share of all CPU time that others used since; None where the system does not tell.
 
         Call it when the benchmark's own child processes have ended: only then does their time count as own.
+
+        Args:
+            own_s: CPU time of processes that are the benchmark's, but not its children.
         """
         now = _cpu_seconds()
         if now is None or self._start is None:
             return None
         (busy, all_), (busy_before, all_before) = now, self._start
-        return max(0.0, (busy - busy_before) / (all_ - all_before)) if all_ > all_before else None
+        return max(0.0, (busy - busy_before - own_s) / (all_ - all_before)) if all_ > all_before else None
 
 
 def _cpu_seconds() -> tuple[float, float] | None:
@@ -205,7 +217,8 @@ def print_report(report: Report) -> None:
         print("\nGoals")
         for goal in report.goals:
             verdict = "met" if goal.met else "MISSED"
-            print(f"  {verdict:<6}  {goal.statement}: {figure(goal.value)}, goal ≤ {figure(goal.limit)}")
+            sign = "≥" if goal.at_least else "≤"
+            print(f"  {verdict:<6}  {goal.statement}: {figure(goal.value)}, goal {sign} {figure(goal.limit)}")
     if report.notes:
         print("\nNotes")
         for note in report.notes:
@@ -214,6 +227,25 @@ def print_report(report: Report) -> None:
         f"\n{described['cpu']}, {described['cores']} cores, {described['ram_gib']} GiB, torch {described['torch']}, "
         f"{report.date}"
     )
+
+
+def write_markdown(report: Report, path: Path) -> None:
+    """Write the wide table, the goals, the notes and the machine, for a page or an issue."""
+    described = report.machine
+    text = [f"**{report.title}**", "", _markdown_row(report.columns), _markdown_row(["---"] * len(report.columns))]
+    text += [_markdown_row(line) for line in report.lines]
+    if report.goals:
+        text += ["", "| goal | measured | | |", "| --- | --- | --- | --- |"]
+    for goal in report.goals:
+        sign, verdict = "≥" if goal.at_least else "≤", "met" if goal.met else "**missed**"
+        text.append(_markdown_row([goal.statement, figure(goal.value), f"{sign} {figure(goal.limit)}", verdict]))
+    text += ["", *(f"- {note}" for note in report.notes), ""]
+    text.append(f"{described['cpu']}, {described['cores']} cores, torch {described['torch']}, {report.date}")
+    path.write_text("\n".join(text) + "\n", encoding="utf-8")
+
+
+def _markdown_row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
 
 
 def write_json(report: Report, path: Path) -> None:

@@ -1,0 +1,290 @@
+"""The published table of FLUX optimizations: each alone, all together, each left out; two LoRAs in turn; and peers.
+
+Every configuration runs in a process of its own. On a CPU those of the table take turns with the baseline, and the
+peers with one another, so that what else the machine does hits both sides of a ratio. On a GPU one model fills the
+card, so they run one after another.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from harness.comfyui import FetchError, fetch
+from harness.paths import CACHE
+
+from . import ablation_report, ablation_rows
+from .ablation_report import Measured, check_changes
+from .ablation_rows import ALL, BASELINE, Configuration, quantization_of, runnable
+from .block_variants import one_of_each
+from .flux_loras import KEY_PREFIX, RANK, RandomLora, random_lora
+from .random_checkpoint import write_checkpoint
+from .report import BenchmarkError, OtherLoad, Report, Variant, interleave
+from .subject_process import SubjectFailedError, SubjectProcess
+from .subjects import Work
+
+HIDDEN_SIZE, QUICK_HIDDEN_SIZE = 3072, 256
+# Height of the latent and text tokens of the small model: 400 + 192 tokens; for --quick 16 + 8.
+SMALL, QUICK = (40, 192), (8, 8)
+TEXT_TOKENS = 512
+LATENT_PIXELS = 8
+SMALL_STEPS, STEPS = 2, 28
+RESOLUTION = 1024
+SWITCHES = 3
+ROUNDS, PEER_ROUNDS = 3, 7
+# Outputs of the small model's LoRA beside those of its linears.
+LORA_SHARE = 0.3
+
+
+def run(
+    quick: bool,
+    peers: bool = False,
+    model: Path | None = None,
+    lora: Sequence[Path] | None = None,
+    steps: int | None = None,
+    resolution: int = RESOLUTION,
+) -> Report:
+    """Measure the table, and the peers if asked for.
+
+    Args:
+        quick: a narrow model and few rounds.
+        peers: also measure ComfyUI and diffusers.
+        model: a FLUX.1 checkpoint in place of the small model.
+        lora: two LoRA files for it.
+        steps: of an image.
+        resolution: of an image with `model`.
+
+    Raises:
+        BenchmarkError: files that do not go together, or a configuration computed something else than the baseline.
+    """
+    loras = tuple(lora or ())
+    _check_files(model, loras)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    load = OtherLoad()
+    CACHE.mkdir(parents=True, exist_ok=True)  # not the system's temporary folder, which may be a RAM disk
+    with tempfile.TemporaryDirectory(prefix="bench-ablation-", dir=CACHE) as folder:
+        work = _work(Path(folder), model, loras, quick, device, steps, resolution)
+        if peers:
+            work = replace(work, comfyui=_comfyui())
+        with closing(Ablation(work, Path(folder), quick)) as bench:
+            kept = {ALL, f"all but {quantization_of(device)}"} if peers and bench.together else set()
+            measured = bench.table(ablation_rows.table(device), kept, unadapted=peers)
+            if peers:
+                measured |= bench.peers(ablation_rows.peers(device), measured)
+    check_changes(measured)
+    what = model.name if model else f"one double and one single block of FLUX.1, hidden {HIDDEN_SIZE}"
+    if quick and not model:
+        what = what.replace(str(HIDDEN_SIZE), str(QUICK_HIDDEN_SIZE))
+    title = (
+        f"{what}, latent {work.latent} × {work.latent}, {work.text_tokens} text tokens, {work.steps} steps an image, "
+        f"two LoRAs in turn, {device.type}"
+    )
+    return ablation_report.report(title, measured, quantization_of(device), work.steps, load.share(bench.cpu_s))
+
+
+class Ablation:
+    """Runs configurations, one process each.
+
+    Attributes:
+        together: whether several models fit at a time.
+        cpu_s: what its processes took that have ended.
+    """
+
+    def __init__(self, work: Work, folder: Path, quick: bool) -> None:
+        """Start nothing yet.
+
+        Args:
+            work: what each does.
+            folder: for logs and compile caches.
+            quick: few rounds, and compiled code of earlier runs.
+        """
+        self.together = work.device == "cpu"
+        self._work = work
+        self._folder = folder
+        self._quick = quick
+        self._open: dict[str, SubjectProcess] = {}
+        self.cpu_s = 0.0
+
+    def close(self) -> None:
+        """End all processes."""
+        for name in list(self._open):
+            self._close(name)
+
+    def table(self, rows: Sequence[Configuration], keep: set[str], unadapted: bool) -> dict[str, Measured]:
+        """Measure the rows in order, the baseline first.
+
+        Args:
+            rows: all of them; those that cannot run are passed over.
+            keep: names of those whose processes stay.
+            unadapted: whether the baseline also draws without any LoRA, for a peer to be compared with.
+        """
+        measured = {row.name: Measured(row, row.reason) for row in rows}
+        for row in runnable(rows):
+            self._first(measured[row.name])
+            if not measured[row.name].failed:
+                if row.name == BASELINE and unadapted:
+                    self._open[BASELINE].switch(None)
+                    measured[BASELINE].changes["none"] = self._open[BASELINE].change()
+                self._steady(measured[row.name])
+            if row.name not in keep and not (row.name == BASELINE and self.together):
+                self._close(row.name)
+        self._close(BASELINE)
+        return measured
+
+    def peers(self, rows: Sequence[Configuration], measured: Mapping[str, Measured]) -> dict[str, Measured]:
+        """Measure the peers; where memory allows in turn with the rows that stayed, whose samples begin anew."""
+        found = {row.name: Measured(row, row.reason) for row in rows}
+        for row in runnable(rows):
+            self._first(found[row.name])
+            if not self.together and not found[row.name].failed:
+                self._steady(found[row.name])
+                self._close(row.name)
+        if self.together:
+            turns = {name: measured[name] if name in measured else found[name] for name in self._open}
+            for each in turns.values():
+                each.switch_ms, each.image_ms, each.steps_ms = [], [], []
+            print("in turn", file=sys.stderr, flush=True)
+            switching = [self._switching(each) for each in turns.values() if each.configuration.setup.lora]
+            interleave(switching, self._rounds(SWITCHES), warm_up=0)
+            interleave([self._imaging(each) for each in turns.values()], self._rounds(PEER_ROUNDS), warm_up=0)
+            for name, each in turns.items():
+                self._close(name, each)
+        return found
+
+    def _first(self, measured: Measured) -> None:
+        configuration = measured.configuration
+        print(configuration.name, file=sys.stderr, flush=True)
+        try:
+            process = SubjectProcess(
+                configuration.name, configuration.setup, self._work, self._folder, cold=not self._quick
+            )
+            self._open[configuration.name] = process
+            answer = process.first(self._lora(configuration, 0))
+            measured.first_ms, measured.peak_bytes = answer["ms"], answer["peak_bytes"]
+            measured.changes["A" if configuration.setup.lora else "none"] = process.change()
+        except SubjectFailedError as error:
+            measured.failed = str(error)
+            self._close(configuration.name)
+
+    def _steady(self, own: Measured) -> None:
+        """Switch, then draw in turn with the baseline where both fit."""
+        name = own.configuration.name
+        if own.configuration.setup.lora:
+            interleave([self._switching(own)], self._rounds(SWITCHES), warm_up=0)
+        turns = [self._imaging(own)]
+        if name != BASELINE and BASELINE in self._open:
+            turns.insert(0, Variant(BASELINE, lambda: own.baseline_ms.append(self._open[BASELINE].image()["ms"])))
+        interleave(turns, self._rounds(ROUNDS), warm_up=0)
+        if own.baseline_ms:
+            ratios = (theirs / ours for theirs, ours in zip(own.baseline_ms, own.image_ms, strict=True))
+            own.over_baseline = statistics.median(ratios)
+        process = self._open[name]
+        process.check()
+        own.peak_bytes = process.peak_bytes()
+
+    def _switching(self, measured: Measured) -> Variant:
+        """To the second LoRA and back, and so on; ends with either."""
+
+        def run() -> float:
+            number = len(measured.switch_ms) + 1
+            process = self._open[measured.configuration.name]
+            answer = process.switch(self._lora(measured.configuration, number % 2))
+            measured.switch_ms.append(answer["ms"])
+            measured.changes["AB"[number % 2]] = process.change()
+            return answer["ms"]
+
+        return Variant(measured.configuration.name, run)
+
+    def _imaging(self, measured: Measured) -> Variant:
+        def run() -> float:
+            answer = self._open[measured.configuration.name].image()
+            measured.image_ms.append(answer["ms"])
+            measured.steps_ms.append(float(np.median(answer["steps_ms"] or [answer["ms"]])))
+            return answer["ms"]
+
+        return Variant(measured.configuration.name, run)
+
+    def _lora(self, configuration: Configuration, number: int) -> str | None:
+        return self._work.loras[number] if configuration.setup.lora else None
+
+    def _rounds(self, rounds: int) -> int:
+        return 2 if self._quick else rounds
+
+    def _close(self, name: str, measured: Measured | None = None) -> None:
+        process = self._open.pop(name, None)
+        if process is not None:
+            try:
+                if measured is not None:
+                    process.check()
+                    measured.peak_bytes = process.peak_bytes()
+            finally:
+                process.close()
+                self.cpu_s += process.cpu_s
+
+
+def _check_files(model: Path | None, loras: Sequence[Path]) -> None:
+    if model is None:
+        if loras:
+            raise BenchmarkError("--lora needs --model: without one, a small model and its LoRAs are made.")
+        return
+    if len(loras) != 2:
+        raise BenchmarkError(f"--lora was given {len(loras)} times, expected twice: two LoRAs take turns.")
+    for path in (model, *loras):
+        if not path.is_file():
+            raise BenchmarkError(f"there is no file {path}.")
+
+
+def _work(
+    folder: Path,
+    model: Path | None,
+    loras: tuple[Path, ...],
+    quick: bool,
+    device: torch.device,
+    steps: int | None,
+    resolution: int,
+) -> Work:
+    if model is not None:
+        latent = resolution // LATENT_PIXELS
+        if latent < 2 or latent % 2 or resolution % LATENT_PIXELS:
+            raise BenchmarkError(f"--resolution is {resolution}, expected a multiple of {2 * LATENT_PIXELS} pixels.")
+        paths = tuple(map(str, loras))
+        return Work(str(model), paths, device.type, "", latent, TEXT_TOKENS, _steps(steps, STEPS))
+    config = one_of_each(QUICK_HIDDEN_SIZE if quick else HIDDEN_SIZE)
+    write_checkpoint(folder / "model.safetensors", config, std=config.hidden_size**-0.5)
+    made = [random_lora(config, f"lora-{seed}", seed) for seed in range(2)]
+    paths = tuple(str(_write(each, folder / f"{each.name}.safetensors", config.hidden_size)) for each in made)
+    latent, text_tokens = QUICK if quick else SMALL
+    return Work(
+        str(folder / "model.safetensors"), paths, device.type, "", latent, text_tokens, _steps(steps, SMALL_STEPS)
+    )
+
+
+def _steps(chosen: int | None, default: int) -> int:
+    if chosen is not None and chosen < 2:
+        raise BenchmarkError(f"--steps is {chosen}, expected 2 or more: a step is timed from the end of another.")
+    return chosen or default
+
+
+def _write(lora: RandomLora, path: Path, hidden_size: int) -> Path:
+    """Save a LoRA whose output is about `LORA_SHARE` of its linear's, so that its absence would show."""
+    std = float(next(iter(lora.pairs.values()))[0].float().std())
+    factor = LORA_SHARE / (std * hidden_size**0.5 * std * RANK**0.5)
+    tensors = lora.state_dict(KEY_PREFIX)
+    save_file({key: value * factor if ".lora_B." in key else value for key, value in tensors.items()}, path)
+    return path
+
+
+def _comfyui() -> str:
+    try:
+        return str(fetch())
+    except FetchError as exc:
+        raise BenchmarkError(f"--peers needs ComfyUI: {exc}") from exc
