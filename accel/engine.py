@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .attention import resolve_attention
 from .build import load_model, model_bytes
 from .compile import CompileObserver, RegionCompiler, mark_weights_static
+from .compile_cache import CompileCache
 from .errors import EngineStateError
 from .hardware import resolve_dtype
 from .load import load_quantized
@@ -50,7 +51,7 @@ class Silent:
     def compiling(self, region: str) -> None:
         """Ignore."""
 
-    def compiled(self, region: str, seconds: float, count: int) -> None:
+    def compiled(self, region: str, seconds: float, count: int, why: str) -> None:
         """Ignore."""
 
 
@@ -96,6 +97,7 @@ class Engine:
         observer: Observer | None = None,
         pools: PoolBudgets | None = None,
         lora_cache: str | os.PathLike[str] | None = None,
+        compile_cache: CompileCache | None = None,
     ) -> None:
         """Check the settings against the machine; read nothing but the header.
 
@@ -105,6 +107,7 @@ class Engine:
             observer: hears of what takes long.
             pools: what LoRAs may keep of the memory; by default `PoolBudgets.of_free_memory`, taken at each `load`.
             lora_cache: folder for LoRA matrices that are slow to compute (LoHa, LoKr); None computes them each time.
+            compile_cache: keeps compiled code for the next start; None leaves that to torch's own cache.
 
         Raises:
             SettingsError: the machine cannot do what the settings ask for.
@@ -120,8 +123,12 @@ class Engine:
         self.bytes = model_bytes(spec, self.dtype, self._mode)
         self.load_count = 0
         self._observer = observer or Silent()
-        self._compiler = RegionCompiler(settings.compile, self._observer)
-        regions = spec.family.regions(resolve_attention(settings.attention))
+        attention = resolve_attention(settings.attention)
+        files = compile_cache.files(self._code_key(attention), self._observer.notice) if compile_cache else None
+        self._compiler = RegionCompiler(settings.compile, self._observer, files)
+        regions = spec.family.regions(attention)
+        if settings.compile == "full":
+            regions = (*regions, spec.family.whole(attention))
         self._regions = tuple(self._compiler.region(region) for region in regions)
         self._pools = pools
         budgets = self._budgets(reserved_bytes=self.bytes)
@@ -146,6 +153,23 @@ class Engine:
     def recompile_count(self) -> int:
         """Compiles of a region that was compiled before: what this package promises not to need."""
         return self._compiler.recompiles
+
+    @property
+    def compile_failure(self) -> str | None:
+        """Why the engine runs without compiling although it should, or None."""
+        return self._compiler.failure
+
+    def _code_key(self, attention: Any) -> dict[str, str]:
+        """What of this engine its compiled code depends on."""
+        return {
+            "family": self.spec.family.name,
+            "config": repr(self.spec.config),
+            "dtype": str(self.dtype),
+            "quantization": self.settings.quantization.mode,
+            "attention": f"{self.settings.attention} {getattr(attention, '__qualname__', type(attention).__name__)}",
+            "compile": self.settings.compile,
+            "device": str(self.device),
+        }
 
     def load(self) -> None:
         """Read the weights, add the LoRA slots, bind no LoRA. Does nothing when loaded.
