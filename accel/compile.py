@@ -1,98 +1,126 @@
 """torch.compile for one engine: by region, once, whatever LoRA, resolution, prompt length or batch comes.
 
-Nothing process-wide is set: dynamo's and the shape environment's options are patched around an engine's own calls.
+Nothing process-wide is set: dynamo's, inductor's and the shape environment's options are patched around an engine's own
+calls. A compiler that fails costs speed, never the picture: the engine goes on without it.
 """
 
 from __future__ import annotations
 
+import errno
 import functools
 import inspect
+import os
+import platform
 import time
-import types
 from collections.abc import Callable, Iterator
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
 
 import torch
 import torch._dynamo
-import torch._inductor.exc
 import torch.fx.experimental._config
 from torch import Tensor, nn
 
-from .errors import SettingsError
+from .compile_cache import CompiledFiles
+from .compile_region import JustInTime, Precompiled
 
 # Private names, in force only around our own calls, all checked by tests/test_engine.py:
 # a LoRA's rank is a parameter's size, and parameters' sizes are constants unless the first two say otherwise. With duck
 # shapes, a prompt length that equals another size (3072 tokens, hidden 3072) would become it. One region serves every
-# block of its type and every variant of its inputs, so the default limit of 8 is near.
+# block of its type and every variant of its inputs, so the default limit of 8 is near. Floats (a norm's epsilon) are
+# constants: as inputs they are traced, found to be of no use, and everything is traced a second time.
 DYNAMO_OPTIONS = {
     "force_parameter_static_shapes": False,
     "force_nn_module_property_static_shapes": False,
     "recompile_limit": 64,
+    "specialize_float": True,
 }
 SHAPE_OPTIONS = {"use_duck_shape": False}
+# Of inductor, for one compile. No CUDA graphs: they need fixed addresses, and each LoRA has its own.
+INDUCTOR_OPTIONS = {
+    "regional": {},
+    "regional max-autotune": {
+        "max_autotune": True,
+        "coordinate_descent_tuning": True,
+        "triton.cudagraphs": False,
+    },
+    "full": {},
+}
+FIRST_TIME = "the first time with this kind of model and these settings"
 
 
 class CompileObserver(Protocol):
     """Hears of compiles: they take tens of seconds, so a user wants to know."""
 
-    def compiling(self, region: str) -> None:
-        """The first call of a region begins; it traces and compiles."""
+    def notice(self, text: str, warning: bool) -> None:
+        """Something that a user should know: the compiler does not work, or what it stored is damaged."""
 
-    def compiled(self, region: str, seconds: float, count: int) -> None:
+    def compiling(self, region: str) -> None:
+        """A region begins to trace and compile, and nothing of it was compiled before."""
+
+    def compiled(self, region: str, seconds: float, count: int, why: str) -> None:
         """A call compiled; `seconds` is that call, `count` the engine's compiles so far."""
 
 
 class RegionCompiler:
-    """Compiles block functions for one engine, and counts it."""
+    """Compiles functions over blocks for one engine, and counts it."""
 
-    def __init__(self, mode: str, observer: CompileObserver) -> None:
+    def __init__(self, mode: str, observer: CompileObserver, files: CompiledFiles | None = None) -> None:
         """Compile as `settings.COMPILE_MODES` says.
 
+        Args:
+            mode: one of `settings.COMPILE_MODES`.
+            observer: hears of compiles, and of a compiler that fails.
+            files: see the attribute.
+
         Attributes:
+            files: where compiled code is kept for the next start; None leaves that to inductor's own cache. Set it
+                before the first `region`.
             count: finished compiles.
             recompiles: those of a region that was compiled before.
             seconds: what the calls that compiled took.
+            failure: why this engine runs without compiling although it was asked to, or None.
         """
         self.enabled = mode != "off"
         self.count = 0
         self.recompiles = 0
         self.seconds = 0.0
+        self.failure: str | None = None
+        self._options = INDUCTOR_OPTIONS.get(mode, {})
         self._observer = observer
+        self.files = files
 
     def region(self, function: Callable) -> Callable:
-        """Wrap a block function `f(block, *tensors)`, each tensor batch-first. Call the result only inside `scope`."""
+        """Wrap a function `f(block, *tensors)`, each tensor batch-first. Call the result only inside `scope`."""
         if not self.enabled:
             return function
-        # dynamo keeps compiled code with the code object, so two engines would see each other's guards, count each
-        # other's compiles as recompiles, and outlive each other. A code object of its own parts them.
-        own = types.FunctionType(
-            function.__code__.replace(), function.__globals__, function.__name__, None, function.__closure__
-        )
-        compiled = torch.compile(own, backend=self._compile_counted, fullgraph=True, dynamic=True)
-        name, known = function.__name__, False
+        name = function.__name__
+        stores = self.files is not None and Precompiled.possible(function)
+        compiled = Precompiled(function, self._backend, self.files) if stores else self._just_in_time(function)
+        known = False
 
         @functools.wraps(function)
         def call(block: nn.Module, *args: Any) -> Any:
-            nonlocal known
-            if not known:
-                self._observer.compiling(name)
+            nonlocal compiled, known
+            if self.failure is not None:
+                return function(block, *args)
+            args = tuple(_contiguous(arg) for arg in args)
+            run = compiled.find(block, args)
+            if run is not None:
+                known = True
+                return run(block, *args)
             _mark_batch(args)
             before, start = self.count, time.perf_counter()
-            try:
-                result = compiled(block, *args)
-            except (torch._dynamo.exc.BackendCompilerFailed, torch._inductor.exc.InductorError) as exc:
-                raise SettingsError(
-                    f"torch.compile could not compile the {name} blocks on this machine ({_first_line(exc)}). Set "
-                    "'compile' to 'off' in Accelerated Flux Loader, or install what the compiler needs: a C++ compiler "
-                    "on a CPU, Triton on a GPU (triton-windows on Windows)."
-                ) from exc
-            if self.count != before:
+            if not known and not compiled.stored:
+                self._observer.compiling(name)
+            result, compiled = self._compile_and_run(function, compiled, block, args)
+            if self.count != before and self.failure is None:
                 self.recompiles += known
                 known = True
                 seconds = time.perf_counter() - start
                 self.seconds += seconds
-                self._observer.compiled(name, seconds, self.count)
+                self._observer.compiled(name, seconds, self.count, compiled.reason or FIRST_TIME)
             return result
 
         return call
@@ -106,13 +134,112 @@ class RegionCompiler:
                 stack.enter_context(torch.fx.experimental._config.patch(SHAPE_OPTIONS))
             yield
 
-    def _compile_counted(self, graph: torch.fx.GraphModule, example_inputs: list[Tensor]) -> Callable:
+    def _compile_and_run(
+        self, function: Callable, compiled: JustInTime | Precompiled, block: nn.Module, args: tuple[Any, ...]
+    ) -> tuple[Any, JustInTime | Precompiled]:
+        """Compile what these inputs need and run it, or run it without: (result, what serves the next call)."""
+        try:
+            with self._kernel_folder():
+                try:
+                    return compiled(block, args), compiled
+                except Exception as exc:
+                    if not self._may_start_afresh(exc):
+                        raise
+                # What was stored may be what is broken; or this kind of code cannot be stored.
+                compiled = self._just_in_time(function)
+                return compiled(block, args), compiled
+        except Exception as exc:
+            out_of_memory = _cause(exc, torch.OutOfMemoryError)
+            if out_of_memory is not None and out_of_memory is not exc:
+                raise out_of_memory from exc
+            if not is_compiler_failure(exc):
+                raise
+            failed = exc
+        # Before anything is blamed on the compiler: what is wrong with the computation itself raises here.
+        result = function(block, *args)
+        self.failure = _first_line(failed)
+        self._observer.notice(failure_notice(function.__name__, failed), True)
+        return result, compiled
+
+    def _just_in_time(self, function: Callable) -> JustInTime:
+        return JustInTime(function, self._backend, self.files)
+
+    def _may_start_afresh(self, exc: Exception) -> bool:
+        if self.files is None or not is_compiler_failure(exc) or _names_cause(exc):
+            return False
+        self.files.start_afresh()
+        return True
+
+    @contextmanager
+    def _kernel_folder(self) -> Iterator[None]:
+        if self.files is None:
+            yield
+        else:
+            with self.files.inductor_folder():
+                yield
+
+    def _backend(self, graph: torch.fx.GraphModule, example_inputs: list[Tensor]) -> Callable:
         from torch._inductor.compile_fx import compile_fx  # takes a second to import
 
-        compiled = compile_fx(graph, example_inputs)
+        compiled = compile_fx(graph, example_inputs, config_patches=self._options or None)
         # Counted when done: dynamo may drop an attempt and trace again.
         self.count += 1
         return compiled
+
+
+def is_compiler_failure(exc: BaseException) -> bool:
+    """Whether an error says that something could not be compiled, not that the computation itself is wrong."""
+    if isinstance(exc, torch._dynamo.exc.RecompileError):  # what `error_on_recompile` asks for
+        return False
+    if isinstance(exc, (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit)):
+        return True
+    # Kernels that are compiled at their first launch, and code that inductor left behind, raise errors of their own.
+    module = type(exc).__module__ or ""
+    return module.startswith(("triton.", "torch._inductor.")) or isinstance(exc, (BrokenProcessPool, ImportError))
+
+
+def failure_notice(region: str, exc: BaseException) -> str:
+    """One sentence on what failed, one on what happens now, one on what to do."""
+    return (
+        f"torch.compile could not compile the {region} blocks on this machine ({_first_line(exc)}). The model goes on "
+        f"without compiling: the same pictures, but slower. {_advice(exc)} Or set 'compile' to 'off' in Accelerated "
+        "Flux Loader."
+    )
+
+
+def _advice(exc: BaseException) -> str:
+    text = " ".join(f"{type(each).__name__} {each}" for each in _chain(exc))
+    full = _cause(exc, OSError)
+    if full is not None and full.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"Free space on the disk of '{full.filename or os.environ.get('TORCHINDUCTOR_CACHE_DIR', 'temp')}'."
+    if _cause(exc, BrokenProcessPool) is not None:
+        return "A compile worker was ended, as systems do when memory is short: close other programs and restart."
+    if "triton" in text.lower():
+        return "Install Triton: pip install triton on Linux, pip install triton-windows on Windows; then restart."
+    if any(word in text for word in ("CppCompileError", "InvalidCxxCompiler", "C++ compiler", "cl is not found")):
+        return {
+            "Windows": "Install the C++ workload of Visual Studio Build Tools, and start ComfyUI from its command "
+            "prompt (\"x64 Native Tools\").",
+            "Darwin": "Install a C++ compiler: xcode-select --install; then restart.",
+        }.get(platform.system(), "Install a C++ compiler (on Debian and Ubuntu: apt install g++); then restart.")
+    return "Update torch, or delete its cache of compiled code, and restart."
+
+
+def _names_cause(exc: BaseException) -> bool:
+    """Whether the advice is more than a guess, so that another attempt would end the same way."""
+    return not _advice(exc).startswith("Update")
+
+
+def _chain(exc: BaseException | None) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    while exc is not None and id(exc) not in seen:
+        seen.add(id(exc))
+        yield exc
+        exc = getattr(exc, "inner_exception", None) or exc.__cause__
+
+
+def _cause(exc: BaseException, kind: type) -> Any:
+    return next((each for each in _chain(exc) if isinstance(each, kind)), None)
 
 
 def mark_weights_static(model: nn.Module) -> None:
@@ -126,6 +253,11 @@ def mark_weights_static(model: nn.Module) -> None:
 
 def _first_line(exc: BaseException) -> str:
     return next((line.strip() for line in str(exc).splitlines() if line.strip()), type(exc).__name__)
+
+
+def _contiguous(arg: Any) -> Any:
+    """Compiled code is bound to strides, and a patch between blocks may hand on a slice."""
+    return arg.contiguous() if isinstance(arg, Tensor) and arg.ndim in (2, 3) else arg
 
 
 @functools.cache

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .attention import Target, check_attention, choose_attention
 from .build import load_model, model_bytes
 from .compile import CompileObserver, RegionCompiler, mark_weights_static
+from .compile_cache import CompileCache
 from .errors import EngineStateError
 from .hardware import resolve_dtype
 from .load import load_quantized
@@ -50,7 +51,7 @@ class Silent:
     def compiling(self, region: str) -> None:
         """Ignore."""
 
-    def compiled(self, region: str, seconds: float, count: int) -> None:
+    def compiled(self, region: str, seconds: float, count: int, why: str) -> None:
         """Ignore."""
 
 
@@ -97,6 +98,7 @@ class Engine:
         observer: Observer | None = None,
         pools: PoolBudgets | None = None,
         lora_cache: str | os.PathLike[str] | None = None,
+        compile_cache: CompileCache | None = None,
     ) -> None:
         """Check the settings against the machine; read nothing but the header.
 
@@ -106,6 +108,7 @@ class Engine:
             observer: hears of what takes long.
             pools: what LoRAs may keep of the memory; by default `PoolBudgets.of_free_memory`, taken at each `load`.
             lora_cache: folder for LoRA matrices that are slow to compute (LoHa, LoKr); None computes them each time.
+            compile_cache: keeps compiled code for the next start; None leaves that to torch's own cache.
 
         Raises:
             SettingsError: the machine cannot do what the settings ask for.
@@ -122,6 +125,7 @@ class Engine:
         self.load_count = 0
         self._observer = observer or Silent()
         self._compiler = RegionCompiler(settings.compile, self._observer)
+        self._compile_cache = compile_cache
         self.attention = settings.attention
         self._attention_target = Target(
             self.device, self.dtype, *spec.family.heads(spec.config), compiled=settings.compile != "off"
@@ -156,6 +160,23 @@ class Engine:
     def recompile_count(self) -> int:
         """Compiles of a region that was compiled before: what this package promises not to need."""
         return self._compiler.recompiles
+
+    @property
+    def compile_failure(self) -> str | None:
+        """Why the engine runs without compiling although it should, or None."""
+        return self._compiler.failure
+
+    def _code_key(self, attention: str) -> dict[str, str]:
+        """What of this engine its compiled code depends on."""
+        return {
+            "family": self.spec.family.name,
+            "config": repr(self.spec.config),
+            "dtype": str(self.dtype),
+            "quantization": self.settings.quantization.mode,
+            "attention": attention,
+            "compile": self.settings.compile,
+            "device": str(self.device),
+        }
 
     def load(self) -> None:
         """Read the weights, add the LoRA slots, bind no LoRA. Does nothing when loaded.
@@ -201,7 +222,13 @@ class Engine:
             self._observer.notice(warning, True)
         self._observer.notice(choice.sentence, False)
         self.attention = choice.name
-        return tuple(self._compiler.region(region) for region in self.spec.family.regions(choice.attention))
+        if self._compile_cache is not None:
+            self._compiler.files = self._compile_cache.files(self._code_key(choice.name), self._observer.notice)
+        family = self.spec.family
+        regions = family.regions(choice.attention)
+        if self.settings.compile == "full":
+            regions = (*regions, family.whole(choice.attention))
+        return tuple(self._compiler.region(region) for region in regions)
 
     def _budgets(self, reserved_bytes: int = 0) -> PoolBudgets:
         return self._pools or PoolBudgets.of_free_memory(self.device, reserved_bytes)

@@ -11,7 +11,7 @@ from .attention import BACKENDS
 from .errors import SettingsError
 
 DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-COMPILE_MODES = ("regional", "off")
+COMPILE_MODES = ("regional", "regional max-autotune", "full", "off")
 OFFLOAD_MODES = ("auto", "none", "model", "stream")
 QUANTIZATION_MODES = (
     "none", "fp8", "fp8_weight_only", "int8", "int8_weight_only", "int4", "nvfp4", "mxfp8", "nf4",

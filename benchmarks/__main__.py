@@ -43,6 +43,10 @@ BENCHMARKS: Mapping[str, Benchmark] = {
         "what LoRA layers cost per compiled step on this CPU: none bound, ranks 16 and 128, a stack, beside PEFT",
         "benchmarks.step",
     ),
+    "restart": Benchmark(
+        "the first image after a restart, from compiled code that was kept, beside the first one ever and a warm one",
+        "benchmarks.restart",
+    ),
     "gpu_code": Benchmark(
         "what the code generated for an H100 reads and writes, with and without LoRA, beside PEFT; needs no GPU",
         "benchmarks.gpu_code",

@@ -105,7 +105,7 @@ class Notices:
     def compiling(self, region: str) -> None:
         """Ignore."""
 
-    def compiled(self, region: str, seconds: float, count: int) -> None:
+    def compiled(self, region: str, seconds: float, count: int, why: str) -> None:
         """Ignore."""
 
 

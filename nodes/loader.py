@@ -9,6 +9,7 @@ from comfy_api.latest import io
 
 from ..accel.attention import BACKENDS
 from ..accel.checkpoint import inspect_checkpoint
+from ..accel.compile_cache import CompileCache
 from ..accel.engine import Engine
 from ..accel.registry import ENGINES, EngineKey
 from ..accel.settings import COMPILE_MODES, DTYPES, EngineSettings, Quantization
@@ -89,7 +90,14 @@ class FluxAccelLoader(io.ComfyNode):
         )
 
         def build() -> AcceleratedModelPatcher:
-            engine = Engine(spec, settings, NodeObserver(), lora_cache=os.path.join(cache_folder(), "loras"))
+            folder = cache_folder()
+            engine = Engine(
+                spec,
+                settings,
+                NodeObserver(),
+                lora_cache=os.path.join(folder, "loras"),
+                compile_cache=CompileCache(os.path.join(folder, "compiled")),
+            )
             offload_device = comfy.model_management.unet_offload_device()
             return AcceleratedModelPatcher(AcceleratedFlux(engine), device, offload_device)
 

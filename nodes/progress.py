@@ -33,12 +33,13 @@ class NodeObserver:
     def compiling(self, region: str) -> None:
         """Say why the first step takes long."""
         show_text(f"Compiling the {region} blocks, once")
-        log.info("Flux Hotswap: compiling the %s blocks (once per engine; later runs use the cache)", region)
+        log.info("Flux Hotswap: compiling the %s blocks (once per machine; later starts use the cache)", region)
 
-    def compiled(self, region: str, seconds: float, count: int) -> None:
-        """Say how long it took."""
-        show_text(f"Compiled the {region} blocks in {seconds:.0f} s")
-        log.info("Flux Hotswap: compiled the %s blocks in %.1f s (compile %d of this engine)", region, seconds, count)
+    def compiled(self, region: str, seconds: float, count: int, why: str) -> None:
+        """Say how long it took, and why."""
+        show_text(f"Compiled the {region} blocks in {seconds:.0f} s: {why}")
+        log.info("Flux Hotswap: compiled the %s blocks in %.1f s (compile %d of this engine): %s",
+                 region, seconds, count, why)  # fmt: skip
 
 
 def show_text(text: str) -> None:

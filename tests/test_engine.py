@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 import accel.compile
 import accel.lora.device
 from accel.checkpoint import inspect_checkpoint
-from accel.engine import Engine
+from accel.engine import Engine, Silent
 from accel.errors import EngineStateError, LoraError, SettingsError
 from accel.families.flux1 import Flux1Inputs
 from accel.lora.stack import LoraStack, flatten
@@ -372,17 +373,27 @@ def test_unknown_settings_are_refused(name):
         dataclasses.replace(EngineSettings(), **{name: "bogus"})
 
 
-def test_a_machine_without_a_compiler_is_told_what_to_do(spec):
+def test_a_machine_without_a_compiler_goes_on_eagerly_and_is_told_what_to_do(spec, eager):
     from torch._inductor.utils import fresh_cache
 
-    engine = Engine(spec, EngineSettings(compile="regional"))
+    class Listener(Silent):
+        def __init__(self):
+            self.warnings = []
+
+        def notice(self, text, warning):
+            self.warnings += [text] if warning else []
+
+    listener, inputs = Listener(), make_inputs()
+    engine = Engine(spec, EngineSettings(compile="regional"), listener)
     engine.load()
-    with (
-        fresh_cache(),
-        torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}),
-        pytest.raises(SettingsError, match=r"could not compile the double blocks.*'off'.*C\+\+ compiler"),
-    ):
-        engine(make_inputs())
+    eager.swap(LoraStack())
+    with fresh_cache(), torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}):
+        assert torch.equal(engine(inputs), eager(inputs))
+        assert torch.equal(engine(inputs), eager(inputs))
+    (warning,) = listener.warnings
+    assert re.search(r"could not compile the double blocks.*goes on without.*C\+\+ compiler.*'off'", warning)
+    assert engine.compile_failure
+    assert (engine.compile_count, engine.recompile_count) == (0, 0)
 
 
 def test_process_wide_settings_are_left_alone(compiled):

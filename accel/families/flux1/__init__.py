@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from ...attention import Attention
@@ -102,6 +103,21 @@ class Flux1:
             return blocks.single_block(block, hidden_states, temb, rotary, mask, attention)
 
         return double, single
+
+    def whole(self, attention: Attention) -> Callable:
+        """The function that runs all blocks, for a single region in place of one per block."""
+
+        def whole(model, hidden_states, encoder_hidden_states, temb, rotary, mask):
+            for block in model.transformer_blocks:
+                hidden_states, encoder_hidden_states = blocks.double_block(
+                    block, hidden_states, encoder_hidden_states, temb, rotary, mask, attention
+                )
+            hidden_states = torch.cat([encoder_hidden_states, hidden_states], dim=1)
+            for block in model.single_transformer_blocks:
+                hidden_states = blocks.single_block(block, hidden_states, temb, rotary, mask, attention)
+            return hidden_states
+
+        return whole
 
     def forward(self, config: Flux1Config, model: nn.Module, regions: Sequence[Callable]) -> Flux1Forward:
         """Tie a model that `build` made to its regions, compiled or not."""

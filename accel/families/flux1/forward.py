@@ -21,6 +21,7 @@ from .positions import RopeOptions, RotaryTables, image_ids, pack, pad_to_patche
 
 DoubleBlock = Callable[[nn.Module, Tensor, Tensor, Tensor, Tensor, "Tensor | None"], tuple[Tensor, Tensor]]
 SingleBlock = Callable[[nn.Module, Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
+AllBlocks = Callable[[nn.Module, Tensor, Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
 
 
 @dataclass(frozen=True)
@@ -120,12 +121,28 @@ class Flux1Inputs:
 class Flux1Forward:
     """Runs a diffusers `FluxTransformer2DModel` block by block."""
 
-    def __init__(self, config: Flux1Config, model: nn.Module, double: DoubleBlock, single: SingleBlock) -> None:
-        """Tie a model to the functions that run its blocks (`blocks.double_block` and `single_block`, compiled)."""
+    def __init__(
+        self,
+        config: Flux1Config,
+        model: nn.Module,
+        double: DoubleBlock,
+        single: SingleBlock,
+        whole: AllBlocks | None = None,
+    ) -> None:
+        """Tie a model to the functions that run its blocks (`blocks.double_block` and `single_block`, compiled).
+
+        Args:
+            config: of the model.
+            model: a diffusers `FluxTransformer2DModel`.
+            double: runs a double block.
+            single: runs a single block.
+            whole: runs all blocks, where nothing has to happen between them.
+        """
         self.config = config
         self._model = model
         self._double = double
         self._single = single
+        self._whole = whole
         self._rotary = RotaryTables()
 
     def __call__(self, inputs: Flux1Inputs) -> Tensor:
@@ -185,6 +202,10 @@ class Flux1Forward:
     ) -> BlockState:
         conditioning, temb = state.conditioning, F.silu(state.conditioning)
         embedded = state.hidden_states
+        if self._whole is not None and step_cache is None and not hooks.around_block and not any(residuals.places):
+            image, text = state.hidden_states, state.encoder_hidden_states
+            joined = self._whole(self._model, image, text, temb, state.rotary, state.mask)
+            return replace(state, hidden_states=joined, encoder_hidden_states=None)
 
         def activated(state: BlockState) -> Tensor:
             return temb if state.conditioning is conditioning else F.silu(state.conditioning)
