@@ -140,7 +140,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--vram", type=_size, metavar="GB", help="a card of this size too, with a sentence why")
     parser.add_argument("--quantization", choices=QUANTIZATION_MODES, default="none")
     parser.add_argument("--mode", choices=OFFLOAD_MODES, default="auto", help="of Offload Config (default auto)")
-    parser.add_argument("--reserve", type=_size, metavar="GB", default=1.0, help="for the driver and others (default 1)")
+    parser.add_argument("--reserve", type=_size, metavar="GB", default=1.0, help="for others (default 1)")
     parser.add_argument("--resolution", type=_resolution, metavar="WxH", default=(1024, 1024))
     parser.add_argument("--batch", type=_count, default=1, help="twice as many where CFG is not 1")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="auto")

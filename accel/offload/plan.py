@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -154,27 +154,20 @@ def lora_share(free_bytes: int) -> int:
     return device_pool_bytes(free_bytes) * 3 // 2
 
 
-def shrink(plan: OffloadPlan, weights: WeightSizes, device_bytes: int) -> OffloadPlan:
-    """The same engine in less (or more) of the device: as many resident blocks as fit, and at least none.
+def refit(demand: Demand, offload: Offload, weights_bytes: float) -> OffloadPlan:
+    """Plan for a device whose owner says how much weights and staging may take of it: never refuses.
 
     Args:
-        plan: what it does now.
-        weights: of the engine.
-        device_bytes: what its weights and staging may take.
+        demand: what the engine asks for.
+        offload: what the user chose; "none" and "model" keep everything on the device all the same.
+        weights_bytes: what weights and staging may take; when not even 0 resident blocks fit, there are none.
     """
-    resident = weights.most_resident(device_bytes) or 0
-    taken = weights.on_device(resident)
-    copied = weights.copied_per_step(resident)
-    total = len(weights.blocks)
-    sentence = f"stream: {resident} of {total} blocks stay ({gb(taken)} with staging), {gb(copied)} copied per step"
-    return replace(
-        plan,
-        mode="stream",
-        resident_blocks=resident,
-        device_bytes=taken,
-        copied_bytes_per_step=copied,
-        sentence=sentence,
-    )
+    weights, lora_bytes = demand.weights, lora_share(0)
+    if offload.mode in ("none", "model") or (offload.mode == "auto" and weights.total <= weights_bytes):
+        mode = "none" if offload.mode == "auto" else offload.mode
+        return _whole(mode, demand, lora_bytes, "of what is free now")
+    resident = weights.most_resident(weights_bytes) or 0
+    return _streamed(demand, resident, lora_bytes, "of what is free now")
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ class WeightSizes:
         """Bytes that one forward copies to the device."""
         return sum(self.blocks[resident:])
 
-    def most_resident(self, limit_bytes: int) -> int | None:
+    def most_resident(self, limit_bytes: float) -> int | None:
         """The largest number of resident blocks that takes at most `limit_bytes`; None when not even 0 does."""
         counts = range(len(self.blocks), -1, -1)
         return next((count for count in counts if self.on_device(count) <= limit_bytes), None)
