@@ -13,7 +13,7 @@ from ...layout import Layout, LoraTarget, VectorWeight
 from . import blocks
 from .config import AXES_DIM, DIFFUSERS, HEAD_DIM, PATCH_SIZE, Flux1Config
 from .config import recognise as recognise_config
-from .forward import Flux1Forward, Flux1Inputs
+from .forward import BlockWeights, Flux1Forward, Flux1Inputs
 from .layout import checkpoint_layout
 from .lora_names import lora_aliases, lora_norms
 
@@ -65,6 +65,16 @@ class Flux1:
         """Whether a linear of a block runs once per picture, not on every token: the modulations."""
         return self.quantizable(module) and module.endswith((".norm1.linear", ".norm1_context.linear", ".norm.linear"))
 
+    def block_count(self, config: Flux1Config) -> int:
+        """Blocks in all: double blocks run first, then single ones."""
+        return config.depth + config.depth_single
+
+    def block_of(self, config: Flux1Config, name: str) -> int | None:
+        """Which block a module or parameter is part of, counted in the order in which they run; None: it is outside."""
+        kind, _, rest = name.partition(".")
+        first = {"transformer_blocks": 0, "single_transformer_blocks": config.depth}.get(kind)
+        return None if first is None else first + int(rest.partition(".")[0])
+
     def build(self, config: Flux1Config) -> nn.Module:
         """Make the diffusers model; inside `torch.device("meta")` it costs no memory."""
         from diffusers import FluxTransformer2DModel  # takes seconds to import: only when a model is built
@@ -98,6 +108,8 @@ class Flux1:
 
         return double, single
 
-    def forward(self, config: Flux1Config, model: nn.Module, regions: Sequence[Callable]) -> Flux1Forward:
-        """Tie a model that `build` made to its regions, compiled or not."""
-        return Flux1Forward(config, model, *regions)
+    def forward(
+        self, config: Flux1Config, model: nn.Module, regions: Sequence[Callable], weights: BlockWeights | None = None
+    ) -> Flux1Forward:
+        """Tie a model that `build` made to its regions, compiled or not; `weights` brings them where they compute."""
+        return Flux1Forward(config, model, *regions, weights)
