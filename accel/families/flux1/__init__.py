@@ -15,7 +15,7 @@ from . import blocks
 from .activations import activation_bytes, image_tokens
 from .config import AXES_DIM, DIFFUSERS, HEAD_DIM, PATCH_SIZE, Flux1Config
 from .config import recognise as recognise_config
-from .forward import Flux1Forward, Flux1Inputs
+from .forward import BlockWeights, Flux1Forward, Flux1Inputs
 from .layout import checkpoint_layout
 from .lora_names import lora_aliases, lora_norms
 
@@ -120,6 +120,8 @@ class Flux1:
 
         return double, single
 
-    def forward(self, config: Flux1Config, model: nn.Module, regions: Sequence[Callable]) -> Flux1Forward:
-        """Tie a model that `build` made to its regions, compiled or not."""
-        return Flux1Forward(config, model, *regions)
+    def forward(
+        self, config: Flux1Config, model: nn.Module, regions: Sequence[Callable], weights: BlockWeights | None = None
+    ) -> Flux1Forward:
+        """Tie a model that `build` made to its regions, compiled or not; `weights` brings them where they compute."""
+        return Flux1Forward(config, model, *regions, weights)

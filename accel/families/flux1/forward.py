@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,16 @@ from .positions import RopeOptions, RotaryTables, image_ids, pack, pad_to_patche
 
 DoubleBlock = Callable[[nn.Module, Tensor, Tensor, Tensor, Tensor, "Tensor | None"], tuple[Tensor, Tensor]]
 SingleBlock = Callable[[nn.Module, Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
+
+
+class BlockWeights(Protocol):
+    """Brings the weights of blocks to where they compute."""
+
+    def enter(self, block: int) -> None:
+        """Before a block runs; counted in the order in which they run, double blocks first."""
+
+    def leave(self, block: int) -> None:
+        """After it was run, or has failed."""
 
 
 @dataclass(frozen=True)
@@ -108,12 +119,28 @@ class Flux1Inputs:
 class Flux1Forward:
     """Runs a diffusers `FluxTransformer2DModel` block by block."""
 
-    def __init__(self, config: Flux1Config, model: nn.Module, double: DoubleBlock, single: SingleBlock) -> None:
-        """Tie a model to the functions that run its blocks (`blocks.double_block` and `single_block`, compiled)."""
+    def __init__(
+        self,
+        config: Flux1Config,
+        model: nn.Module,
+        double: DoubleBlock,
+        single: SingleBlock,
+        weights: BlockWeights | None = None,
+    ) -> None:
+        """Tie a model to the functions that run its blocks (`blocks.double_block` and `single_block`, compiled).
+
+        Args:
+            config: the model's sizes.
+            model: a diffusers `FluxTransformer2DModel`.
+            double: runs a double block.
+            single: runs a single block.
+            weights: told of every block that is run, before and after; None where all of them stay in their places.
+        """
         self.config = config
         self._model = model
         self._double = double
         self._single = single
+        self._weights = weights
         self._rotary = RotaryTables()
 
     def __call__(self, inputs: Flux1Inputs) -> Tensor:
@@ -173,8 +200,10 @@ class Flux1Forward:
 
         for index, block in enumerate(self._model.transformer_blocks):
 
-            def double(state: BlockState, block: nn.Module = block) -> BlockState:
-                hidden_states, encoder_hidden_states = self._double(
+            def double(state: BlockState, index: int = index, block: nn.Module = block) -> BlockState:
+                hidden_states, encoder_hidden_states = self._run(
+                    self._double,
+                    index,
                     block,
                     state.hidden_states,
                     state.encoder_hidden_states,
@@ -192,13 +221,31 @@ class Flux1Forward:
         state = replace(state, hidden_states=joined, encoder_hidden_states=None, text_tokens=text_tokens)
         for index, block in enumerate(self._model.single_transformer_blocks):
 
-            def single(state: BlockState, block: nn.Module = block) -> BlockState:
-                hidden_states = self._single(block, state.hidden_states, activated(state), state.rotary, state.mask)
+            def single(state: BlockState, index: int = index, block: nn.Module = block) -> BlockState:
+                hidden_states = self._run(
+                    self._single,
+                    self.config.depth + index,
+                    block,
+                    state.hidden_states,
+                    activated(state),
+                    state.rotary,
+                    state.mask,
+                )
                 return replace(state, hidden_states=hidden_states)
 
             state = _hooked(hooks, "single", index, single, state)
             _add(residuals.single, index, state.hidden_states[:, text_tokens:])
         return state
+
+    def _run(self, region: Callable, index: int, block: nn.Module, *args: Tensor | None) -> Any:
+        """Run a block while its weights are there."""
+        if self._weights is None:
+            return region(block, *args)
+        self._weights.enter(index)
+        try:
+            return region(block, *args)
+        finally:
+            self._weights.leave(index)
 
     def release(self) -> None:
         """Drop cached tables."""
