@@ -6,7 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -157,6 +157,12 @@ class Engine:
         """Compiles of a region that was compiled before: what this package promises not to need."""
         return self._compiler.recompiles
 
+    @property
+    def device_bytes(self) -> int:
+        """What weights, staging buffers and LoRAs take of the device now."""
+        with self._lock:
+            return self._weights.device_bytes + self._library.device_bytes if self.loaded else 0
+
     def load(self) -> None:
         """Read the weights, add the LoRA slots, bind no LoRA. Does nothing when loaded.
 
@@ -180,11 +186,33 @@ class Engine:
             except BaseException:
                 self._offload()
                 raise
-            self._slots.bind(self._slots.empty)
-            self._library.attach(self._slots, self._budgets())
-            self._applied = LoraStack().key
-            ring = self._weights.ring
-            self._forward = self.spec.family.forward(self.spec.config, self._model, self._regions, ring)
+            self._library.attach(self._slots, self._budgets(plan=plan))
+            self._start()
+
+    def replan(self) -> None:
+        """Move what the plan has elsewhere now, and no more; as after `load`, no LoRA is bound. For a loaded engine.
+
+        Raises:
+            torch.OutOfMemoryError: see `load`.
+        """
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            if not self.loaded:
+                return
+            self._forward = self._applied = None
+            # Else vectors of a LoRA would be taken for the model's own.
+            self._slots.unbind()
+            try:
+                self._weights.place(self._current_plan())
+            except BaseException:
+                self._offload()
+                raise
+            self._start()
+
+    def _start(self) -> None:
+        self._slots.bind(self._slots.empty)
+        self._applied = LoraStack().key
+        ring = self._weights.ring
+        self._forward = self.spec.family.forward(self.spec.config, self._model, self._regions, ring)
 
     def offload(self) -> None:
         """Move the weights to host memory. The next `load` moves them back, without reading or compiling.
@@ -216,8 +244,13 @@ class Engine:
             self._forward = self._applied = self._slots = self._model = self._weights = None
             self._library.clear()
 
-    def _budgets(self, reserved_bytes: int = 0) -> PoolBudgets:
-        return self._pools or PoolBudgets.of_free_memory(self.device, reserved_bytes)
+    def _budgets(self, reserved_bytes: int = 0, plan: OffloadPlan | None = None) -> PoolBudgets:
+        if self._pools is not None:
+            return self._pools
+        budgets = PoolBudgets.of_free_memory(self.device, reserved_bytes)
+        if plan is None or not plan.lora_bytes or not self._memory.separate:
+            return budgets
+        return replace(budgets, device_bytes=plan.lora_bytes * 2 // 3)  # half as much again is for strengths
 
     def _current_plan(self) -> OffloadPlan:
         if self._plan is None:

@@ -6,6 +6,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from .loader import FluxAccelLoader
 from .lora import FluxHotswapLora
+from .offload import FluxOffloadConfig
 from .pocket import add_pocket_folders
 from .quantize import FluxQuantizeTransformer
 from .text_encoder import FluxTextEncoderLoader
@@ -20,4 +21,4 @@ class FluxHotswapExtension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """Every node class, in menu order."""
-        return [FluxAccelLoader, FluxQuantizeTransformer, FluxHotswapLora, FluxTextEncoderLoader]
+        return [FluxAccelLoader, FluxQuantizeTransformer, FluxOffloadConfig, FluxHotswapLora, FluxTextEncoderLoader]

@@ -16,7 +16,7 @@ from accel.errors import SettingsError
 from accel.families.flux1 import Flux1Inputs
 from accel.offload.plan import GB, Demand, Room, check_device, demand_of, lora_share, make_plan
 from accel.offload.planner import SPARE_BYTES, Planner
-from accel.offload.sizes import STAGING_SLOTS, WeightSizes, Workload, weight_sizes
+from accel.offload.sizes import WeightSizes, Workload, weight_sizes
 from accel.plan import CARDS_GB, MODELS, main
 from accel.quantize import find_mode
 from accel.quantize.linears import stored_tensors
@@ -143,17 +143,26 @@ def test_stream_keeps_as_many_blocks_as_fit(limit):
     assert plan.device_bytes == SIZES.on_device(plan.resident_blocks)
     more = range(plan.resident_blocks + 1, len(SIZES.blocks) + 1)
     assert all(SIZES.on_device(count) > limit for count in more)
-    assert plan.copied_bytes_per_step == sum(SIZES.blocks[plan.resident_blocks:])
     assert plan.peak_bytes == plan.device_bytes + plan.lora_bytes + DEMAND.activation_bytes
     assert plan == exact(limit, "stream")
 
 
-def test_staging_fits_the_largest_streamed_block():
-    assert SIZES.staging(0) == STAGING_SLOTS * 700
-    assert SIZES.staging(3) == STAGING_SLOTS * 300
+def test_staging_fits_the_largest_streamed_blocks():
+    """Two buffers, which streamed blocks use in turn; the largest blocks stay first."""
+    assert SIZES.staging(0) == 2 * 700
+    assert SIZES.staging(2) == 700 + 300
+    assert SIZES.staging(3) == 2 * 300
     assert SIZES.staging(7) == 300
     assert SIZES.staging(8) == 0
-    assert SIZES.on_device(8) == SIZES.total
+    assert SIZES.on_device(8) == SIZES.on_device(6) == SIZES.total
+    assert SIZES.on_device(3) == 100 + 3 * 700 + 2 * 300
+
+
+def test_what_has_a_buffer_of_its_own_is_not_copied_in_every_step():
+    assert SIZES.copied_per_step(0) == sum(SIZES.blocks)
+    assert SIZES.copied_per_step(4) == 4 * 300
+    assert SIZES.copied_per_step(5) == 2 * 300  # three blocks: the first and the last share one
+    assert SIZES.copied_per_step(6) == SIZES.copied_per_step(8) == 0
 
 
 @pytest.mark.parametrize("mode", ["none", "model"])

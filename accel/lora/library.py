@@ -107,6 +107,13 @@ class LoraLibrary:
         """What they may take."""
         return self._host.budget_bytes
 
+    @property
+    def device_bytes(self) -> int:
+        """What they take of a device that is not the host."""
+        if self._loras is None or not self._memory.separate:
+            return 0
+        return self._loras.bytes + self._unscaled.bytes
+
     def attach(self, slots: LoraSlots, budgets: PoolBudgets) -> None:
         """Begin to bring LoRAs to a model's slots, within budgets of the memory that is free now."""
         self._files.budget_bytes, self._host.budget_bytes = budgets.files_bytes, budgets.host_bytes

@@ -19,6 +19,7 @@ class Planner:
         offload: what the user chose.
         wanted: the plan for an undisturbed device, made when the engine was.
         plan: the present one.
+        shared: whether the device is the host itself.
     """
 
     def __init__(self, demand: Demand, offload: Offload, room: Room) -> None:
@@ -30,7 +31,7 @@ class Planner:
         self.demand = demand
         self.offload = offload
         self.wanted = self.plan = make_plan(demand, offload, room)
-        self._shared = room.shared
+        self.shared = room.shared
         self._spare_bytes = 0
         self._lora_bytes = lora_share(0)
         self._cap_bytes = math.inf
@@ -44,12 +45,12 @@ class Planner:
     @property
     def adapts(self) -> bool:
         """Whether the engine can go on with fewer blocks on the device."""
-        return not self._shared and self.offload.mode in ("auto", "stream")
+        return not self.shared and self.offload.mode in ("auto", "stream")
 
     @property
     def wanted_bytes(self) -> int:
         """What weights and LoRAs take of the device when nothing disturbs."""
-        return self.wanted.device_bytes + (0 if self._shared else self.wanted.lora_bytes)
+        return self.wanted.device_bytes + (0 if self.shared else self.wanted.lora_bytes)
 
     def allow(self, device_bytes: float) -> bool:
         """Plan anew for a load.

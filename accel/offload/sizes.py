@@ -10,12 +10,8 @@ import torch
 from ..build import linears
 from ..quantize import Mode
 from ..spec import ModelSpec
-
-# Every tensor of a block starts at a multiple of this in its flat buffer: compiled kernels assume the alignment of the
-# tensors that they saw.
-ALIGNMENT = 64
-# One block computes from a staging buffer while the next one is copied into the other.
-STAGING_SLOTS = 2
+from .flat import ALIGNMENT
+from .ring import SLOTS
 
 
 @dataclass(frozen=True)
@@ -61,18 +57,22 @@ class WeightSizes:
         """Of all weights."""
         return self.rest + sum(self.blocks)
 
+    def slots(self, resident: int) -> list[list[int]]:
+        """The sizes of the blocks that share each staging buffer when so many blocks stay on the device."""
+        streamed = [self.blocks[index] for index in sorted(streamed_blocks(self.blocks, resident))]
+        return [streamed[number::SLOTS] for number in range(min(SLOTS, len(streamed)))]
+
     def staging(self, resident: int) -> int:
-        """Bytes of the staging buffers when so many blocks stay on the device: each fits the largest streamed one."""
-        streamed = self.blocks[resident:]
-        return min(STAGING_SLOTS, len(streamed)) * max(streamed, default=0)
+        """Bytes of the staging buffers: each fits the largest block that uses it."""
+        return sum(map(max, self.slots(resident)))
 
     def on_device(self, resident: int) -> int:
         """Bytes of resident weights and staging."""
-        return self.rest + sum(self.blocks[:resident]) + self.staging(resident)
+        return self.total - sum(map(sum, self.slots(resident))) + self.staging(resident)
 
     def copied_per_step(self, resident: int) -> int:
-        """Bytes that one forward copies to the device."""
-        return sum(self.blocks[resident:])
+        """Bytes that one forward copies to the device; a block with a buffer of its own is copied only once for all."""
+        return sum(sum(sizes) for sizes in self.slots(resident) if len(sizes) > 1)
 
     def most_resident(self, limit_bytes: float) -> int | None:
         """The largest number of resident blocks that takes at most `limit_bytes`; None when not even 0 does."""
@@ -80,8 +80,33 @@ class WeightSizes:
         return next((count for count in counts if self.on_device(count) <= limit_bytes), None)
 
 
+def streamed_blocks(sizes: Sequence[int], resident_blocks: int) -> frozenset[int]:
+    """Which blocks are streamed when so many stay.
+
+    The largest ones stay, because the staging buffers are as large as the largest that does not; among those of one
+    size, the streamed ones are spread evenly, so that the copies never wait for long.
+
+    Args:
+        sizes: of the blocks, in the order in which they run.
+        resident_blocks: how many stay.
+    """
+    streamed: set[int] = set()
+    resident = resident_blocks
+    for size in sorted(set(sizes), reverse=True):
+        alike = [block for block, each in enumerate(sizes) if each == size]
+        leaving = len(alike) - min(resident, len(alike))
+        resident -= len(alike) - leaving
+        # The first of them stays, if any does: a step cache runs it in every step.
+        streamed |= {
+            block
+            for number, block in enumerate(alike)
+            if (number + 1) * leaving // len(alike) > number * leaving // len(alike)
+        }
+    return frozenset(streamed)
+
+
 def weight_sizes(spec: ModelSpec, dtype: torch.dtype, mode: Mode | None) -> WeightSizes:
-    """What the weights of a checkpoint will take, quantized or not; see `build.model_bytes` for their sum.
+    """What the weights of a checkpoint will take, quantized or not, each block in a flat buffer.
 
     Args:
         spec: the checkpoint.
@@ -89,8 +114,9 @@ def weight_sizes(spec: ModelSpec, dtype: torch.dtype, mode: Mode | None) -> Weig
         mode: how the linears of the blocks are stored.
     """
     family = spec.family
-    blocks = [0] * family.block_count(spec.config)
-    rest = 0
+    # What lies in one flat buffer, see `flat.FlatLayout`.
+    blocks = [ALIGNMENT] * family.block_count(spec.config)
+    rest = ALIGNMENT
     for module, parameters in _parameters(spec, dtype, mode):
         size = sum(-(-each // ALIGNMENT) * ALIGNMENT for each in parameters)
         index = family.block_of(spec.config, module)

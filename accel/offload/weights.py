@@ -13,6 +13,7 @@ from .flat import FlatLayout, Home, Place
 from .memory import DeviceMemory
 from .plan import OffloadPlan
 from .ring import SLOTS, Ring
+from .sizes import streamed_blocks as choose_streamed
 
 
 @dataclass
@@ -238,35 +239,14 @@ class Weights:
 
 
 def streamed_blocks(sizes: Sequence[int], plan: OffloadPlan) -> frozenset[int]:
-    """Which blocks a plan streams.
-
-    The largest ones stay, because the staging buffers are as large as the largest that does not; among those of one
-    size, the streamed ones are spread evenly, so that the copies never wait for long.
-
-    Args:
-        sizes: of the blocks, in the order in which they run.
-        plan: see `OffloadPlan`; all blocks stay unless it streams.
+    """Which blocks a plan streams, see `sizes.streamed_blocks`.
 
     Raises:
         ValueError: the plan is for another model.
     """
     if plan.total_blocks != len(sizes) or not 0 <= plan.resident_blocks <= len(sizes):
         raise ValueError(f"a plan for {plan.resident_blocks} of {plan.total_blocks} blocks, expected {len(sizes)}.")
-    if plan.mode != "stream":
-        return frozenset()
-    streamed: set[int] = set()
-    resident = plan.resident_blocks
-    for size in sorted(set(sizes), reverse=True):
-        alike = [block for block, each in enumerate(sizes) if each == size]
-        leaving = len(alike) - min(resident, len(alike))
-        resident -= len(alike) - leaving
-        # The first of them stays, if any does: a step cache runs it in every step.
-        streamed |= {
-            block
-            for number, block in enumerate(alike)
-            if (number + 1) * leaving // len(alike) > number * leaving // len(alike)
-        }
-    return frozenset(streamed)
+    return choose_streamed(sizes, plan.resident_blocks) if plan.mode == "stream" else frozenset()
 
 
 def _write(target: Home, source: Home) -> None:
