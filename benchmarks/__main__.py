@@ -40,6 +40,12 @@ BENCHMARKS: Mapping[str, Benchmark] = {
         "what LoRA layers cost per compiled step on this CPU: none bound, ranks 16 and 128, a stack, beside PEFT",
         "benchmarks.step",
     ),
+    "offload": Benchmark(
+        "a step of FLUX.1-dev whose blocks are copied to the device while it computes: copies, computation, both; "
+        "needs 15 GB of memory",
+        "benchmarks.offload",
+        scales=True,
+    ),
     "gpu_code": Benchmark(
         "what the code generated for an H100 reads and writes, with and without LoRA, beside PEFT; needs no GPU",
         "benchmarks.gpu_code",

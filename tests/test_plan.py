@@ -14,6 +14,7 @@ from accel.checkpoint import inspect_checkpoint
 from accel.engine import Engine
 from accel.errors import SettingsError
 from accel.families.flux1 import Flux1Inputs
+from accel.offload.memory import HostMemory
 from accel.offload.plan import GB, Demand, Room, check_device, demand_of, lora_share, make_plan
 from accel.offload.planner import SPARE_BYTES, Planner
 from accel.offload.sizes import WeightSizes, Workload, weight_sizes
@@ -21,6 +22,8 @@ from accel.plan import CARDS_GB, MODELS, main
 from accel.quantize import find_mode
 from accel.quantize.linears import stored_tensors
 from accel.settings import EngineSettings, Offload, Quantization
+from benchmarks import offload
+from benchmarks.report import BenchmarkError
 from harness.paths import REPO
 
 CHECKPOINT = "diffusion_models/tiny-flux-dev-fp32.safetensors"
@@ -62,6 +65,28 @@ def test_sizes_are_those_of_the_loaded_tensors(spec, quantization):
     assert sizes.total == pytest.approx(engine.bytes, rel=0.02)
 
 
+@pytest.mark.parametrize("resident", [0, 1, 2])
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+def test_an_engine_takes_and_copies_what_its_plan_says(spec, quantization, resident):
+    demand = demand_of(spec, torch.float32, quantization, False)
+    room = Room(demand.weights.on_device(resident) + lora_share(0) + demand.activation_bytes)
+    plan = make_plan(demand, Offload("stream", reserve_gb=0.0), room)
+    assert plan.resident_blocks == (resident if resident < 2 else 4)  # two blocks fit the two buffers
+    memory = HostMemory(round(1.02 * plan.device_bytes), flat=True)
+    settings = EngineSettings(compile="off", quantization=Quantization(quantization))
+    engine = Engine(spec, settings, plan=plan, memory=memory)
+    engine.load()
+    inputs = inputs_of(engine, Workload(64, 64, text_tokens=16))
+    engine(inputs)
+    engine(inputs)
+    assert memory.peak_bytes == pytest.approx(plan.device_bytes, rel=0.02)
+    assert engine.device_bytes == pytest.approx(plan.device_bytes, rel=0.02)
+    if plan.copied_bytes_per_step:
+        before = engine._weights.ring.copied_bytes
+        engine(inputs)
+        assert engine._weights.ring.copied_bytes - before == pytest.approx(plan.copied_bytes_per_step, rel=0.01)
+
+
 def test_every_weight_counts_once(spec):
     family, config = spec.family, spec.config
     blocks = [family.block_of(config, module) for module in family.layout(config).modules]
@@ -74,15 +99,19 @@ def test_every_weight_counts_once(spec):
 # What a forward holds.
 
 
-def peak_of(engine, workload, context=768):
-    """Bytes that one forward allocates at most, and what it was given."""
-    inputs = Flux1Inputs(
+def inputs_of(engine, workload, context=768):
+    return Flux1Inputs(
         latent=torch.randn(workload.batch, 16, workload.height // 8, workload.width // 8, dtype=engine.dtype),
         timestep=torch.full((workload.batch,), 0.5),
         encoder_hidden_states=torch.randn(workload.batch, workload.text_tokens, context, dtype=engine.dtype),
         pooled_projections=torch.randn(workload.batch, context, dtype=engine.dtype),
         guidance=torch.full((workload.batch,), 3.5),
     )
+
+
+def peak_of(engine, workload):
+    """Bytes that one forward allocates at most."""
+    inputs = inputs_of(engine, workload)
     engine(inputs)
     engine._forward.release()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
@@ -381,3 +410,30 @@ def test_the_command_runs_without_comfyui():
     done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "57 of 57" in done.stdout
+
+
+# The benchmark.
+
+
+def test_the_offload_benchmark_writes_its_figures(tmp_path):
+    file = tmp_path / "offload.json"
+    command = [sys.executable, "-m", "benchmarks", "offload", "--quick", "--json", str(file)]
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(file.read_text(encoding="utf-8"))
+    assert figures["peak_bytes"] == pytest.approx(figures["planned_peak_bytes"], rel=0.02)
+    assert 0 < figures["resident_blocks"] < figures["total_blocks"]
+    assert figures["copied_bytes_per_step"] > 0
+    rounds = zip(*(figures["samples_ms"][name] for name in ("copy", "compute", "streamed")), strict=True)
+    ratios = sorted(streamed / max(copy, compute) for copy, compute, streamed in rounds)
+    assert figures["overlap"] == pytest.approx(ratios[len(ratios) // 2], rel=1e-2)
+    assert figures["group_offloading"].startswith("does not run: ")
+    for key in ("copy_s", "compute_s", "streamed_s"):
+        assert math.isfinite(figures[key])
+        assert figures[key] > 0
+
+
+def test_the_benchmark_notices_copies_that_do_not_arrive(monkeypatch):
+    monkeypatch.setattr("accel.offload.memory._move", lambda target, pieces: None)
+    with pytest.raises(BenchmarkError, match="did not arrive"):
+        offload.run(quick=True)
