@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,43 @@ Progress = Callable[[int, int], None]
 
 # What converting one weight on a GPU takes at most: it in float32 and two intermediates.
 CONVERSION_BYTES_PER_WEIGHT = 12
+
+
+class Placement(Protocol):
+    """Decides where a model's weights go while they are read."""
+
+    def begin(self, model: nn.Module) -> None:
+        """Get the model before it has any data."""
+
+    def device_of(self, name: str) -> torch.device:
+        """Where the tensors of a module (full name) should be."""
+
+    def placed(self, name: str) -> None:
+        """A module has all its data; its parameters may be replaced now by copies of them."""
+
+    def complete(self) -> None:
+        """All modules have."""
+
+
+class OnDevice:
+    """Everything on one device."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Use this one."""
+        self._device = device
+
+    def begin(self, model: nn.Module) -> None:
+        """Nothing to prepare."""
+
+    def device_of(self, name: str) -> torch.device:
+        """That device."""
+        return self._device
+
+    def placed(self, name: str) -> None:
+        """Nothing to do."""
+
+    def complete(self) -> None:
+        """Nothing to do."""
 
 
 @dataclass
@@ -50,16 +88,18 @@ def load_model(
     on_progress: Progress,
     mode: Mode | None = None,
     writer: CacheWriter | None = None,
+    placement: Placement | None = None,
 ) -> nn.Module:
     """Read the weights into a new diffusers model: one tensor at a time is read, cast, quantized, placed and released.
 
     Args:
         spec: what `inspect_checkpoint` gave.
         dtype: dtype of all parameters, as the model sees them.
-        device: where they go.
+        device: where they go, and where they are converted.
         on_progress: called with (linears and vectors read, both in all).
         mode: what the linears of `family.quantizable` are converted to.
         writer: gets every parameter as soon as it is placed; not finished here.
+        placement: where they go instead.
 
     Returns:
         The model in eval mode; its parameters do not require gradients, and are no inference tensors.
@@ -69,21 +109,27 @@ def load_model(
         CheckpointError: a tensor holds NaN or infinity.
     """
     total = count_parts(spec)
+    placement = placement or OnDevice(device)
     # Parameters made under inference_mode could not be rebound outside it.
     with torch.inference_mode(False), torch.no_grad():
         model = empty_model(spec)
+        placement.begin(model)
         read_to = device if mode is None else torch.device("cpu")
         for done, weights in enumerate(read_weights(spec, dtype, read_to), start=1):
             if isinstance(weights, LinearWeights):
-                names = _place_linear(model, spec, weights, mode, device)
+                module = weights.module
+                names = _place_linear(model, spec, weights, mode, device, placement.device_of(module))
             else:
-                assign(model, weights.parameter, weights.value.to(device))
+                module = weights.parameter.rpartition(".")[0]
+                assign(model, weights.parameter, weights.value.to(placement.device_of(module)))
                 names = (weights.parameter,)
             if writer is not None:
                 for name in names:
                     writer.add(name, model.get_parameter(name))
+            placement.placed(module)
             on_progress(done, total)
-    check_complete(model, spec)
+        check_complete(model, spec)
+        placement.complete()
     return model
 
 
@@ -155,19 +201,24 @@ def assign(model: nn.Module, parameter: str, tensor: Tensor) -> None:
 
 
 def _place_linear(
-    model: nn.Module, spec: ModelSpec, weights: LinearWeights, mode: Mode | None, device: torch.device
+    model: nn.Module,
+    spec: ModelSpec,
+    weights: LinearWeights,
+    mode: Mode | None,
+    device: torch.device,
+    goes_to: torch.device,
 ) -> tuple[str, ...]:
     """Put a linear into the model, quantized if the mode does that. Returns the names of its parameters."""
     name, weight, bias = weights.module, weights.weight, weights.bias
     _check_shape(model, f"{name}.weight", weight)
     _check_shape(model, f"{name}.bias", bias)
     if mode is None or not spec.family.quantizable(name) or not mode.fits(*weight.shape):
-        assign(model, f"{name}.weight", weight.to(device))
-        assign(model, f"{name}.bias", bias.to(device))
+        assign(model, f"{name}.weight", weight.to(goes_to))
+        assign(model, f"{name}.bias", bias.to(goes_to))
         return f"{name}.weight", f"{name}.bias"
     if mode.needs_device or _conversion_fits(weight, device):
         weight, bias = weight.to(device), bias.to(device)
-    linear = mode.convert(weight, bias, spec.family.per_picture(name)).to(device).eval()
+    linear = mode.convert(weight, bias, spec.family.per_picture(name)).to(goes_to).eval()
     model.set_submodule(name, linear)
     return tuple(f"{name}.{parameter}" for parameter, _ in linear.named_parameters())
 

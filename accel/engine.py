@@ -6,7 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -24,6 +24,9 @@ from .lora.slots import LoraSlots
 from .lora.stack import LoraStack
 from .lora.weights import LoraWeights
 from .memory import PoolBudgets
+from .offload.memory import DeviceMemory, memory_of
+from .offload.plan import OffloadPlan
+from .offload.weights import Weights
 from .quantize import check, find_mode
 from .settings import EngineSettings
 from .spec import ModelSpec
@@ -99,6 +102,8 @@ class Engine:
         pools: PoolBudgets | None = None,
         lora_cache: str | os.PathLike[str] | None = None,
         compile_cache: CompileCache | None = None,
+        plan: OffloadPlan | Callable[[], OffloadPlan] | None = None,
+        memory: DeviceMemory | None = None,
     ) -> None:
         """Check the settings against the machine; read nothing but the header.
 
@@ -109,6 +114,8 @@ class Engine:
             pools: what LoRAs may keep of the memory; by default `PoolBudgets.of_free_memory`, taken at each `load`.
             lora_cache: folder for LoRA matrices that are slow to compute (LoHa, LoKr); None computes them each time.
             compile_cache: keeps compiled code for the next start; None leaves that to torch's own cache.
+            plan: what of the weights stays on the device, or what decides it, called at each `load`; None: everything.
+            memory: of the device; by default as `offload.memory.memory_of` has it.
 
         Raises:
             SettingsError: the machine cannot do what the settings ask for.
@@ -133,8 +140,11 @@ class Engine:
         check_attention(settings.attention, self._attention_target)
         self._regions: tuple[Callable, ...] = ()
         self._pools = pools
+        self._plan = plan
+        self._memory = memory or memory_of(self.device)
+        self._weights: Weights | None = None
         budgets = self._budgets(reserved_bytes=self.bytes)
-        self._library = LoraLibrary(spec, self.dtype, self.device, budgets, lora_cache)
+        self._library = LoraLibrary(spec, self.dtype, self.device, budgets, lora_cache, self._memory)
         self._lock = threading.RLock()
         self._model: nn.Module | None = None
         self._slots: LoraSlots | None = None
@@ -178,10 +188,20 @@ class Engine:
             "device": str(self.device),
         }
 
+    @property
+    def device_bytes(self) -> int:
+        """What weights, staging buffers and LoRAs take of the device now."""
+        with self._lock:
+            return self._weights.device_bytes + self._library.device_bytes if self.loaded else 0
+
     def load(self) -> None:
         """Read the weights, add the LoRA slots, bind no LoRA. Does nothing when loaded.
 
+        What is on the host already is not read again, and another plan than last time compiles nothing anew.
+
         Raises:
+            torch.OutOfMemoryError: the device has no room for them; the engine is then as after `offload`, or, if they
+                were being read, as after `release`.
             FileError: the file is gone or changed since its header was read.
             CheckpointError: a weight is not finite.
             SettingsError: the attention backend does not run here after all, or computes wrong numbers.
@@ -192,28 +212,70 @@ class Engine:
                 return
             if not self._regions:
                 self._regions = self._make_regions()
+            plan = self._current_plan()
             if self._model is None:
-                self._assemble()
-            else:
-                self._model.to(self.device)
-            self._slots.bind(self._slots.empty)
-            self._library.attach(self._slots, self._budgets())
-            self._applied = LoraStack().key
-            self._forward = self.spec.family.forward(self.spec.config, self._model, self._regions)
+                self._assemble(plan)
+            try:
+                self._weights.place(plan)
+            except BaseException:
+                self._offload()
+                raise
+            self._library.attach(self._slots, self._budgets(plan=plan))
+            self._start()
+
+    def replan(self) -> None:
+        """Move what the plan has elsewhere now, and no more; as after `load`, no LoRA is bound. For a loaded engine.
+
+        Raises:
+            torch.OutOfMemoryError: see `load`.
+        """
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            if not self.loaded:
+                return
+            self._forward = self._applied = None
+            # Else vectors of a LoRA would be taken for the model's own.
+            self._slots.unbind()
+            try:
+                self._weights.place(self._current_plan())
+            except BaseException:
+                self._offload()
+                raise
+            self._start()
+
+    def _start(self) -> None:
+        self._slots.bind(self._slots.empty)
+        self._applied = LoraStack().key
+        ring = self._weights.ring
+        self._forward = self.spec.family.forward(self.spec.config, self._model, self._regions, ring)
 
     def offload(self) -> None:
-        """Move the weights to host memory. The next `load` moves them back, without reading or compiling."""
+        """Move the weights to host memory. The next `load` moves them back, without reading or compiling.
+
+        Where the host has no room for them, it is a `release`.
+        """
         with self._lock, torch.inference_mode(False), torch.no_grad():
             if self.loaded:
-                self._forward = self._applied = None
-                self._library.detach()
-                self._slots.unbind()
-                self._model.to("cpu")
+                self._offload()
+
+    def _offload(self) -> None:
+        self._forward = self._applied = None
+        self._library.detach()
+        self._slots.unbind()
+        try:
+            self._weights.offload()
+        except MemoryError:
+            self._observer.notice("The host has no room for the weights: they are read again when needed.", True)
+            self.release()
+        except BaseException:
+            self.release()
+            raise
 
     def release(self) -> None:
         """Give all memory back. Compiled code stays, and serves the next `load`."""
         with self._lock:
-            self._forward = self._applied = self._slots = self._model = None
+            if self._weights is not None:
+                self._weights.close()
+            self._forward = self._applied = self._slots = self._model = self._weights = None
             self._library.clear()
 
     def _make_regions(self) -> tuple[Callable, ...]:
@@ -230,21 +292,35 @@ class Engine:
             regions = (*regions, family.whole(choice.attention))
         return tuple(self._compiler.region(region) for region in regions)
 
-    def _budgets(self, reserved_bytes: int = 0) -> PoolBudgets:
-        return self._pools or PoolBudgets.of_free_memory(self.device, reserved_bytes)
+    def _budgets(self, reserved_bytes: int = 0, plan: OffloadPlan | None = None) -> PoolBudgets:
+        if self._pools is not None:
+            return self._pools
+        budgets = PoolBudgets.of_free_memory(self.device, reserved_bytes)
+        if plan is None or not plan.lora_bytes or not self._memory.separate:
+            return budgets
+        return replace(budgets, device_bytes=plan.lora_bytes * 2 // 3)  # half as much again is for strengths
 
-    def _assemble(self) -> None:
-        model = self._read_model()
+    def _current_plan(self) -> OffloadPlan:
+        if self._plan is None:
+            blocks = self.spec.family.block_count(self.spec.config)
+            return OffloadPlan("none", blocks, blocks, self.bytes, 0, "everything on the device")
+        return self._plan() if callable(self._plan) else self._plan
+
+    def _assemble(self, plan: OffloadPlan) -> None:
+        family, config = self.spec.family, self.spec.config
+        blocks = family.block_count(config)
+        weights = Weights(self._memory, plan, lambda name: family.block_of(config, name), blocks)
+        model = self._read_model(weights)
         mark_weights_static(model)
-        modules = self.spec.family.layout(self.spec.config).modules
-        self._slots = LoraSlots(model, modules, self.dtype, self.device)
-        self._model = model
+        modules = family.layout(config).modules
+        self._slots = LoraSlots(model, modules, self.dtype, self.device, weights.own)
+        self._model, self._weights = model, weights
         self.load_count += 1
 
-    def _read_model(self) -> nn.Module:
+    def _read_model(self, weights: Weights) -> nn.Module:
         mode, observer = self._mode, self._observer
         if mode is None:
-            return load_model(self.spec, self.dtype, self.device, observer.loading)
+            return load_model(self.spec, self.dtype, self.device, observer.loading, placement=weights)
         if mode.needs_compile and self.settings.compile == "off":
             observer.notice(
                 f"{mode.name} without compiling is slower than no quantization: set 'compile' to 'regional', or choose "
@@ -252,7 +328,9 @@ class Engine:
                 True,
             )
         cache = self.settings.quantization.cache
-        return load_quantized(self.spec, self.dtype, self.device, mode, cache, observer.loading, observer.notice)
+        return load_quantized(
+            self.spec, self.dtype, self.device, mode, cache, observer.loading, observer.notice, weights
+        )
 
     def read_lora(self, path: str) -> LoraWeights:
         """Read and check a LoRA file for this model; from memory while the file is unchanged.

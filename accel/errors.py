@@ -1,5 +1,9 @@
 """Errors that a user can act on: what failed, the value, what was expected, what to do."""
 
+from __future__ import annotations
+
+import torch
+
 
 class AccelError(Exception):
     """Base of every error that a wrong file, setting or machine causes."""
@@ -23,3 +27,7 @@ class SettingsError(AccelError):
 
 class EngineStateError(AccelError):
     """The engine was asked for something out of order, such as a forward before its weights are loaded."""
+
+
+class DeviceMemoryError(AccelError, torch.OutOfMemoryError):
+    """A device had no room for what was asked of it; ComfyUI takes it for any other out-of-memory."""

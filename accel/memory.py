@@ -45,7 +45,12 @@ class PoolBudgets:
         host = _between(512 * MIB, free // 8, 16 * GIB)
         if device.type == "cpu":
             return cls(files, host, host)
-        return cls(files, host, _between(256 * MIB, (free_device_bytes(device) - reserved_bytes) // 8, 2 * GIB))
+        return cls(files, host, device_pool_bytes(free_device_bytes(device) - reserved_bytes))
+
+
+def device_pool_bytes(free_bytes: int) -> int:
+    """What LoRAs may keep of a device on which so much is free beside the model."""
+    return _between(256 * MIB, free_bytes // 8, 2 * GIB)
 
 
 def available_host_bytes() -> int:

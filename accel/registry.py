@@ -42,12 +42,13 @@ class Registry(Generic[Held]):
         self._lock = threading.RLock()
 
     def get_or_build(self, key: Hashable, build: Callable[[], Held]) -> Held:
-        """The value under `key`, built if it is not there; the least recently used one makes room first."""
+        """The value under `key`, built if it is not there; then the least recently used one makes room."""
         with self._lock:
             if key not in self._held:
+                built = build()  # may refuse: then the others stay
                 while len(self._held) >= self.capacity:
                     self._held.popitem(last=False)
-                self._held[key] = build()
+                self._held[key] = built
             self._held.move_to_end(key)
             return self._held[key]
 

@@ -18,16 +18,15 @@ class Benchmark:
     Attributes:
         summary: one line, for `--help`.
         module: where its `run(quick: bool) -> report.Report` is; imported only when it runs.
-        scales: whether `run` also takes `scale`, the share of FLUX.1-dev's blocks.
         options: what else `run` takes: flag -> how argparse reads it.
     """
 
     summary: str
     module: str
-    scales: bool = False
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
+SCALE = {"--scale": {"type": float, "default": 1.0, "help": "share of FLUX.1-dev's blocks (default 1)"}}
 BENCHMARKS: Mapping[str, Benchmark] = {
     "swap": Benchmark(
         "switch a LoRA at FLUX.1-dev's sizes: hot, warm, cold, beside PEFT, diffusers and ComfyUI's merge",
@@ -37,7 +36,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
         "load a checkpoint of FLUX.1-dev's size into fp8 and int8: memory, time, and the next start from the cache; "
         "needs 40 GB of disk in the current folder, which it gives back",
         "benchmarks.load",
-        scales=True,
+        options=SCALE,
     ),
     "step": Benchmark(
         "what LoRA layers cost per compiled step on this CPU: none bound, ranks 16 and 128, a stack, beside PEFT",
@@ -46,6 +45,12 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "restart": Benchmark(
         "the first image after a restart, from compiled code that was kept, beside the first one ever and a warm one",
         "benchmarks.restart",
+    ),
+    "offload": Benchmark(
+        "a step of FLUX.1-dev whose blocks are copied to the device while it computes: copies, computation, both; "
+        "needs 15 GB of memory",
+        "benchmarks.offload",
+        options=SCALE,
     ),
     "gpu_code": Benchmark(
         "what the code generated for an H100 reads and writes, with and without LoRA, beside PEFT; needs no GPU",
@@ -77,8 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     try:
         benchmark = BENCHMARKS[options.name]
-        extra = {"scale": options.scale} if benchmark.scales else {}
-        extra |= {name: getattr(options, name) for name in (flag.lstrip("-") for flag in benchmark.options)}
+        extra = {name: getattr(options, name) for name in (flag.lstrip("-") for flag in benchmark.options)}
         report = import_module(benchmark.module).run(quick=options.quick, **extra)
     except BenchmarkError as error:
         print(f"error: {options.name}: {error}", file=sys.stderr)
@@ -102,8 +106,6 @@ def _parser() -> argparse.ArgumentParser:
             "--json", type=Path, metavar="FILE", help="also write the figures to FILE, and a plot beside it"
         )
         one.add_argument("--quick", action="store_true", help="small sizes: shows that it works, says nothing of speed")
-        if benchmark.scales:
-            one.add_argument("--scale", type=float, default=1.0, help="share of FLUX.1-dev's blocks (default 1)")
         for flag, how in benchmark.options.items():
             one.add_argument(flag, **how)
     return parser

@@ -6,6 +6,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from .loader import FluxAccelLoader
 from .lora import FluxHotswapLora
+from .offload import FluxOffloadConfig
 from .pocket import add_pocket_folders
 from .quantize import FluxQuantizeTransformer
 from .report import FluxAccelReport
@@ -25,6 +26,7 @@ class FluxHotswapExtension(ComfyExtension):
         return [
             FluxAccelLoader,
             FluxQuantizeTransformer,
+            FluxOffloadConfig,
             FluxHotswapLora,
             FluxStepCache,
             FluxTextEncoderLoader,

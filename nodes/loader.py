@@ -11,10 +11,12 @@ from ..accel.attention import BACKENDS
 from ..accel.checkpoint import inspect_checkpoint
 from ..accel.compile_cache import CompileCache
 from ..accel.engine import Engine
+from ..accel.offload.memory import memory_of
 from ..accel.registry import ENGINES, EngineKey
-from ..accel.settings import COMPILE_MODES, DTYPES, EngineSettings, Quantization
+from ..accel.settings import COMPILE_MODES, DTYPES, EngineSettings, Offload, Quantization
 from .files import CATEGORY, find_model, fingerprint_model, model_files
 from .model import AcceleratedFlux
+from .offload import FluxOffload, may_pin, planner_for
 from .patcher import AcceleratedModelPatcher
 from .progress import NodeObserver
 from .quantize import FluxQuantization, cache_folder
@@ -65,6 +67,12 @@ class FluxAccelLoader(io.ComfyNode):
                     optional=True,
                     tooltip="From Quantize Transformer. Without it the weights keep their precision.",
                 ),
+                FluxOffload.Input(
+                    "offload",
+                    optional=True,
+                    tooltip="From Offload Config. Without it, what does not fit the GPU is copied there block by "
+                    "block in every step.",
+                ),
             ],
             outputs=[io.Model.Output()],
         )
@@ -76,7 +84,13 @@ class FluxAccelLoader(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model_name: str, dtype: str, attention: str, compile: str, quantization: Quantization | None = None
+        cls,
+        model_name: str,
+        dtype: str,
+        attention: str,
+        compile: str,
+        quantization: Quantization | None = None,
+        offload: Offload | None = None,
     ) -> io.NodeOutput:
         """Read the header, and hand out a clone of the model that lives in the registry."""
         spec = inspect_checkpoint(find_model(model_name))
@@ -87,6 +101,7 @@ class FluxAccelLoader(io.ComfyNode):
             compile=compile,
             device=str(device),
             quantization=quantization or Quantization(),
+            offload=offload or Offload(),
         )
 
         def build() -> AcceleratedModelPatcher:
@@ -97,9 +112,12 @@ class FluxAccelLoader(io.ComfyNode):
                 NodeObserver(),
                 lora_cache=os.path.join(folder, "loras"),
                 compile_cache=CompileCache(os.path.join(folder, "compiled")),
+                plan=lambda: planner(),  # made below: it asks the engine for its sizes
+                memory=memory_of(device, may_pin()),
             )
+            planner = planner_for(engine)
             offload_device = comfy.model_management.unet_offload_device()
-            return AcceleratedModelPatcher(AcceleratedFlux(engine), device, offload_device)
+            return AcceleratedModelPatcher(AcceleratedFlux(engine, planner), device, offload_device)
 
         root = ENGINES.get_or_build(EngineKey.of(spec.file.identity, settings), build)
         return io.NodeOutput(root.clone())

@@ -6,7 +6,7 @@ import collections
 import dataclasses
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import comfy.ldm.flux.model
@@ -21,8 +21,11 @@ from ..accel.engine import Engine
 from ..accel.families.flux1 import AXES_DIM, PATCH_SIZE, Flux1Config, Flux1Inputs
 from ..accel.families.flux1.forward import BlockHook, BlockState, EmbeddingHook, Hooks, Residuals
 from ..accel.families.flux1.positions import RopeOptions
+from ..accel.offload.planner import Planner
+from ..accel.offload.sizes import Workload
 from ..accel.report import Sampling
 from .native_lora import NativeLoras
+from .offload import out_of_memory
 
 log = logging.getLogger(__name__)
 
@@ -37,19 +40,43 @@ INSIDE_BLOCKS = ("attn1_patch", "attn1_output_patch")
 class AcceleratedFlux(comfy.model_base.Flux):
     """ComfyUI's FLUX model around an engine. It has the sampling settings and conditioning, but no weights."""
 
-    def __init__(self, engine: Engine) -> None:
-        """Describe the engine's model as ComfyUI would have detected it."""
+    def __init__(self, engine: Engine, planner: Planner) -> None:
+        """Describe the engine's model as ComfyUI would have detected it; `planner` is what its plans come from."""
         config = _model_config(engine)
         kind = comfy.model_base.ModelType.FLUX if engine.spec.config.guidance else comfy.model_base.ModelType.FLOW
         super().__init__(config, model_type=kind)
-        self.diffusion_model = TransformerAdapter(engine, _skeleton(config.unet_config, engine.dtype))
+        self.diffusion_model = TransformerAdapter(engine, planner, _skeleton(config.unet_config, engine.dtype))
         self.native_loras = NativeLoras(engine.spec.family.layout(engine.spec.config))
         self.samplings: collections.deque[Sampling] = collections.deque(maxlen=SAMPLINGS)
         self.last_load_s: float | None = None
+        self.planner = planner
+        # Clones of the patcher that exist, and whether ComfyUI has unloaded the engine since it was loaded last.
+        self.handles = 0
+        self.unloaded = False
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Names and shapes of ComfyUI's own FLUX model, without data: loader nodes match LoRA keys against them."""
         return self.diffusion_model.skeleton.state_dict(prefix="diffusion_model.")
+
+    def memory_required(self, input_shape: Sequence[int], cond_shapes: Mapping[str, Any] | None = None) -> int:
+        """What a forward needs beside the weights: ComfyUI keeps it free, and batches conditions by it.
+
+        Args:
+            input_shape: (B, C, h, w) of the latents.
+            cond_shapes: what ComfyUI knows of the conditions; of reference latents (1, 16, h · w) each.
+        """
+        engine = self.diffusion_model.engine
+        batch, _, height, width = input_shape
+        references = sum(math.prod(shape[2:]) for shape in (cond_shapes or {}).get("ref_latents", ()))
+        tokens = Workload.text_tokens + (height * width + references) / PATCH_SIZE**2
+        settings = engine.settings
+        return engine.spec.family.activation_bytes(
+            engine.spec.config,
+            math.ceil(batch * tokens),
+            engine.dtype,
+            settings.quantization.mode,
+            settings.compile != "off",
+        )
 
     def _apply_model(self, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **kwargs):
         # A ControlNet with a VAE reloads models in the middle of sampling, without pre_run; and schedules move on here.
@@ -68,16 +95,18 @@ class TransformerAdapter(nn.Module):
 
     patch_size = PATCH_SIZE
 
-    def __init__(self, engine: Engine, skeleton: nn.Module) -> None:
+    def __init__(self, engine: Engine, planner: Planner, skeleton: nn.Module) -> None:
         """Hide the engine from nn.Module, so that ComfyUI's walks over modules and `.to` do not see it.
 
         Args:
             engine: what computes.
+            planner: what its plans come from.
             skeleton: ComfyUI's own model of these sizes without data, for whoever looks for its attributes.
         """
         super().__init__()
         object.__setattr__(self, "engine", engine)
         object.__setattr__(self, "skeleton", skeleton)
+        self.planner = planner
         self.dtype = engine.dtype
         self._warned: set[str] = set()
 
@@ -148,7 +177,12 @@ class TransformerAdapter(nn.Module):
                 "Flux Hotswap: a node patches blocks, and counts on every one to run in every step. Flux Step Cache "
                 "skips nothing on this model. Remove one of the two nodes."
             )
-        return self.engine(inputs)
+        try:
+            return self.engine(inputs)
+        except torch.OutOfMemoryError as exc:
+            exc.__traceback__ = None  # its frames hold the tensors of the step
+            pixels = f"{8 * x.shape[-1]}×{8 * x.shape[-2]}"
+            raise out_of_memory(self.engine, self.planner, f"a step of {pixels}, batch {x.shape[0]}") from exc
 
     def _warn_about_unsupported(self, options: dict[str, Any]) -> None:
         found = [name for name in INSIDE_BLOCKS if options.get("patches", {}).get(name)]

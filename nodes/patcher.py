@@ -7,11 +7,14 @@ import logging
 import math
 import time
 import uuid
+import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+import comfy.model_management
 import comfy.model_patcher
 import torch
 
@@ -20,9 +23,11 @@ from ..accel.errors import SettingsError
 from ..accel.lora.schedule import Keyframes, Playback, ScheduledStack
 from ..accel.lora.stack import LoraStack
 from ..accel.lora.weights import LoraWeights
+from ..accel.offload.planner import Planner
 from ..accel.prefetch import Prefetcher
 from ..accel.report import Sampling
 from ..accel.step_cache import StepCache, StepCacheSettings, StepCall
+from .offload import out_of_memory
 from .prefetch import prefetcher_for
 from .progress import show_text
 
@@ -32,6 +37,10 @@ MERGING = (
     "The accelerated FLUX model cannot be merged with another. Merge with ComfyUI's Load Diffusion Model, save the "
     "result, and load that file here."
 )
+
+
+# ComfyUI writes 1e32 for "whatever it needs".
+UNLIMITED = 1e30
 
 
 @dataclass
@@ -77,11 +86,18 @@ class AcceleratedModelPatcher(comfy.model_patcher.ModelPatcher):
         """The engine that all clones share."""
         return self.model.diffusion_model.engine
 
+    @property
+    def planner(self) -> Planner:
+        """What decides how much of the device it takes."""
+        return self.model.planner
+
     def clone(self, *args: Any, **kwargs: Any) -> AcceleratedModelPatcher:
         """Copy the handle, not the engine."""
         copy = super().clone(*args, **kwargs)
         copy.loras = self.loras
         copy.step_cache = self.step_cache
+        self.model.handles += 1
+        weakref.finalize(copy, _forget, weakref.ref(self.model)).atexit = False
         return copy
 
     def with_step_cache(self, settings: StepCacheSettings) -> AcceleratedModelPatcher:
@@ -121,18 +137,28 @@ class AcceleratedModelPatcher(comfy.model_patcher.ModelPatcher):
     # Memory: ComfyUI asks for sizes, and says when to load and when to give way.
 
     def model_size(self) -> int:
-        """Bytes that the engine takes when loaded."""
-        return self.engine.bytes
+        """Bytes that the engine takes of the device when nothing disturbs it."""
+        return max(self.planner.wanted_bytes, self.loaded_size())
+
+    def loaded_size(self) -> int:
+        """Bytes that it takes now."""
+        return self.engine.device_bytes
 
     def partially_load(self, device_to: torch.device, extra_memory: int = 0, force_patch_weights: bool = False) -> int:
-        """Load the engine if it is not loaded. Returns the bytes gained."""
+        """Load the engine, or bring as many more blocks as the memory allows. Returns the bytes gained.
+
+        Args:
+            device_to: the GPU.
+            extra_memory: what ComfyUI lets it take beyond what it has; less than 0 to give some back.
+            force_patch_weights: not needed: no weight is ever patched.
+        """
         with self.use_ejected(skip_and_inject_on_exit_only=True):
             # Clones share the backup of object patches, so this clone's are applied anew each time.
             self.unpatch_model(self.offload_device, unpatch_weights=False)
             self.patch_model(load_weights=False)
             before = self.loaded_size()
             try:
-                self._load()
+                self._load(before + extra_memory if extra_memory < UNLIMITED else math.inf)
             except BaseException:
                 self.detach()
                 raise
@@ -140,14 +166,25 @@ class AcceleratedModelPatcher(comfy.model_patcher.ModelPatcher):
             return self.loaded_size() - before
 
     def partially_unload(self, device_to: torch.device, memory_to_free: int = 0, *args: Any, **kwargs: Any) -> int:
-        """Free nothing: an engine is on the device whole or not at all, so ComfyUI goes on to `detach`."""
-        return 0
+        """Go on with fewer blocks on the device. Returns the bytes freed.
+
+        0 when the engine has to go whole: ComfyUI then calls `detach`.
+        """
+        before = self.loaded_size()
+        if not self.engine.loaded or not self.planner.give(memory_to_free):
+            return 0
+        log.info("Flux Hotswap: gives memory to another model: %s", self.planner.plan.sentence)
+        # Where even the way there has no room, the engine has given back everything.
+        with suppress(MemoryError, torch.OutOfMemoryError):
+            self.engine.replan()
+        return before - self.loaded_size()
 
     def detach(self, unpatch_all: bool = True) -> Any:
         """Give the memory back if ComfyUI means it (`unpatch_all`); it also calls this on every reload and deletion."""
         model = super().detach(unpatch_all)
         if unpatch_all:
-            if self.load_device == self.offload_device:
+            self.model.unloaded = True
+            if self.planner.shared or not self.model.handles:
                 self.engine.release()
             else:
                 self.engine.offload()
@@ -229,7 +266,8 @@ class AcceleratedModelPatcher(comfy.model_patcher.ModelPatcher):
 
     def _apply(self, stack: LoraStack) -> None:
         if not self.engine.applied(stack):
-            self.model.sampling_record.swaps.append(self.engine.swap(stack))
+            with self._explaining(f"bringing LoRAs {stack} there"):
+                self.model.sampling_record.swaps.append(self.engine.swap(stack))
 
     def cleanup(self) -> None:
         """Say what the sampling did. The LoRAs stay bound: the next prompt may want them again."""
@@ -238,6 +276,8 @@ class AcceleratedModelPatcher(comfy.model_patcher.ModelPatcher):
         if self._prefetcher is not None:
             self._prefetcher.stop()
             self._prefetcher = None
+        if self.planner.offload.mode == "model":
+            self.engine.offload()
         record, self.model.sampling_record = getattr(self.model, "sampling_record", None), None
         if record is None:
             return
@@ -275,12 +315,32 @@ class AcceleratedModelPatcher(comfy.model_patcher.ModelPatcher):
             step_cache="" if cache is None else str(cache),
         )
 
-    def _load(self) -> None:
-        start, was_loaded = time.perf_counter(), self.engine.loaded
-        self.engine.load()
+    def _load(self, device_bytes: float | None = None) -> None:
+        """Load, or move blocks, by a plan for so much of the device; by default for what is free."""
+        engine, planner = self.engine, self.planner
+        if device_bytes is None:
+            free = comfy.model_management.get_free_memory(self.load_device)
+            device_bytes = self.loaded_size() + free - comfy.model_management.minimum_inference_memory()
+        changed = planner.allow(device_bytes)
+        if changed:
+            log.info("Flux Hotswap: offload %s", planner.plan.sentence)
+        self.model.unloaded = False
+        start, was_loaded = time.perf_counter(), engine.loaded
+        with self._explaining("loading"):
+            if engine.loaded and changed:
+                engine.replan()
+            else:
+                engine.load()
         if not was_loaded:
             self.model.last_load_s = time.perf_counter() - start
-        self.model.model_loaded_weight_memory = self.engine.bytes
+
+    @contextmanager
+    def _explaining(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except torch.OutOfMemoryError as exc:
+            exc.__traceback__ = None  # its frames hold tensors
+            raise out_of_memory(self.engine, self.planner, what) from exc
 
     # What cannot be done to an engine, with what to do instead.
 
@@ -336,3 +396,15 @@ class AcceleratedModelPatcher(comfy.model_patcher.ModelPatcher):
                 name,
             )
         super().add_object_patch(name, obj)
+
+
+def _forget(model: weakref.ref) -> None:
+    """A clone is gone. With the last one, an engine that ComfyUI unloaded leaves host memory, too.
+
+    So does any other model of ComfyUI's: /free drops its weights with the outputs of the nodes. What is compiled stays.
+    """
+    found = model()
+    if found is not None:
+        found.handles -= 1
+        if not found.handles and found.unloaded:
+            found.diffusion_model.engine.release()

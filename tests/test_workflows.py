@@ -22,6 +22,7 @@ NAMES = ("flux_hotswap_text_to_image", "flux_hotswap_two_loras", "flux_hotswap_p
 NODES = {
     "FluxAccelLoader": "Accelerated Flux Loader",
     "FluxQuantizeTransformer": "Quantize Transformer",
+    "FluxOffloadConfig": "Offload Config",
     "FluxHotswapLora": "Hotswap LoRA",
     "FluxTextEncoderLoader": "Flux Text Encoder Loader",
     "FluxStepCache": "Flux Step Cache",

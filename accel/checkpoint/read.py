@@ -49,10 +49,11 @@ def read_weights(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> I
     layout = spec.stored_layout
     with spec.file.open() as rows:
         reader = StoredReader(spec.file.name, rows, torch.device(device))
-        for linear in layout.linears:
-            yield from _linear(linear, spec, reader, dtype)
+        # The few small ones first: a block is whole, and can be moved, as soon as its last linear is read.
         for vector in layout.vectors:
             yield VectorWeights(vector.parameter, reader.read(spec.stored[vector.name], dtype))
+        for linear in layout.linears:
+            yield from _linear(linear, spec, reader, dtype)
 
 
 def _linear(

@@ -45,7 +45,7 @@ class HostBuffers:
             if block is not None:
                 self._free.remove(block)
         if block is None:
-            block = _new_block(-(-size // mmap.PAGESIZE) * mmap.PAGESIZE)
+            block = new_block(size)
         view = memoryview(block)
         tensor = torch.frombuffer(view, dtype=torch.uint8, count=size)
         # The storage holds the view, and so do all tensors over it.
@@ -68,7 +68,9 @@ class HostBuffers:
                 self._free.append(block)
 
 
-def _new_block(size: int) -> mmap.mmap:
+def new_block(size: int) -> mmap.mmap:
+    """Pages from the system, `size` bytes rounded up to whole ones, zero."""
+    size = max(1, -(-size // mmap.PAGESIZE)) * mmap.PAGESIZE
     if not hasattr(mmap, "MAP_ANONYMOUS"):  # Windows
         return mmap.mmap(-1, size)
     # Private: Python's default is shared with forked processes, and has no huge pages.

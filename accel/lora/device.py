@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -34,7 +34,13 @@ class DeviceLoras:
     """
 
     def __init__(
-        self, slots: LoraSlots, device: torch.device, budget_bytes: int, *, share_host: bool | None = None
+        self,
+        slots: LoraSlots,
+        device: torch.device,
+        budget_bytes: int,
+        *,
+        share_host: bool | None = None,
+        upload: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         """Hold up to `budget_bytes` on the device, but at least what is bound and what is being prepared.
 
@@ -43,11 +49,12 @@ class DeviceLoras:
             device: where the model is.
             budget_bytes: 0 keeps nothing but the bound stack.
             share_host: bind host buffers themselves, without a copy; by default where the device is the host.
+            upload: makes a copy of a host tensor on the device.
         """
         self._slots = slots
-        self._device = device
         self._budget_bytes = budget_bytes
         self._share_host = device.type == "cpu" if share_host is None else share_host
+        self._upload = upload or (lambda tensor: tensor.to(device, non_blocking=True, copy=True))
         self._residents: OrderedDict[Hashable, _Resident] = OrderedDict()
         self._bound: Hashable | None = None
 
@@ -71,12 +78,12 @@ class DeviceLoras:
             self._residents[key] = _Resident(flat, self._slots.bindings(flat))
             return
         with torch.inference_mode(False), torch.no_grad():
+            # On a GPU the copy runs while the Parameters are made; what binds them runs behind it in the stream.
             if victim is None:
-                buffer = torch.empty_like(flat.buffer, device=self._device)
+                buffer = self._upload(flat.buffer)
             else:
                 buffer = victim.flat.buffer
-            # On a GPU the copy runs while the Parameters are made; what binds them runs behind it in the stream.
-            buffer[: flat.buffer.numel()].copy_(flat.buffer, non_blocking=True)
+                buffer[: flat.buffer.numel()].copy_(flat.buffer, non_blocking=True)
         same_layout = (
             victim is not None
             and victim.flat.placed == flat.placed
@@ -112,7 +119,7 @@ class DeviceLoras:
 
     def _moved(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         with torch.inference_mode(False), torch.no_grad():
-            return {name: tensor.to(self._device) for name, tensor in tensors.items()}
+            return {name: self._upload(tensor) for name, tensor in tensors.items()}
 
     def _make_room(self, flat: FlatLora) -> _Resident | None:
         """Drop what is over the budget; return the dropped buffer that fits best, to be reused."""

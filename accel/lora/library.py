@@ -10,6 +10,7 @@ import torch
 
 from ..files import FileIdentity
 from ..memory import PoolBudgets, pinned_bytes
+from ..offload.memory import DeviceMemory, memory_of
 from ..spec import ModelSpec
 from .buffers import HostBuffers
 from .device import DeviceLoras
@@ -67,6 +68,7 @@ class LoraLibrary:
         device: torch.device,
         budgets: PoolBudgets,
         cache_dir: str | os.PathLike[str] | None = None,
+        memory: DeviceMemory | None = None,
     ) -> None:
         """Start empty.
 
@@ -76,6 +78,7 @@ class LoraLibrary:
             device: where it runs.
             budgets: what may be kept.
             cache_dir: where matrices that are slow to compute are kept on disk, see `file.read_lora`.
+            memory: of the device; by default as `offload.memory.memory_of` has it.
         """
         self._spec = spec
         self._cache_dir = cache_dir
@@ -84,8 +87,8 @@ class LoraLibrary:
         self._buffers = HostBuffers(BUFFERS_BYTES)
         self._slots: LoraSlots | None = None
         self._dtype = dtype
-        self._device = device
-        self._pin = device.type == "cuda"
+        self._memory = memory or memory_of(device)
+        self._pin = self._memory.pin
         self._files: ByteLru[LoraWeights] = ByteLru(budgets.files_bytes, lambda weights: weights.bytes)
         self._host: ByteLru[Prepared] = ByteLru(budgets.host_bytes, self._host_bytes)
         self._unscaled: ByteLru[UnscaledB] = ByteLru(budgets.device_bytes // 2, lambda values: values.bytes)
@@ -115,13 +118,21 @@ class LoraLibrary:
             pools["device"] = self._loras.bytes, self._loras.budget_bytes
             pools["other strengths"] = self._unscaled.bytes, self._unscaled.budget_bytes
         return pools
+    def device_bytes(self) -> int:
+        """What they take of a device that is not the host."""
+        if self._loras is None or not self._memory.separate:
+            return 0
+        return self._loras.bytes + self._unscaled.bytes
 
     def attach(self, slots: LoraSlots, budgets: PoolBudgets) -> None:
         """Begin to bring LoRAs to a model's slots, within budgets of the memory that is free now."""
         self._files.budget_bytes, self._host.budget_bytes = budgets.files_bytes, budgets.host_bytes
         self._unscaled.budget_bytes = budgets.device_bytes // 2
         self._slots = slots
-        self._loras = DeviceLoras(slots, self._device, budgets.device_bytes)
+        separate, upload = self._memory.separate, self._memory.upload
+        self._loras = DeviceLoras(
+            slots, self._memory.device, budgets.device_bytes, share_host=not separate, upload=upload
+        )
 
     def detach(self) -> None:
         """Forget what is on the device."""
@@ -242,7 +253,7 @@ class LoraLibrary:
     def _unscaled_of(self, key: StackKey, stack: LoraStack, resident: Prepared) -> UnscaledB:
         unscaled = self._unscaled.get(key)
         if unscaled is None:
-            unscaled = UnscaledB(stack.active, resident.flat)
+            unscaled = UnscaledB(stack.active, resident.flat, self._memory.upload)
             self._unscaled.put(key, unscaled)
         return unscaled
 

@@ -8,7 +8,7 @@ operations where the linears' lora_B lie one behind the other.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -53,12 +53,15 @@ def rescalable(flat: FlatLora) -> bool:
 class UnscaledB:
     """The lora_B of a stack before strength and alpha, in the places that they have in its flat buffers."""
 
-    def __init__(self, entries: Sequence[StackEntry], flat: FlatLora) -> None:
+    def __init__(
+        self, entries: Sequence[StackEntry], flat: FlatLora, upload: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
         """Copy the matrices beside a flat buffer; about the time of one copy of them.
 
         Args:
             entries: the active entries that `flat` was made of, or the same files at other strengths.
             flat: on the device where the products are wanted.
+            upload: brings a host tensor there.
         """
         with torch.inference_mode(False), torch.no_grad():
             matrices = _matrices(entries, flat)
@@ -69,7 +72,7 @@ class UnscaledB:
             total = sum(flat.placed[module].b_shape[0] * rank for rank, _, modules in groups for module, _ in modules)
             host = torch.zeros(total, dtype=dtype)
             self._runs = tuple(_fill(host, groups, flat))
-            self._values = host.to(flat.buffer.device)
+            self._values = host.to(flat.buffer.device) if upload is None else upload(host)
 
     @property
     def bytes(self) -> int:

@@ -7,7 +7,8 @@ rank, 0 included.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,7 +38,14 @@ class Bindings:
 class LoraSlots:
     """The LoRA layers of one model."""
 
-    def __init__(self, model: nn.Module, modules: Sequence[str], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        modules: Sequence[str],
+        dtype: torch.dtype,
+        device: torch.device,
+        own: Callable[[nn.Module], Mapping[str, Tensor]] | None = None,
+    ) -> None:
         """Wrap linears. Nothing is bound yet: the model runs after `bind(empty)`.
 
         Args:
@@ -45,7 +53,10 @@ class LoraSlots:
             modules: full names of the linears.
             dtype: of the LoRA matrices; the transformer's compute dtype.
             device: where the transformer is.
+            own: a module's own parameters by name, on the device or the host; None where they stay in the model.
         """
+        self._own = own or self._in_place
+        self._device = device
         self.modules = tuple(modules)
         self._model = model
         self._layers: dict[str, LoraLinear] = {}
@@ -118,17 +129,20 @@ class LoraSlots:
     def weight(self, module: str) -> Tensor:
         """A linear's own weight, (out_features, in_features) float32 on the CPU, whatever is bound."""
         with torch.inference_mode(False), torch.no_grad():
-            return dequantize(self._layers[module].base).cpu()
+            base = self._layers[module].base
+            readable = copy.copy(base)
+            readable._parameters = {name: value.to(self._device) for name, value in self._own(base).items()}
+            return dequantize(readable).cpu()
 
     def parameter(self, name: str) -> Tensor:
         """A bias or the scale of a norm, as the model itself has it, whatever is bound."""
         module, _, last = name.rpartition(".")
         layer = self._layers.get(module)
-        owner = (layer.base if layer else self._model.get_submodule(module))._parameters
-        for replaced, key, parameter in self._replaced:
-            if replaced is owner and key == last:
-                return parameter
-        return owner[last]
+        return self._own(layer.base if layer else self._model.get_submodule(module))[last]
+
+    def _in_place(self, module: nn.Module) -> Mapping[str, Tensor]:
+        replaced = {key: parameter for owner, key, parameter in self._replaced if owner is module._parameters}
+        return {**module._parameters, **replaced}
 
     def _restore(self) -> None:
         while self._replaced:

@@ -18,6 +18,7 @@ from aiohttp import web
 from server import PromptServer
 
 from . import text_encoders  # noqa: F401 - its route
+from .offload import ProbeOutOfMemory, ProbePool, ProbePress, describe
 from .power_lora_loader import ProbeAddPatches, ProbeCachedLoraLoader, ProbePowerLoraLoader
 from .recompiles import ProbeErrorOnRecompile, ProbeRecompile
 
@@ -56,6 +57,7 @@ def _describe(key, root):
         "compile_count": engine.compile_count,
         "recompile_count": engine.recompile_count,
         "bytes": engine.bytes,
+        **describe(engine, root.planner),
         "resident_stacks": len(engine._library._on_device),
         "lora_files": engine._library._files.bytes,
     }
@@ -281,5 +283,5 @@ NODE_CLASS_MAPPINGS = {
     node.__name__: node
     for node in (ProbeGate, ProbeSamplingGate, ProbeConditioning, ProbeBlockPatch, ProbePostInputPatch, ProbeWrapper,
                  ProbeAttentionMask, ProbeErrorOnRecompile, ProbePowerLoraLoader, ProbeCachedLoraLoader,
-                 ProbeAddPatches, ProbeRecompile)
+                 ProbeAddPatches, ProbeRecompile, ProbeOutOfMemory, ProbePool, ProbePress)
 }

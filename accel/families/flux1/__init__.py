@@ -13,9 +13,10 @@ from ...attention import Attention
 from ...files import TensorInfo
 from ...layout import Layout, LoraTarget, VectorWeight
 from . import blocks
+from .activations import activation_bytes, image_tokens
 from .config import AXES_DIM, DIFFUSERS, HEAD_DIM, PATCH_SIZE, Flux1Config
 from .config import recognise as recognise_config
-from .forward import Flux1Forward, Flux1Inputs
+from .forward import BlockWeights, Flux1Forward, Flux1Inputs
 from .layout import checkpoint_layout
 from .lora_names import lora_aliases, lora_norms
 
@@ -66,6 +67,26 @@ class Flux1:
     def per_picture(self, module: str) -> bool:
         """Whether a linear of a block runs once per picture, not on every token: the modulations."""
         return self.quantizable(module) and module.endswith((".norm1.linear", ".norm1_context.linear", ".norm.linear"))
+
+    def block_count(self, config: Flux1Config) -> int:
+        """Blocks in all: double blocks run first, then single ones."""
+        return config.depth + config.depth_single
+
+    def block_of(self, config: Flux1Config, name: str) -> int | None:
+        """Which block a module or parameter is part of, counted in the order in which they run; None: it is outside."""
+        kind, _, rest = name.partition(".")
+        first = {"transformer_blocks": 0, "single_transformer_blocks": config.depth}.get(kind)
+        return None if first is None else first + int(rest.partition(".")[0])
+
+    def image_tokens(self, width: int, height: int) -> int:
+        """See `activations.image_tokens`."""
+        return image_tokens(width, height)
+
+    def activation_bytes(
+        self, config: Flux1Config, tokens: int, dtype: torch.dtype, quantization: str, compiled: bool
+    ) -> int:
+        """See `activations.activation_bytes`."""
+        return activation_bytes(config, tokens, dtype, quantization, compiled)
 
     def build(self, config: Flux1Config) -> nn.Module:
         """Make the diffusers model; inside `torch.device("meta")` it costs no memory."""
@@ -119,9 +140,11 @@ class Flux1:
 
         return whole
 
-    def forward(self, config: Flux1Config, model: nn.Module, regions: Sequence[Callable]) -> Flux1Forward:
-        """Tie a model that `build` made to its regions, compiled or not."""
-        return Flux1Forward(config, model, *regions)
+    def forward(
+        self, config: Flux1Config, model: nn.Module, regions: Sequence[Callable], weights: BlockWeights | None = None
+    ) -> Flux1Forward:
+        """Tie a model that `build` made to its regions, compiled or not; `weights` brings them where they compute."""
+        return Flux1Forward(config, model, *regions, weights=weights)
 
 
 @functools.lru_cache(maxsize=4)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,16 @@ from .positions import RopeOptions, RotaryTables, image_ids, pack, pad_to_patche
 DoubleBlock = Callable[[nn.Module, Tensor, Tensor, Tensor, Tensor, "Tensor | None"], tuple[Tensor, Tensor]]
 SingleBlock = Callable[[nn.Module, Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
 AllBlocks = Callable[[nn.Module, Tensor, Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
+
+
+class BlockWeights(Protocol):
+    """Brings the weights of blocks to where they compute."""
+
+    def enter(self, block: int) -> None:
+        """Before a block runs; counted in the order in which they run, double blocks first."""
+
+    def leave(self, block: int) -> None:
+        """After it was run, or has failed."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +139,7 @@ class Flux1Forward:
         double: DoubleBlock,
         single: SingleBlock,
         whole: AllBlocks | None = None,
+        weights: BlockWeights | None = None,
     ) -> None:
         """Tie a model to the functions that run its blocks (`blocks.double_block` and `single_block`, compiled).
 
@@ -137,12 +149,14 @@ class Flux1Forward:
             double: runs a double block.
             single: runs a single block.
             whole: runs all blocks, where nothing has to happen between them.
+            weights: told of every block that is run, before and after; None where all of them stay in their places.
         """
         self.config = config
         self._model = model
         self._double = double
         self._single = single
         self._whole = whole
+        self._weights = weights
         self._rotary = RotaryTables()
 
     def __call__(self, inputs: Flux1Inputs) -> Tensor:
@@ -202,7 +216,8 @@ class Flux1Forward:
     ) -> BlockState:
         conditioning, temb = state.conditioning, F.silu(state.conditioning)
         embedded = state.hidden_states
-        if self._whole is not None and step_cache is None and not hooks.around_block and not any(residuals.places):
+        alone = self._weights is None and step_cache is None and not hooks.around_block and not any(residuals.places)
+        if self._whole is not None and alone:
             image, text = state.hidden_states, state.encoder_hidden_states
             joined = self._whole(self._model, image, text, temb, state.rotary, state.mask)
             return replace(state, hidden_states=joined, encoder_hidden_states=None)
@@ -212,8 +227,10 @@ class Flux1Forward:
 
         for index, block in enumerate(self._model.transformer_blocks):
 
-            def double(state: BlockState, block: nn.Module = block) -> BlockState:
-                hidden_states, encoder_hidden_states = self._double(
+            def double(state: BlockState, index: int = index, block: nn.Module = block) -> BlockState:
+                hidden_states, encoder_hidden_states = self._run(
+                    self._double,
+                    index,
                     block,
                     state.hidden_states,
                     state.encoder_hidden_states,
@@ -237,13 +254,31 @@ class Flux1Forward:
         state = replace(state, hidden_states=joined, encoder_hidden_states=None, text_tokens=text_tokens)
         for index, block in enumerate(self._model.single_transformer_blocks):
 
-            def single(state: BlockState, block: nn.Module = block) -> BlockState:
-                hidden_states = self._single(block, state.hidden_states, activated(state), state.rotary, state.mask)
+            def single(state: BlockState, index: int = index, block: nn.Module = block) -> BlockState:
+                hidden_states = self._run(
+                    self._single,
+                    self.config.depth + index,
+                    block,
+                    state.hidden_states,
+                    activated(state),
+                    state.rotary,
+                    state.mask,
+                )
                 return replace(state, hidden_states=hidden_states)
 
             state = _hooked(hooks, "single", index, single, state)
             _add(residuals.single, index, state.hidden_states[:, text_tokens:])
         return state
+
+    def _run(self, region: Callable, index: int, block: nn.Module, *args: Tensor | None) -> Any:
+        """Run a block while its weights are there."""
+        if self._weights is None:
+            return region(block, *args)
+        self._weights.enter(index)
+        try:
+            return region(block, *args)
+        finally:
+            self._weights.leave(index)
 
     def release(self) -> None:
         """Drop cached tables."""
