@@ -27,7 +27,7 @@ from benchmarks.pretend_h100 import pretend
 
 HIDDEN_SIZE = 256
 TOKENS = 333
-COMPILED = ("cudnn", "flash_2", "flash_3", "flash_4", "flex")
+COMPILED = ("cudnn", "flash_2", "flash_4", "flex")
 # Attention in generated code: operators of PyTorch, of the libraries and ours, and TorchInductor's own template.
 KERNEL = re.compile(
     r"torch\.ops\.(aten\._scaled_dot_product_\w+|flux_hotswap\.attention|flash_attn\w*\._flash_attn_forward)\.default\("

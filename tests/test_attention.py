@@ -674,7 +674,7 @@ def test_a_library_in_a_compiled_engine(spec, install, on_cpu):
 @pytest.fixture(scope="module")
 def traced(tmp_path_factory):
     folder = tmp_path_factory.mktemp("packages")
-    for package in ("flash_2", "flash_3", "flash_4"):
+    for package in ("flash_2", "flash_4"):
         write_package(folder, package)
     command = [sys.executable, "-m", "harness.attention_trace", str(folder)]
     done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=600)
@@ -687,7 +687,6 @@ def traced(tmp_path_factory):
     [
         ("cudnn", "aten._scaled_dot_product_cudnn_attention"),
         ("flash_2", "flash_attn._flash_attn_forward"),
-        ("flash_3", "flash_attn_3._flash_attn_forward"),
         ("flash_4", "flux_hotswap.attention"),
         ("flex", "triton_tem_fused"),
     ],

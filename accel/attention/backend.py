@@ -84,10 +84,13 @@ class Backend:
 
     def missing(self, target: Target) -> str | None:
         """Why it cannot run on a target, or None. The machine first: nothing is worth installing that cannot run."""
-        if target.dtype not in self.tolerance:
-            known = ", ".join(_dtype_name(dtype) for dtype in self.tolerance)
-            return f"computes in {known}, but dtype is {_dtype_name(target.dtype)}"
-        return self.hardware(target) or self.library()
+        return self.hardware(target) or self._without_kernels(target.dtype) or self.library()
+
+    def _without_kernels(self, dtype: torch.dtype) -> str | None:
+        if dtype in self.tolerance:
+            return None
+        known = ", ".join(_dtype_name(each) for each in self.tolerance)
+        return f"computes in {known}, but dtype is {_dtype_name(dtype)}"
 
 
 def installed_with_torch() -> None:

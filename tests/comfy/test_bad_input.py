@@ -107,6 +107,18 @@ def test_a_wrong_checkpoint_does_not_evict_the_engine(comfy, undisturbed):
     assert comfy.engine() == engine
 
 
+def test_attention_that_cannot_run_here(comfy, undisturbed):
+    choices = comfy.client.object_info("FluxAccelLoader")["FluxAccelLoader"]["input"]["required"]["attention"]
+    assert {"auto", "sdpa", "cudnn", "flash_2", "flash_3", "flash_4", "sage", "xformers", "flex"} == set(
+        choices[1]["options"]
+    )
+    for name, reason in (("flash_3", "needs an NVIDIA card of compute capability 9.x"), ("flex", "runs compiled only")):
+        nodes = graph(replace(DEV, compile="off"))
+        nodes["p0_model"]["inputs"]["attention"] = name
+        message = error_of(comfy, nodes, "p0_model")
+        assert_says(message, f"attention '{name}' {reason}", "The nearest that runs here is 'sdpa'")
+
+
 def test_lora_of_another_variant(comfy, undisturbed):
     """guidance_in has no place in schnell."""
     name = comfy.lora("for-dev.safetensors", "diffusers", seed=92)
