@@ -118,8 +118,8 @@ class StepCache:
         """Announce one call of the transformer.
 
         Once one call of a step was computed, the others (uncond after cond, the regions of a prompt) are too, without a
-        look: as in one batch, into which ComfyUI joins them or not by the memory that is free. It costs 1 or 2 % of the
-        skips, and at equal skips the pictures are as exact (Pocket FLUX, cfg 3, 28 steps, 2026-11-22).
+        look: as in one batch, into which ComfyUI joins them or not by the memory that is free. It lets 1 or 2 % fewer
+        calls be skipped; at equal skips the pictures are as exact (Pocket FLUX, cfg 3, 28 steps, 2026-11-22).
 
         Args:
             sigma: (B,) noise level on the transformer's device. The calls of one step get the same tensor object.
