@@ -117,9 +117,9 @@ class StepCache:
     def call(self, sigma: Tensor, kind: Hashable = (), state: Hashable = ()) -> StepCall:
         """Announce one call of the transformer.
 
-        Calls of one step (cond and uncond, the regions of a prompt) decide alike: once one of them was computed, the
-        others are too. Guidance multiplies the difference of two predictions, and with it the error of one that is
-        stale where the other is not; errors that both have cancel.
+        Once one call of a step was computed, the others (uncond after cond, the regions of a prompt) are too, without a
+        look: as in one batch, into which ComfyUI joins them or not by the memory that is free. It lets 1 or 2 % fewer
+        calls be skipped; at equal skips the pictures are as exact (Pocket FLUX, cfg 3, 28 steps, 2026-11-22).
 
         Args:
             sigma: (B,) noise level on the transformer's device. The calls of one step get the same tensor object.
