@@ -23,7 +23,7 @@ import torch.fx.experimental._config
 from torch import Tensor, nn
 
 from .compile_cache import CompiledFiles
-from .compile_region import JustInTime, Precompiled
+from .compile_region import CompilerError, JustInTime, Precompiled
 
 # Private names, in force only around our own calls, all checked by tests/test_engine.py:
 # a LoRA's rank is a parameter's size, and parameters' sizes are constants unless the first two say otherwise. With duck
@@ -157,7 +157,7 @@ class RegionCompiler:
             failed = exc
         # Before anything is blamed on the compiler: what is wrong with the computation itself raises here.
         result = function(block, *args)
-        self.failure = _first_line(failed)
+        self.failure = _reason(failed)
         self._observer.notice(failure_notice(function.__name__, failed), True)
         return result, compiled
 
@@ -181,7 +181,12 @@ class RegionCompiler:
     def _backend(self, graph: torch.fx.GraphModule, example_inputs: list[Tensor]) -> Callable:
         from torch._inductor.compile_fx import compile_fx  # takes a second to import
 
-        compiled = compile_fx(graph, example_inputs, config_patches=self._options or None)
+        try:
+            compiled = compile_fx(graph, example_inputs, config_patches=self._options or None)
+        except torch._dynamo.exc.TorchDynamoException:  # its own, such as the wish to trace again
+            raise
+        except Exception as exc:
+            raise CompilerError from exc
         # Counted when done: dynamo may drop an attempt and trace again.
         self.count += 1
         return compiled
@@ -191,7 +196,8 @@ def is_compiler_failure(exc: BaseException) -> bool:
     """Whether an error says that something could not be compiled, not that the computation itself is wrong."""
     if isinstance(exc, torch._dynamo.exc.RecompileError):  # what `error_on_recompile` asks for
         return False
-    if isinstance(exc, (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit)):
+    dynamo = torch._dynamo.exc
+    if isinstance(exc, (CompilerError, dynamo.TorchDynamoException, dynamo.FailOnRecompileLimitHit)):
         return True
     # Kernels that are compiled at their first launch, and code that inductor left behind, raise errors of their own.
     module = type(exc).__module__ or ""
@@ -201,7 +207,7 @@ def is_compiler_failure(exc: BaseException) -> bool:
 def failure_notice(region: str, exc: BaseException) -> str:
     """One sentence on what failed, one on what happens now, one on what to do."""
     return (
-        f"torch.compile could not compile the {region} blocks on this machine ({_first_line(exc)}). The model goes on "
+        f"torch.compile could not compile the {region} blocks on this machine ({_reason(exc)}). The model goes on "
         f"without compiling: the same pictures, but slower. {_advice(exc)} Or set 'compile' to 'off' in Accelerated "
         "Flux Loader."
     )
@@ -251,8 +257,10 @@ def mark_weights_static(model: nn.Module) -> None:
         torch._dynamo.mark_static(parameter)
 
 
-def _first_line(exc: BaseException) -> str:
-    return next((line.strip() for line in str(exc).splitlines() if line.strip()), type(exc).__name__)
+def _reason(exc: BaseException) -> str:
+    *_, innermost = _chain(exc)
+    line = next((line.strip() for line in str(innermost).splitlines() if line.strip()), "")
+    return f"{type(innermost).__name__}: {line}"
 
 
 def _contiguous(arg: Any) -> Any:

@@ -23,7 +23,7 @@ import time
 import uuid
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -37,8 +37,8 @@ SUFFIX = ".flux-hotswap-compiled"
 LIMIT_BYTES = 2 * 10**9
 DIGEST_BYTES = 32
 ABANDONED_S = 3600
-# In inductor's folder, but only of use while a compiler runs; precompiled headers alone take 50 MB.
-NOT_KEPT = ("locks", "precompiled_headers")
+# In inductor's folder, but only of use while a compiler runs.
+NOT_KEPT = ("locks",)
 KERNELS, REGIONS = "kernels/", "regions/"
 FOLDER_VARIABLES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 # Environment variables that change what compilers make of the same source.
@@ -98,7 +98,10 @@ class CompiledFiles:
             if not chosen_by_user(before["TORCHINDUCTOR_CACHE_DIR"]):
                 os.environ["TORCHINDUCTOR_CACHE_DIR"] = self._work.name
                 os.environ.pop("TRITON_CACHE_DIR", None)
-            yield
+                with _no_precompiled_headers():
+                    yield
+            else:
+                yield
         finally:
             for name, value in before.items():
                 if value is None:
@@ -301,6 +304,18 @@ def _sources_digest() -> str:
     for path in sorted(root.rglob("*.py")):
         digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
+
+
+def _no_precompiled_headers() -> AbstractContextManager:
+    """Keep inductor from compiling C++ headers in the system's temporary folder before it looks for a kernel.
+
+    It does so at each start, for seconds, even if every kernel is there (torch 2.14, CppCodeCache.load_async); and
+    kernels that were compiled with them have other names.
+    """
+    from torch._inductor import config
+
+    name = "cpp_cache_precompile_headers"
+    return config.patch({name: False}) if hasattr(config, name) else nullcontext()
 
 
 def _private_folder() -> tempfile.TemporaryDirectory:

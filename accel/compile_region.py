@@ -23,6 +23,10 @@ Backend = Callable[[torch.fx.GraphModule, list[Tensor]], Callable]
 REASON_LENGTH = 160
 
 
+class CompilerError(Exception):
+    """Compiling failed, for the reason that is this error's cause."""
+
+
 class JustInTime:
     """A function under torch.compile as it is: dynamo finds out by itself what fits."""
 
@@ -129,8 +133,13 @@ class Precompiled:
         self.reason = self._variants[-1].why_not(values) if self._variants else ""
         if self._variants and torch._dynamo.config.error_on_recompile:
             raise torch._dynamo.exc.RecompileError(f"{self._function.__name__}: {self.reason}")
-        made = self._compiled.aot_compile(((block, *args), {}))
-        data = type(made).serialize(made, self._closure).serialized_data
+        try:
+            made = self._compiled.aot_compile(((block, *args), {}))
+            data = type(made).serialize(made, self._closure).serialized_data
+        except (torch._dynamo.exc.TorchDynamoException, CompilerError):
+            raise
+        except Exception as exc:  # what cannot be stored raises whatever pickling it raises
+            raise CompilerError from exc
         variant = _Variant(made)
         self._variants.append(variant)
         self._files.store(self._function.__name__, data)

@@ -60,7 +60,11 @@ class FluxAccelLoader(io.ComfyNode):
                     options=list(COMPILE_MODES),
                     default=COMPILE_MODES[0],
                     tooltip="regional: compile each block type once; the first image takes a minute longer, every "
-                    "later one is faster, whatever LoRA, size or prompt. off: start at once, run slower.",
+                    "later one is faster, whatever LoRA, size or prompt. regional max-autotune: also try several "
+                    "kernels for each operation on this GPU; the first image takes minutes longer, later ones a "
+                    "little less. full: all blocks as one piece; compiles many times longer, saves what "
+                    "starting each block costs; with ControlNet or patches between blocks it works like "
+                    "regional. off: start at once, run slower. What was compiled is kept for the next start.",
                 ),
                 FluxQuantization.Input(
                     "quantization",
