@@ -158,6 +158,11 @@ class Engine:
         return self._compiler.recompiles
 
     @property
+    def lora_bytes(self) -> int:
+        """What LoRAs take of the device now, unless it is the host itself."""
+        return self._library.device_bytes
+
+    @property
     def device_bytes(self) -> int:
         """What weights, staging buffers and LoRAs take of the device now."""
         with self._lock:

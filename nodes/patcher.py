@@ -255,7 +255,7 @@ class AcceleratedModelPatcher(comfy.model_patcher.ModelPatcher):
         if device_bytes is None:
             free = comfy.model_management.get_free_memory(self.load_device)
             device_bytes = self.loaded_size() + free - comfy.model_management.minimum_inference_memory()
-        changed = planner.allow(device_bytes)
+        changed = planner.allow(device_bytes, engine.lora_bytes)
         if changed:
             log.info("Flux Hotswap: offload %s", planner.plan.sentence)
         self.model.unloaded = False

@@ -266,6 +266,16 @@ def test_a_planner_takes_all_that_a_device_got_free():
     assert plans().resident_blocks == 4
     plans.allow(SIZES.total + lora_share(0))
     assert plans().mode == "none"
+    assert plans().lora_bytes == lora_share(0)
+    plans.allow(SIZES.total + 8 * GB)
+    assert plans().lora_bytes == lora_share(8 * GB) > lora_share(0)
+
+
+def test_a_planner_counts_the_loras_that_are_there():
+    plans = planner(SIZES.total)
+    loras = 2 * lora_share(0)
+    plans.allow(SIZES.on_device(4) + loras, loras)
+    assert plans().resident_blocks == 4
 
 
 def test_a_planner_never_takes_more_than_the_user_chose():

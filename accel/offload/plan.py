@@ -160,14 +160,16 @@ def refit(demand: Demand, offload: Offload, weights_bytes: float) -> OffloadPlan
     Args:
         demand: what the engine asks for.
         offload: what the user chose; "none" and "model" keep everything on the device all the same.
-        weights_bytes: what weights and staging may take; when not even 0 resident blocks fit, there are none.
+        weights_bytes: what weights and staging may take, `lora_share(0)` for LoRAs not counted; when not even 0
+            resident blocks fit, there are none.
     """
-    weights, lora_bytes = demand.weights, lora_share(0)
+    weights = demand.weights
     if offload.mode in ("none", "model") or (offload.mode == "auto" and weights.total <= weights_bytes):
         mode = "none" if offload.mode == "auto" else offload.mode
-        return _whole(mode, demand, lora_bytes, "of what is free now")
+        left = int(max(0, weights_bytes - weights.total))
+        return _whole(mode, demand, lora_share(lora_share(0) + left), "of what is free now")
     resident = weights.most_resident(weights_bytes) or 0
-    return _streamed(demand, resident, lora_bytes, "of what is free now")
+    return _streamed(demand, resident, lora_share(0), "of what is free now")
 
 
 @dataclass(frozen=True)
@@ -252,4 +254,4 @@ def gb(size: int) -> str:
     """A size for people, with about three digits."""
     if size < GB // 10:
         return f"{size / 1e6:.1f} MB"
-    return f"{size / GB:.1f} GB" if size >= 10 * GB else f"{size / GB:.2f} GB"
+    return f"{size / GB:.1f} GB" if size >= 9.995 * GB else f"{size / GB:.2f} GB"
