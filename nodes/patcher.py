@@ -24,7 +24,7 @@ from ..accel.lora.stack import LoraStack
 from ..accel.lora.weights import LoraWeights
 from ..accel.offload.planner import Planner
 from ..accel.prefetch import Prefetcher
-from .offload import out_of_memory
+from .offload import further_reserve, out_of_memory
 from .prefetch import prefetcher_for
 from .progress import show_text
 
@@ -255,7 +255,7 @@ class AcceleratedModelPatcher(comfy.model_patcher.ModelPatcher):
         if device_bytes is None:
             free = comfy.model_management.get_free_memory(self.load_device)
             device_bytes = self.loaded_size() + free - comfy.model_management.minimum_inference_memory()
-        changed = planner.allow(device_bytes, engine.lora_bytes)
+        changed = planner.allow(device_bytes - further_reserve(planner.offload), engine.lora_bytes)
         if changed:
             log.info("Flux Hotswap: offload %s", planner.plan.sentence)
         self.model.unloaded = False

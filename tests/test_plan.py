@@ -232,7 +232,9 @@ def test_the_budget_is_what_is_free_without_the_reserve_or_what_was_asked_for():
 
 def test_on_a_cpu_nothing_is_moved_unless_asked():
     shared = Room(10, shared=True)
-    assert make_plan(DEMAND, Offload("auto"), shared).mode == "none"
+    plan = make_plan(DEMAND, Offload("auto"), shared)
+    assert (plan.mode, plan.resident_blocks, plan.device_bytes) == ("none", 8, SIZES.total)
+    assert "because the transformer runs on the CPU" in plan.sentence
     assert make_plan(DEMAND, Offload("none"), shared).device_bytes == SIZES.total
     check_device(Offload("model"), torch.device("cuda"))
     with pytest.raises(SettingsError, match=r"'model'.*runs on the CPU"):

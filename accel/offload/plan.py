@@ -134,8 +134,9 @@ def make_plan(demand: Demand, offload: Offload, room: Room) -> OffloadPlan:
         SettingsError: it does not fit; with the numbers, and what would.
     """
     if room.shared and offload.mode in ("auto", "none"):
-        why = "the device is the CPU: its memory is the host's"
-        return _whole("none", demand, lora_share(0), why)
+        count, size = len(demand.weights.blocks), demand.weights.total
+        sentence = f"none: {gb(size)} of weights stay where they are, because the transformer runs on the CPU"
+        return OffloadPlan("none", count, count, size, 0, sentence, lora_share(0), demand.activation_bytes)
     budget = _budget(offload, room)
     left = budget.bytes - demand.activation_bytes
     lora_bytes = lora_share(left - demand.weights.total)
