@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -148,6 +149,11 @@ class Engine:
         return self._forward is not None
 
     @property
+    def device_bytes(self) -> int:
+        """What the weights take of the device now, staging included; LoRAs not."""
+        return 0 if self._weights is None else self._weights.device_bytes
+
+    @property
     def compile_count(self) -> int:
         """Compiles since the engine was made."""
         return self._compiler.count
@@ -188,7 +194,9 @@ class Engine:
                 self._assemble(plan)
             try:
                 self._weights.place(plan)
-            except BaseException:
+            except BaseException as exc:
+                # Its frames hold buffers of the device for as long as somebody keeps the exception.
+                traceback.clear_frames(exc.__traceback__)
                 self._offload()
                 raise
             self._library.attach(self._slots, self._budgets(plan=plan))
@@ -234,12 +242,12 @@ class Engine:
         self._slots.unbind()
         try:
             self._weights.offload()
-        except MemoryError:
+        except BaseException as exc:
+            traceback.clear_frames(exc.__traceback__)
+            self.release()
+            if not isinstance(exc, MemoryError):
+                raise
             self._observer.notice("The host has no room for the weights: they are read again when needed.", True)
-            self.release()
-        except BaseException:
-            self.release()
-            raise
 
     def release(self) -> None:
         """Give all memory back. Compiled code stays, and serves the next `load`."""
@@ -267,7 +275,11 @@ class Engine:
         family, config = self.spec.family, self.spec.config
         blocks = family.block_count(config)
         weights = Weights(self._memory, plan, lambda name: family.block_of(config, name), blocks)
-        model = self._read_model(weights)
+        try:
+            model = self._read_model(weights)
+        except BaseException:
+            weights.close()
+            raise
         mark_weights_static(model)
         modules = family.layout(config).modules
         self._slots = LoraSlots(model, modules, self.dtype, self.device, weights.own)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -62,6 +63,8 @@ class Ring:
         ]
         self._slot_of = {block: slot for slot in self._slots for block in slot.blocks}
         self.copied_bytes = 0
+        # Whoever drops an engine between two blocks must not free what is being copied from or to.
+        weakref.finalize(self, memory.finish).atexit = False
 
     @property
     def bytes(self) -> int:

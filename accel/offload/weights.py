@@ -207,10 +207,15 @@ class Weights:
                 self._leave_device(segment)
 
     def close(self) -> None:
-        """Let nothing be copied any more, so that everything can be dropped."""
+        """Drop everything now, whoever still holds the model, such as the traceback of what went wrong."""
         with self._lock:
-            if self.ring is not None:
-                self.ring.close()
+            ring, self.ring = self.ring, None
+            if ring is not None:
+                ring.close()
+            for segment in self._segments():
+                segment.on_device = segment.on_host = None
+            for module in self._model.modules() if self._model is not None else ():
+                module._parameters.update(dict.fromkeys(module._parameters))
 
     def _is_streamed(self, segment: _Segment) -> bool:
         return any(segment is self._blocks[block] for block in self._streamed)
