@@ -168,12 +168,6 @@ class Engine:
         """What LoRAs take of the device now, unless it is the host itself."""
         return self._library.device_bytes
 
-    @property
-    def device_bytes(self) -> int:
-        """What weights, staging buffers and LoRAs take of the device now."""
-        with self._lock:
-            return self._weights.device_bytes + self._library.device_bytes if self.loaded else 0
-
     def load(self) -> None:
         """Read the weights, add the LoRA slots, bind no LoRA. Does nothing when loaded.
 
@@ -216,7 +210,8 @@ class Engine:
             self._slots.unbind()
             try:
                 self._weights.place(self._current_plan())
-            except BaseException:
+            except BaseException as exc:
+                traceback.clear_frames(exc.__traceback__)
                 self._offload()
                 raise
             self._start()

@@ -125,7 +125,7 @@ class AcceleratedModelPatcher(comfy.model_patcher.ModelPatcher):
 
     def loaded_size(self) -> int:
         """Bytes that it takes now."""
-        return self.engine.device_bytes
+        return self.engine.device_bytes + self.engine.lora_bytes
 
     def partially_load(self, device_to: torch.device, extra_memory: int = 0, force_patch_weights: bool = False) -> int:
         """Load the engine, or bring as many more blocks as the memory allows. Returns the bytes gained.
