@@ -182,23 +182,10 @@ class Engine:
         """Why the engine runs without compiling although it should, or None."""
         return self._compiler.failure
 
-    def _code_key(self, attention: str) -> dict[str, str]:
-        """What of this engine its compiled code depends on."""
-        return {
-            "family": self.spec.family.name,
-            "config": repr(self.spec.config),
-            "dtype": str(self.dtype),
-            "quantization": self.settings.quantization.mode,
-            "attention": attention,
-            "compile": self.settings.compile,
-            "device": str(self.device),
-        }
-
     @property
-    def device_bytes(self) -> int:
-        """What weights, staging buffers and LoRAs take of the device now."""
-        with self._lock:
-            return self._weights.device_bytes + self._library.device_bytes if self.loaded else 0
+    def lora_bytes(self) -> int:
+        """What LoRAs take of the device now, unless it is the host itself."""
+        return self._library.device_bytes
 
     def load(self) -> None:
         """Read the weights, add the LoRA slots, bind no LoRA. Does nothing when loaded.
@@ -245,7 +232,8 @@ class Engine:
             self._slots.unbind()
             try:
                 self._weights.place(self._current_plan())
-            except BaseException:
+            except BaseException as exc:
+                traceback.clear_frames(exc.__traceback__)
                 self._offload()
                 raise
             self._start()
@@ -285,6 +273,18 @@ class Engine:
                 self._weights.close()
             self._forward = self._applied = self._slots = self._model = self._weights = None
             self._library.clear()
+
+    def _code_key(self, attention: str) -> dict[str, str]:
+        """What of this engine its compiled code depends on."""
+        return {
+            "family": self.spec.family.name,
+            "config": repr(self.spec.config),
+            "dtype": str(self.dtype),
+            "quantization": self.settings.quantization.mode,
+            "attention": attention,
+            "compile": self.settings.compile,
+            "device": str(self.device),
+        }
 
     def _make_regions(self) -> tuple[Callable, ...]:
         choice = choose_attention(self.settings.attention, self._attention_target)

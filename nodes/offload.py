@@ -103,6 +103,13 @@ def _with_reserve(settings: Offload) -> Offload:
     return dataclasses.replace(settings, reserve_gb=max(settings.reserve_gb, least))
 
 
+def further_reserve(settings: Offload) -> float:
+    """Bytes that the user reserves beyond what ComfyUI keeps free by itself when it says what a model may take."""
+    if settings.vram_budget_gb:
+        return 0.0
+    return max(0.0, settings.reserve_gb * GB - comfy.model_management.extra_reserved_memory())
+
+
 def may_pin() -> bool:
     """Whether host memory may be page-locked: not with --disable-pinned-memory."""
     return comfy.model_management.MAX_PINNED_MEMORY > 0
@@ -116,7 +123,7 @@ def out_of_memory(engine: Engine, planner: Planner, during: str) -> DeviceMemory
         planner: leaves more room from then on, where it may.
         during: what needed the memory.
     """
-    plan, held = planner.plan, engine.device_bytes
+    plan, held = planner.plan, engine.device_bytes + engine.lora_bytes
     engine.offload()
     change = "choose 'auto' or 'stream' in Offload Config"
     if planner.ran_out():

@@ -27,7 +27,7 @@ from ..accel.offload.planner import Planner
 from ..accel.prefetch import Prefetcher
 from ..accel.report import Sampling
 from ..accel.step_cache import StepCache, StepCacheSettings, StepCall
-from .offload import out_of_memory
+from .offload import further_reserve, out_of_memory
 from .prefetch import prefetcher_for
 from .progress import show_text
 
@@ -142,7 +142,7 @@ class AcceleratedModelPatcher(comfy.model_patcher.ModelPatcher):
 
     def loaded_size(self) -> int:
         """Bytes that it takes now."""
-        return self.engine.device_bytes
+        return self.engine.device_bytes + self.engine.lora_bytes
 
     def partially_load(self, device_to: torch.device, extra_memory: int = 0, force_patch_weights: bool = False) -> int:
         """Load the engine, or bring as many more blocks as the memory allows. Returns the bytes gained.
@@ -321,7 +321,7 @@ class AcceleratedModelPatcher(comfy.model_patcher.ModelPatcher):
         if device_bytes is None:
             free = comfy.model_management.get_free_memory(self.load_device)
             device_bytes = self.loaded_size() + free - comfy.model_management.minimum_inference_memory()
-        changed = planner.allow(device_bytes)
+        changed = planner.allow(device_bytes - further_reserve(planner.offload), engine.lora_bytes)
         if changed:
             log.info("Flux Hotswap: offload %s", planner.plan.sentence)
         self.model.unloaded = False

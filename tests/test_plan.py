@@ -232,7 +232,9 @@ def test_the_budget_is_what_is_free_without_the_reserve_or_what_was_asked_for():
 
 def test_on_a_cpu_nothing_is_moved_unless_asked():
     shared = Room(10, shared=True)
-    assert make_plan(DEMAND, Offload("auto"), shared).mode == "none"
+    plan = make_plan(DEMAND, Offload("auto"), shared)
+    assert (plan.mode, plan.resident_blocks, plan.device_bytes) == ("none", 8, SIZES.total)
+    assert "because the transformer runs on the CPU" in plan.sentence
     assert make_plan(DEMAND, Offload("none"), shared).device_bytes == SIZES.total
     check_device(Offload("model"), torch.device("cuda"))
     with pytest.raises(SettingsError, match=r"'model'.*runs on the CPU"):
@@ -266,6 +268,16 @@ def test_a_planner_takes_all_that_a_device_got_free():
     assert plans().resident_blocks == 4
     plans.allow(SIZES.total + lora_share(0))
     assert plans().mode == "none"
+    assert plans().lora_bytes == lora_share(0)
+    plans.allow(SIZES.total + 8 * GB)
+    assert plans().lora_bytes == lora_share(8 * GB) > lora_share(0)
+
+
+def test_a_planner_counts_the_loras_that_are_there():
+    plans = planner(SIZES.total)
+    loras = 2 * lora_share(0)
+    plans.allow(SIZES.on_device(4) + loras, loras)
+    assert plans().resident_blocks == 4
 
 
 def test_a_planner_never_takes_more_than_the_user_chose():

@@ -134,8 +134,9 @@ def make_plan(demand: Demand, offload: Offload, room: Room) -> OffloadPlan:
         SettingsError: it does not fit; with the numbers, and what would.
     """
     if room.shared and offload.mode in ("auto", "none"):
-        why = "the device is the CPU: its memory is the host's"
-        return _whole("none", demand, lora_share(0), why)
+        count, size = len(demand.weights.blocks), demand.weights.total
+        sentence = f"none: {gb(size)} of weights stay where they are, because the transformer runs on the CPU"
+        return OffloadPlan("none", count, count, size, 0, sentence, lora_share(0), demand.activation_bytes)
     budget = _budget(offload, room)
     left = budget.bytes - demand.activation_bytes
     lora_bytes = lora_share(left - demand.weights.total)
@@ -160,14 +161,16 @@ def refit(demand: Demand, offload: Offload, weights_bytes: float) -> OffloadPlan
     Args:
         demand: what the engine asks for.
         offload: what the user chose; "none" and "model" keep everything on the device all the same.
-        weights_bytes: what weights and staging may take; when not even 0 resident blocks fit, there are none.
+        weights_bytes: what weights and staging may take, `lora_share(0)` for LoRAs not counted; when not even 0
+            resident blocks fit, there are none.
     """
-    weights, lora_bytes = demand.weights, lora_share(0)
+    weights = demand.weights
     if offload.mode in ("none", "model") or (offload.mode == "auto" and weights.total <= weights_bytes):
         mode = "none" if offload.mode == "auto" else offload.mode
-        return _whole(mode, demand, lora_bytes, "of what is free now")
+        left = int(max(0, weights_bytes - weights.total))
+        return _whole(mode, demand, lora_share(lora_share(0) + left), "of what is free now")
     resident = weights.most_resident(weights_bytes) or 0
-    return _streamed(demand, resident, lora_bytes, "of what is free now")
+    return _streamed(demand, resident, lora_share(0), "of what is free now")
 
 
 @dataclass(frozen=True)
@@ -252,4 +255,4 @@ def gb(size: int) -> str:
     """A size for people, with about three digits."""
     if size < GB // 10:
         return f"{size / 1e6:.1f} MB"
-    return f"{size / GB:.1f} GB" if size >= 10 * GB else f"{size / GB:.2f} GB"
+    return f"{size / GB:.1f} GB" if size >= 9.995 * GB else f"{size / GB:.2f} GB"

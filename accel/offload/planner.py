@@ -33,10 +33,9 @@ class Planner:
         self.wanted = self.plan = make_plan(demand, offload, room)
         self.shared = room.shared
         self._spare_bytes = 0
-        self._lora_bytes = lora_share(0)
         self._cap_bytes = math.inf
         if offload.vram_budget_gb:
-            self._cap_bytes = offload.vram_budget_gb * GB - demand.activation_bytes - self._lora_bytes
+            self._cap_bytes = offload.vram_budget_gb * GB - demand.activation_bytes - lora_share(0)
 
     def __call__(self) -> OffloadPlan:
         """The present plan: what `Engine` asks for at each load."""
@@ -52,18 +51,20 @@ class Planner:
         """What weights and LoRAs take of the device when nothing disturbs."""
         return self.wanted.device_bytes + (0 if self.shared else self.wanted.lora_bytes)
 
-    def allow(self, device_bytes: float) -> bool:
+    def allow(self, device_bytes: float, lora_bytes: int = 0) -> bool:
         """Plan anew for a load.
 
         Args:
             device_bytes: what weights and LoRAs may take of the device now; infinity for whatever the user chose.
+            lora_bytes: what LoRAs take there already.
 
         Returns:
             Whether another number of blocks than before is to stay on the device.
         """
         before = self.plan.resident_blocks
         if self.adapts:
-            limit = min(device_bytes - self._lora_bytes - self._spare_bytes, self._cap_bytes)
+            loras = max(lora_bytes, lora_share(0))
+            limit = min(device_bytes - loras - self._spare_bytes, self._cap_bytes)
             self.plan = self.wanted if limit == math.inf else refit(self.demand, self.offload, limit)
         return self.plan.resident_blocks != before
 

@@ -20,7 +20,7 @@ def describe(engine, planner):
     return {
         "plan": {name: getattr(plan, name) for name in (
             "mode", "resident_blocks", "total_blocks", "device_bytes", "copied_bytes_per_step", "lora_bytes")},
-        "device_bytes": engine.device_bytes,
+        "device_bytes": engine.device_bytes + engine.lora_bytes,
         "host_bytes": engine._memory.host_bytes,
         "ring": ring is not None,
     }
