@@ -20,7 +20,10 @@ CUDA = torch.device("cuda")
 RANK = 16
 DTYPE = torch.bfloat16
 # Their result is on the host, or of a size that the host must know: they wait for the device.
-WAITS = ("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal", "unique", "repeat_interleave.Tensor")
+WAITS = (
+    *("item", "_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal", "unique"),
+    "repeat_interleave.Tensor",
+)
 
 
 class Crossed(Exception):
