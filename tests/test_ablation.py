@@ -48,7 +48,7 @@ def finished(tmp_path_factory):
 @pytest.mark.slow
 def test_every_configuration_is_measured_or_says_why_not(finished):
     figures, stdout, _ = finished
-    rows = [*ablation_rows.table(CPU), *ablation_rows.peers(CPU)]
+    rows = [*ablation_rows.table(CPU, ""), *ablation_rows.peers(CPU)]
     assert list(figures["configurations"]) == [row.name for row in rows]
     for name, values in figures["configurations"].items():
         assert f"  {name} " in stdout
@@ -140,10 +140,12 @@ def test_two_loras_that_do_the_same_are_noticed():
 def test_a_configuration_that_failed_is_a_line_with_its_reason():
     failed = Measured(ablation_rows.Configuration("stock bf16", "what", Setup("comfyui")), "OutOfMemoryError: 24 GB")
     ok = replace(RIGHT[BASELINE], first_ms=1.0, image_ms=[2.0], steps_ms=[1.0])
-    report = ablation_report.report("title", {BASELINE: ok, "stock bf16": failed}, "int8", 2, None)
+    report = ablation_report.report("title", {BASELINE: ok, "stock bf16": failed}, "int8", 2, "H100", None)
     assert report.lines[1][0] == "stock bf16"
     assert report.lines[1][-1] == "does not run: OutOfMemoryError: 24 GB"
     assert not report.goals
+    assert report.columns[-2] == "published, H100, s"
+    assert report.lines[0][-2] == "7.891"
 
 
 def test_goals_can_ask_for_at_least():
