@@ -24,7 +24,7 @@ from harness.paths import CACHE
 
 from . import ablation_report, ablation_rows
 from .ablation_report import Measured, check_changes
-from .ablation_rows import ALL, BASELINE, Configuration, quantization_of, runnable
+from .ablation_rows import ALL, BASELINE, Configuration, published_on, quantization_of, runnable
 from .block_variants import one_of_each
 from .flux_loras import KEY_PREFIX, RANK, RandomLora, random_lora
 from .random_checkpoint import write_checkpoint
@@ -77,7 +77,7 @@ def run(
             work = replace(work, comfyui=_comfyui())
         with closing(Ablation(work, Path(folder), quick)) as bench:
             kept = {ALL, f"all but {quantization_of(device)}"} if peers and bench.together else set()
-            measured = bench.table(ablation_rows.table(device), kept, unadapted=peers)
+            measured = bench.table(ablation_rows.table(device, work.model), kept, unadapted=peers)
             if peers:
                 measured |= bench.peers(ablation_rows.peers(device), measured)
     check_changes(measured)
@@ -88,7 +88,8 @@ def run(
         f"{what}, latent {work.latent} × {work.latent}, {work.text_tokens} text tokens, {work.steps} steps an image, "
         f"two LoRAs in turn, {device.type}"
     )
-    return ablation_report.report(title, measured, quantization_of(device), work.steps, load.share(bench.cpu_s))
+    share = load.share(bench.cpu_s)
+    return ablation_report.report(title, measured, quantization_of(device), work.steps, published_on(device), share)
 
 
 class Ablation:
@@ -129,12 +130,9 @@ class Ablation:
         """
         measured = {row.name: Measured(row, row.reason) for row in rows}
         for row in runnable(rows):
-            self._first(measured[row.name])
-            if not measured[row.name].failed:
-                if row.name == BASELINE and unadapted:
-                    self._open[BASELINE].switch(None)
-                    measured[BASELINE].changes["none"] = self._open[BASELINE].change()
-                self._steady(measured[row.name])
+            self._measure(measured[row.name], unadapted and row.name == BASELINE)
+            if not self.together:
+                _compare(measured[BASELINE], measured[row.name])
             if row.name not in keep and not (row.name == BASELINE and self.together):
                 self._close(row.name)
         self._close(BASELINE)
@@ -144,9 +142,11 @@ class Ablation:
         """Measure the peers; where memory allows in turn with the rows that stayed, whose samples begin anew."""
         found = {row.name: Measured(row, row.reason) for row in rows}
         for row in runnable(rows):
-            self._first(found[row.name])
-            if not self.together and not found[row.name].failed:
-                self._steady(found[row.name])
+            if self.together:
+                self._first(found[row.name])
+            else:
+                self._measure(found[row.name], unadapted=False)
+                _compare(measured[BASELINE], found[row.name])
                 self._close(row.name)
         if self.together:
             turns = {name: measured[name] if name in measured else found[name] for name in self._open}
@@ -159,6 +159,20 @@ class Ablation:
             for name, each in turns.items():
                 self._close(name, each)
         return found
+
+    def _measure(self, measured: Measured, unadapted: bool) -> None:
+        """All of one configuration; what fails on the way is its reason."""
+        name = measured.configuration.name
+        self._first(measured)
+        try:
+            if unadapted and not measured.failed:
+                self._open[name].switch(None)
+                measured.changes["none"] = self._open[name].change()
+            if not measured.failed:
+                self._steady(measured)
+        except SubjectFailedError as error:
+            measured.failed = str(error)
+            self._close(name)
 
     def _first(self, measured: Measured) -> None:
         configuration = measured.configuration
@@ -229,6 +243,12 @@ class Ablation:
             finally:
                 process.close()
                 self.cpu_s += process.cpu_s
+
+
+def _compare(baseline: Measured, own: Measured) -> None:
+    """How many times faster it is than a baseline that it did not take turns with."""
+    if own is not baseline and not own.failed and not baseline.failed:
+        own.over_baseline = statistics.median(baseline.image_ms) / statistics.median(own.image_ms)
 
 
 def _check_files(model: Path | None, loras: Sequence[Path]) -> None:

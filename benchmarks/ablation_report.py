@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from .ablation_rows import ALL, BASELINE, PUBLISHED_H100_S, Configuration
+from .ablation_rows import ALL, BASELINE, PUBLISHED_S, Configuration
 from .report import BenchmarkError, Goal, Report, Row, figure
 
 # The system itself takes a percent or two.
@@ -22,7 +22,7 @@ SAME = {"none": 0.05, "int8": 0.15, "fp8": 0.3}
 PUBLISHED_STEPS = 28
 COLUMNS = (
     "configuration", "first image, s", "switch + image, s", "image, s", "× baseline", "peak, GB", "distance",
-    "H100, published, s", "what",
+    "what",
 )  # fmt: skip
 NOTES = (
     "first image: read the weights, bind a LoRA, compile without any cache (not with --quick), draw; libraries are "
@@ -99,7 +99,12 @@ def check_changes(measured: Mapping[str, Measured]) -> None:
 
 
 def report(
-    title: str, measured: Mapping[str, Measured], quantized: str, steps: int, other_cpu_share: float | None
+    title: str,
+    measured: Mapping[str, Measured],
+    quantized: str,
+    steps: int,
+    card: str,
+    other_cpu_share: float | None,
 ) -> Report:
     """Put everything together.
 
@@ -108,11 +113,14 @@ def report(
         measured: by configuration.
         quantized: the mode that stands in the place of "fp8".
         steps: of an image.
+        card: whose published figures stand beside; "" for none.
         other_cpu_share: see `report.OtherLoad`.
     """
     values = {name: _own_values(each, measured[BASELINE]) for name, each in measured.items()}
     compared = _compared(measured, quantized)
-    lines = [_line(name, measured[name], values[name]) for name in measured]
+    published = PUBLISHED_S.get(card, {})
+    columns = [*COLUMNS[:-1], *([f"published, {card}, s"] if card else []), COLUMNS[-1]]
+    lines = [_line(name, measured[name], values[name], published if card else None) for name in measured]
     content = {
         **compared,
         "steps": steps,
@@ -129,8 +137,8 @@ def report(
             "ratios uncertain. Run it again alone."
         )
     return Report(
-        title, tuple(_rows(lines)), content, tuple(_goals(compared, quantized)), notes, _samples(measured),
-        partial(draw, values), columns=COLUMNS, lines=lines,
+        title, tuple(_rows(columns, lines)), content, tuple(_goals(compared, quantized)), notes, _samples(measured),
+        partial(draw, values), columns=columns, lines=lines,
     )  # fmt: skip
 
 
@@ -227,21 +235,21 @@ def _longer(measured: Mapping[str, Measured], quantized: str, steps: int) -> str
     )
 
 
-def _line(name: str, each: Measured, values: Mapping[str, Any]) -> list[str]:
-    published = f"{PUBLISHED_H100_S[name]:.3f}" if name in PUBLISHED_H100_S else ""
+def _line(name: str, each: Measured, values: Mapping[str, Any], published: Mapping[str, float] | None) -> list[str]:
+    beside = [] if published is None else [f"{published[name]:.3f}" if name in published else ""]
     if each.failed:
-        return [name, "—", "—", "—", "—", "—", "—", published, f"does not run: {each.failed}"]
+        return [name, *["—"] * 6, *beside, f"does not run: {each.failed}"]
 
     def cell(key: str, scale: float = 1.0) -> str:
         return "—" if values[key] is None else figure(values[key] / scale)
 
     cells = [cell("first_image_s"), cell("switch_s"), cell("image_s"), cell("over_baseline"), cell("peak_bytes", GB)]
-    return [name, *cells, cell("distance"), published, each.configuration.what]
+    return [name, *cells, cell("distance"), *beside, each.configuration.what]
 
 
-def _rows(lines: Sequence[Sequence[str]]) -> Iterator[Row]:
-    table = [COLUMNS, *lines]
-    widths = [max(len(line[index]) for line in table) for index in range(1, len(COLUMNS) - 1)]
+def _rows(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> Iterator[Row]:
+    table = [columns, *lines]
+    widths = [max(len(line[index]) for line in table) for index in range(1, len(columns) - 1)]
     for line in table:
         cells = [cell.rjust(width) for cell, width in zip(line[1:-1], widths, strict=True)]
         yield Row(line[0], cells[0], "  ".join([*cells[1:], line[-1]]))

@@ -30,13 +30,14 @@ on_cuda = [
 BOTH = ["cpu", pytest.param("cuda", marks=on_cuda)]
 # Of a whole forward against float32 on the CPU. CUDA's float32 is exact unless someone allowed TF32.
 TOLERANCES = {"fp32": 1e-4, "bf16": 0.03}
-# SQNR in dB of a whole forward of the tiny model with a LoRA, below what a CPU gives: int8 30.6, fp8 28.8, nf4 18.9.
-# The 4-bit modes that only a GPU has are held to nf4's.
-FLOORS = {"fp8": 24.0, "fp8_weight_only": 24.0, "int8": 26.0, "int8_weight_only": 26.0, "mxfp8": 22.0}
-FLOOR_4_BIT = 14.0
+# Of quantized modes, relative distance of a whole forward of the tiny model without and with two LoRAs; on a CPU
+# (2026-11-22) fp8 0.089, 0.096; fp8_weight_only 0.065, 0.088; int8 0.033, 0.057; int8_weight_only 0.027, 0.034; nf4
+# 0.27, 0.34. The 4-bit modes that only a GPU has are held to nf4's, mxfp8 to fp8's.
+QUANTIZED = {"fp8": 0.13, "fp8_weight_only": 0.12, "int8": 0.08, "int8_weight_only": 0.05, "mxfp8": 0.15}
+QUANTIZED_4_BIT = 0.45
 SWAPS = 50
-# Room for two of the LoRAs below: the third pushes one out.
-POOLS = PoolBudgets(64 * MIB, 64 * MIB, 2 * MIB)
+# In float32 the LoRAs below take 2.6, 2.4 and 18.9 MiB on the device: each two fit, the third pushes one out.
+POOLS = PoolBudgets(64 * MIB, 64 * MIB, 22 * MIB)
 
 
 @pytest.fixture(scope="module")
@@ -155,10 +156,8 @@ def test_quantized_modes(mode, device, spec, reference, loras):
     if missing is not None:
         pytest.skip(f"{mode} {missing}")
     engine = engine_on(device, spec, dtype="bf16", compile="off", quantization=Quantization(mode))
-    floor = FLOORS.get(mode, FLOOR_4_BIT)
     for entries in (STACKS["none"], STACKS["two"]):
-        error = compare(engine, reference, loras, entries)
-        assert -20 * torch.log10(torch.tensor(error)) > floor
+        assert compare(engine, reference, loras, entries) < QUANTIZED.get(mode, QUANTIZED_4_BIT)
 
 
 @pytest.mark.parametrize("device", BOTH)
@@ -214,13 +213,15 @@ def test_offload_to_the_host_and_back(compiled, loras):
 
 
 def test_memory_stays_flat_over_many_swaps(eager, loras):
-    sizes = []
+    cycle = 6  # three LoRAs at two strengths
+    sizes = {}
     for number in range(SWAPS):
         name = ("rank7", "rank16", "rank128")[number % 3]
         draw(eager, stack_of(eager, loras, (name, 0.5 + 0.1 * (number % 2))))
-        sizes.append(live_bytes(eager.device))
-    cycle = 6  # three LoRAs at two strengths
-    assert max(sizes[-cycle:]) <= max(sizes[cycle : 2 * cycle])
+        if cycle <= number < 2 * cycle or number >= SWAPS - cycle:
+            sizes[number] = live_bytes(eager.device)
+    first, last = list(sizes.values())[:cycle], list(sizes.values())[cycle:]
+    assert max(last) <= max(first)
 
 
 def test_a_swap_that_runs_out_of_memory_changes_nothing(eager, loras, monkeypatch):
