@@ -6,7 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -42,7 +46,10 @@ class Traffic(TorchDispatchMode):
         if name.startswith(WAITS):
             raise Crossed(f"{name} waits for the device")
         self.check(name, (arguments, options))
-        result = function(*arguments, **(options or {}))
+        try:
+            result = function(*arguments, **(options or {}))
+        except (DataDependentOutputException, DynamicOutputShapeException) as exc:
+            raise Crossed(f"{name} waits for the device") from exc
         self.check(name, result)
         self.operators[name] += 1
         return result
@@ -188,6 +195,7 @@ def control(body):
     return attend
 
 
+@pytest.mark.parametrize("forward", ["bf16"], indirect=True)
 @pytest.mark.parametrize(
     "body",
     [
@@ -209,6 +217,7 @@ def test_control_a_copy_or_a_wait_is_noticed(forward, body):
         traced(lambda: run(given))
 
 
+@pytest.mark.parametrize("forward", ["bf16"], indirect=True)
 def test_control_a_copy_in_a_hook_is_noticed(forward):
     def hook(state: BlockState, run):
         return replace(run(state), conditioning=state.conditioning.cpu().to(CUDA))
