@@ -163,6 +163,11 @@ class Engine:
         return 0 if self._weights is None else self._weights.device_bytes
 
     @property
+    def plan(self) -> OffloadPlan | None:
+        """By which the weights lie where they are; None when nothing is loaded."""
+        return self._weights.plan if self.loaded else None
+
+    @property
     def compile_count(self) -> int:
         """Compiles since the engine was made."""
         return self._compiler.count

@@ -138,22 +138,31 @@ def _quantization(reported: Reported) -> Rows:
 
 
 def _attention(reported: Reported) -> Rows:
-    return [("choice", reported.engine.settings.attention)]
+    engine = reported.engine
+    chosen = "" if engine.attention == engine.settings.attention else f" ({engine.settings.attention})"
+    return [("backend", f"{engine.attention}{chosen}")]
 
 
 def _compile(reported: Reported) -> Rows:
     engine = reported.engine
+    failure = [] if engine.compile_failure is None else [("WITHOUT IT", engine.compile_failure)]
     return [
         ("mode", engine.settings.compile),
+        *failure,
         ("compiles", f"{engine.compile_count}, in {engine.compile_s:.1f} s"),
         ("recompiles", f"{engine.recompile_count}" + (" (0 is expected)" if engine.recompile_count else "")),
     ]
 
 
 def _offload(reported: Reported) -> Rows:
-    offload = reported.engine.settings.offload
+    engine, offload = reported.engine, reported.engine.settings.offload
     budget = f", at most {offload.vram_budget_gb:g} GB" if offload.vram_budget_gb else ""
-    return [("mode", f"{offload.mode}{budget}")]
+    plan = [] if engine.plan is None else [("plan", engine.plan.sentence)]
+    return [
+        ("mode", f"{offload.mode}{budget}"),
+        *plan,
+        ("on the device", f"{_gb(engine.device_bytes)} of weights, {_gb(engine.lora_bytes)} of LoRAs"),
+    ]
 
 
 def _loras(reported: Reported) -> Rows:

@@ -118,6 +118,8 @@ class LoraLibrary:
             pools["device"] = self._loras.bytes, self._loras.budget_bytes
             pools["other strengths"] = self._unscaled.bytes, self._unscaled.budget_bytes
         return pools
+
+    @property
     def device_bytes(self) -> int:
         """What they take of a device that is not the host."""
         if self._loras is None or not self._memory.separate:

@@ -42,6 +42,7 @@ class Weights:
 
     Attributes:
         ring: what brings the streamed blocks to the device; None when all of them stay there.
+        plan: by which they lie where they are.
     """
 
     def __init__(
@@ -57,7 +58,7 @@ class Weights:
             blocks: how many there are.
         """
         self._memory = memory
-        self._plan = plan
+        self.plan = plan
         self._block_of = block_of
         self._outside = _Segment()
         self._blocks = [_Segment() for _ in range(blocks)]
@@ -93,7 +94,7 @@ class Weights:
         for segment in self._blocks:
             modules = map(model.get_submodule, segment.modules)
             self._sizes.append(sum(parameter.numel() for module in modules for parameter in module.parameters(False)))
-        self._streamed = streamed_blocks(self._sizes, self._plan)
+        self._streamed = streamed_blocks(self._sizes, self.plan)
 
     def device_of(self, name: str) -> torch.device:
         """Where a module's tensors should be made."""
@@ -155,7 +156,7 @@ class Weights:
             torch.OutOfMemoryError: it does not fit; then `offload` puts everything in order again.
         """
         with self._lock:
-            self._plan = plan
+            self.plan = plan
             self._streamed = streamed_blocks(self._sizes, plan)
             self._drop_ring()
             for block in self._streamed:
