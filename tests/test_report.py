@@ -63,7 +63,12 @@ def test_every_part_is_there(engine, loras, tmp_path):
     assert "mode int8_weight_only: " in whole["Quantization"]
     assert re.search(r"\d+ of \d+ linears quantized", whole["Quantization"])
     assert whole["Compile"] == "mode off / compiles 0, in 0.0 s / recompiles 0"
-    assert whole["Offload"] == "mode none, at most 6.5 GB"
+    assert whole["Attention"] == "backend sdpa (auto)"
+    assert whole["Offload"] == (
+        "mode none, at most 6.5 GB / plan everything on the device / "
+        f"on the device {engine.device_bytes / 1e6:.1f} MB of weights, 0.0 MB of LoRAs"
+    )
+    assert engine.device_bytes == pytest.approx(engine.bytes, rel=0.02)
     assert "style.safetensors × 0.8 (20–60 %) / bound now yes / 1 style.safetensors × 0.8 / Kohya" in whole["LoRAs"]
     assert "rank 7 at most on " in whole["LoRAs"]
     assert whole["Last switches of LoRAs"] == "cold 143.21 ms, 172.0 MB, error 1.23%: a.safetensors × 0.8"
