@@ -18,7 +18,7 @@ from harness.server import PACK_NAME, ComfyServer
 from harness.tensor_files import write_tensors
 
 WORKFLOWS = REPO / "workflows"
-NAMES = ("flux_hotswap_text_to_image", "flux_hotswap_two_loras", "flux_hotswap_pocket")
+NAMES = ("flux_hotswap_text_to_image", "flux_hotswap_two_loras", "flux_hotswap_pocket", "flux_hotswap_low_vram")
 NODES = {
     "FluxAccelLoader": "Accelerated Flux Loader",
     "FluxQuantizeTransformer": "Quantize Transformer",
