@@ -94,7 +94,7 @@ class Region:
 
 
 def close(output: Tensor, expected: Tensor) -> bool:
-    return torch.allclose(output, expected, rtol=1e-5, atol=1e-6)
+    return torch.allclose(output, expected, rtol=1e-4, atol=5e-5)  # fp32, summed in another order
 
 
 def file_of(folder: Path) -> Path:
