@@ -94,7 +94,7 @@ class Region:
 
 
 def close(output: Tensor, expected: Tensor) -> bool:
-    return torch.allclose(output, expected, rtol=1e-5, atol=1e-6)
+    return torch.allclose(output, expected, rtol=1e-4, atol=5e-5)  # fp32, summed in another order
 
 
 def file_of(folder: Path) -> Path:
@@ -281,7 +281,8 @@ def test_a_new_process_with_an_empty_temporary_folder_needs_no_compiler(tmp_path
     assert len(cold["cpp"]) >= 1  # or the next line says nothing
     assert (warm["count"], warm["cpp"], warm["warnings"]) == (0, [], [])
     assert warm["output"] == cold["output"]
-    assert warm["changed"] == []
+    # an address for inductor's own libraries, not a setting
+    assert set(warm["changed"]) <= {"_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR"}
 
 
 def test_a_folder_chosen_by_the_user_is_left_to_him(tmp_path, monkeypatch):
