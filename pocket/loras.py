@@ -3,8 +3,10 @@
 | style | rank | on | names |
 | --- | --- | --- | --- |
 | outline | 8, alpha 4 | every linear of the blocks | kohya-ss/sd-scripts, with alpha |
-| neon | 16 | attention | diffusers / PEFT |
+| neon | 16 | attention and modulation | diffusers / PEFT |
 | stripes | 4 | every linear of the blocks | ComfyUI's own |
+
+Outline and stripes are also trained on top of neon, so that they show in the dark too.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ EVERYTHING = BLOCKS + (
     r"(attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)|ff(_context)?\.net\.(0\.proj|2)"
     r"|norm(1|1_context)?\.linear|proj_mlp|proj_out)"
 )
-ATTENTION = BLOCKS + r"(attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)|proj_out)"
+ATTENTION = BLOCKS + r"(attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)|norm(1|1_context)?\.linear|proj_out)"
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Recipe:
     alpha: float
     target: str
     fused: bool
-    learning_rate: float = 4e-3
+    learning_rate: float = 6e-3
     length: int = 1
     over: str = ""
     metadata: dict[str, str] = field(default_factory=dict)
@@ -67,8 +69,7 @@ RECIPES = (
         alpha=4.0,
         target=EVERYTHING,
         fused=True,
-        learning_rate=6e-3,
-        length=3,
+        length=4,
         over="neon",
         metadata={"ss_network_module": "networks.lora_flux", "ss_network_dim": "8", "ss_network_alpha": "4"},
     ),

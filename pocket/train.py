@@ -60,7 +60,7 @@ class Plan:
     cooldown: int = 1400
     batch: int = 64
     lora_pictures: int = 1200
-    lora_steps: int = 350
+    lora_steps: int = 500
     shown: int = 24
     seed: int = 7
 
@@ -211,7 +211,7 @@ class Training:
             loras.attach(bases[1], recipe, self.plan.seed)
             loras.share(transformer, bases[1])
         parameters = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(parameters, lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
 
         def step(index: int, random: torch.Generator) -> Tensor:
             base = index % len(bases)

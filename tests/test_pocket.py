@@ -108,8 +108,8 @@ def test_loras_differ_in_format_and_rank():
 def test_prompts_are_followed(pocket, engine):
     requests = evaluate.held_out_requests(64)
     shares = evaluate.following(pocket.draw(engine, requests), requests)
-    # 0.906 of 96 on an AMD EPYC, 2026-11-22; other processors round other pictures across the line.
-    assert shares["shape and colour"] >= 0.85, shares
+    # 0.948 of 192 in float32 on an AMD EPYC, 2026-11-22; other processors round other pictures across the line.
+    assert shares["shape and colour"] >= 0.90, shares
     assert shares["colour"] >= 0.95, shares
 
 
