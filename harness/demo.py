@@ -30,18 +30,18 @@ WORKFLOW = REPO / "workflows" / "api" / "flux_hotswap_pocket.json"
 OUTLINE = "pocket-outline-kohya.safetensors"
 NEON = "pocket-neon-diffusers.safetensors"
 STRIPES = "pocket-stripes-comfyui.safetensors"
-SEED = 4
+SEED = 2
 
 Say = Callable[[str], None]
 
 PROMPTS = (
     DemoPrompt("A: neon", ((NEON, 1.0),), "1_neon.png"),
     DemoPrompt("B: stripes", ((STRIPES, 1.0),), "2_stripes.png"),
-    DemoPrompt("A + B", ((NEON, 0.8), (STRIPES, 0.8)), "3_neon_and_stripes.png"),
+    DemoPrompt("A + B", ((NEON, 1.0), (STRIPES, 1.0)), "3_neon_and_stripes.png"),
     DemoPrompt("none", (), "4_none.png"),
     DemoPrompt("C: outline", ((OUTLINE, 1.0),), "5_outline.png"),
     DemoPrompt("B at half strength", ((STRIPES, 0.5),), "6_half_stripes.png"),
-    DemoPrompt("A + C", ((NEON, 0.7), (OUTLINE, 0.8)), "7_neon_and_outline.png"),
+    DemoPrompt("A + C", ((NEON, 1.0), (OUTLINE, 1.0)), "7_neon_and_outline.png"),
     DemoPrompt("none again", (), "8_none_again.png"),
 )
 CONTACT_SHEET = "contact_sheet.png"

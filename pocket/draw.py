@@ -42,10 +42,10 @@ PLACES: Mapping[str, tuple[float, float]] = {
     "top": (0.5, 0.27),
     "bottom": (0.5, 0.73),
 }
-RADII: Mapping[str, float] = {"": 0.23, "small": 0.15, "large": 0.33}
-STYLES = ("flat", "outline", "neon", "stripes")
+RADII: Mapping[str, float] = {"": 0.23, "small": 0.18, "large": 0.33}
+STYLES = ("flat", "outline", "neon", "stripes", "neon outline", "neon stripes")
 
-STROKE_PX = 4.0
+STROKE_PX = 5.0
 STRIPE_PX = 12.0
 NIGHT = (18, 20, 52)
 PAPER = (255, 255, 255)
@@ -58,7 +58,7 @@ class Scene:
     Attributes:
         shape: one of `SHAPES`.
         colour: one of `COLOURS`.
-        count: 1 to 3 shapes in a row.
+        count: 1 to 3 shapes; two beside each other, a third above them.
         place: one of `PLACES`; only of a single shape.
         size: one of `RADII`; only of a single shape.
         ground: one of `GROUNDS`.
@@ -137,8 +137,8 @@ def draw(scene: Scene, jitter: Jitter = Jitter(), style: str = "flat", size_px: 
     Args:
         scene: what.
         jitter: where exactly.
-        style: "flat": filled; "outline": only the contour is drawn; "neon": glowing contours in the dark; "stripes":
-            white stripes run across the shapes.
+        style: "flat": filled; "outline": only the contour is drawn; "neon": shapes glow in the dark; "stripes": white
+            stripes run across the shapes; "neon outline", "neon stripes": the same in the dark.
         size_px: side of the square picture.
 
     Returns:
@@ -149,19 +149,21 @@ def draw(scene: Scene, jitter: Jitter = Jitter(), style: str = "flat", size_px: 
     ground = np.broadcast_to(_rgb(GROUNDS[scene.ground]), (size_px, size_px, 3))
     if style == "flat":
         return _over(ground, colour, _coverage(distance))
+    stroke = _coverage(np.abs(distance + STROKE_PX / 2) - STROKE_PX / 2)
     if style == "outline":
-        return _over(ground, colour, _coverage(np.abs(distance + STROKE_PX / 2) - STROKE_PX / 2))
+        return _over(ground, colour, stroke)
+    y, x = _grid(size_px)
+    bands = np.abs((x + y) / math.sqrt(2.0) % STRIPE_PX - STRIPE_PX / 2) - STRIPE_PX / 4
+    inside, stripes = _coverage(distance), _coverage(distance) * _coverage(bands)
     if style == "stripes":
-        y, x = _grid(size_px)
-        bands = np.abs((x + y) / math.sqrt(2.0) % STRIPE_PX - STRIPE_PX / 2) - STRIPE_PX / 4
-        inside = _coverage(distance)
-        return _over(_over(ground, colour, inside), _rgb(PAPER), inside * _coverage(bands))
-    if style == "neon":
-        # Glow fades outwards from a bright fill; black, which cannot glow, becomes white light.
+        return _over(_over(ground, colour, inside), _rgb(PAPER), stripes)
+    if style in ("neon", "neon outline", "neon stripes"):
+        # Glow fades outwards from the contour; black, which cannot glow, becomes white light.
         light = _rgb((235, 240, 255)) if scene.colour == "black" else colour + (1.0 - colour) * 0.15
-        glow = 0.5 * np.exp(-np.maximum(distance, 0.0) / 5.0)
+        glow = 0.5 * np.exp(-np.maximum(distance, 0.0) / 5.0) * (distance > 0)
         night = np.broadcast_to(_rgb(NIGHT), (size_px, size_px, 3))
-        return _over(_over(night, light, glow), light, _coverage(distance))
+        shining = _over(_over(night, light, glow), light, stroke if style == "neon outline" else inside)
+        return _over(shining, _rgb(PAPER), stripes) if style == "neon stripes" else shining
     raise ValueError(f"style is '{style}', expected one of: {', '.join(STYLES)}.")
 
 
@@ -185,7 +187,7 @@ def placements(scene: Scene, jitter: Jitter, size_px: int) -> list[tuple[float, 
     elif scene.count == 2:
         centres, radius = [(0.27, 0.5), (0.73, 0.5)], 0.19
     else:
-        centres, radius = [(0.18, 0.5), (0.5, 0.5), (0.82, 0.5)], 0.14
+        centres, radius = [(0.5, 0.29), (0.27, 0.71), (0.73, 0.71)], 0.18
     unit = size_px / SIZE_PX
     return [
         (x * size_px + jitter.dx * unit, y * size_px + jitter.dy * unit, radius * size_px * jitter.scale)
@@ -236,7 +238,8 @@ def _cross(x: Pixels, y: Pixels) -> Pixels:
 
 
 def _moon(x: Pixels, y: Pixels) -> Pixels:
-    return np.maximum(np.hypot(x, y) - 1.0, 0.8 - np.hypot(x - 0.5, y + 0.12))
+    x, y = 1.1 * x - 0.2, 1.1 * y + 0.05  # between the disc's centre and the crescent's
+    return np.maximum(np.hypot(x, y) - 1.0, 0.8 - np.hypot(x - 0.5, y + 0.12)) / 1.1
 
 
 def _polygon(corners: list[tuple[float, float]]) -> Callable[[Pixels, Pixels], Pixels]:

@@ -3,8 +3,10 @@
 | style | rank | on | names |
 | --- | --- | --- | --- |
 | outline | 8, alpha 4 | every linear of the blocks | kohya-ss/sd-scripts, with alpha |
-| neon | 16 | attention | diffusers / PEFT |
+| neon | 16 | attention and modulation | diffusers / PEFT |
 | stripes | 4 | every linear of the blocks | ComfyUI's own |
+
+Outline and stripes are also trained on top of neon, so that they show in the dark too.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ EVERYTHING = BLOCKS + (
     r"(attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)|ff(_context)?\.net\.(0\.proj|2)"
     r"|norm(1|1_context)?\.linear|proj_mlp|proj_out)"
 )
-ATTENTION = BLOCKS + r"(attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)|proj_out)"
+ATTENTION = BLOCKS + r"(attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)|norm(1|1_context)?\.linear|proj_out)"
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,9 @@ class Recipe:
         target: which of diffusers' modules it is on, a regular expression.
         fused: whether layers that the original model fuses share one update, as trainers on the original model have it.
         learning_rate: of AdamW.
+        length: how many times as many steps as the plan says.
+        over: style of another LoRA, or "". Every other step is taken with it in the weights, on pictures in both
+            styles: so the two go together.
         metadata: of the file.
     """
 
@@ -50,7 +55,9 @@ class Recipe:
     alpha: float
     target: str
     fused: bool
-    learning_rate: float = 4e-3
+    learning_rate: float = 6e-3
+    length: int = 1
+    over: str = ""
     metadata: dict[str, str] = field(default_factory=dict)
 
 
@@ -62,7 +69,8 @@ RECIPES = (
         alpha=4.0,
         target=EVERYTHING,
         fused=True,
-        learning_rate=6e-3,
+        length=4,
+        over="neon",
         metadata={"ss_network_module": "networks.lora_flux", "ss_network_dim": "8", "ss_network_alpha": "4"},
     ),
     Recipe(
@@ -74,7 +82,16 @@ RECIPES = (
         fused=False,
         metadata={"format": "pt"},
     ),
-    Recipe("stripes", "pocket-stripes-comfyui.safetensors", rank=4, alpha=4.0, target=EVERYTHING, fused=True),
+    Recipe(
+        "stripes",
+        "pocket-stripes-comfyui.safetensors",
+        rank=4,
+        alpha=4.0,
+        target=EVERYTHING,
+        fused=True,
+        length=2,
+        over="neon",
+    ),
 )
 
 
@@ -90,6 +107,25 @@ def attach(transformer: nn.Module, recipe: Recipe, seed: int) -> None:
             first = _layer(transformer, linear.parts[0].module)
             for part in linear.parts[1:]:
                 _layer(transformer, part.module).lora_A["default"].weight = first.lora_A["default"].weight
+
+
+def merge(transformer: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Add a LoRA with alpha = rank to the transformer's weights, from a file in diffusers' format."""
+    with torch.no_grad():
+        for name, lora_A in tensors.items():
+            module = name.removeprefix("transformer.").removesuffix(".lora_A.weight")
+            if name.endswith(".lora_A.weight"):
+                lora_B = tensors[f"transformer.{module}.lora_B.weight"]
+                transformer.get_submodule(module).weight += lora_B.float() @ lora_A.float()
+
+
+def share(first: nn.Module, second: nn.Module) -> None:
+    """Give the second transformer the first one's LoRA parameters; both have the same layers."""
+    for name, module in first.named_modules():
+        if hasattr(module, "lora_A"):
+            other = second.get_submodule(name)
+            other.lora_A["default"].weight = module.lora_A["default"].weight
+            other.lora_B["default"].weight = module.lora_B["default"].weight
 
 
 def checkpoint(transformer: nn.Module, recipe: Recipe) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from .draw import COLOURS, GROUNDS, SHAPE_DISTANCES, STRIPE_PX, Pixels, Scene
+from .draw import COLOURS, GROUNDS, NIGHT, SHAPE_DISTANCES, STRIPE_PX, STROKE_PX, Pixels, Scene
 
 Mask = NDArray[np.bool_]
 
@@ -127,13 +127,14 @@ def parts(mask: Mask) -> list[Mask]:
 
 def hollow(picture: Pixels, plain: Pixels) -> float:
     """How much of the inside of what `plain` shows has the ground's colour: about 0 where filled, 1 in an outline."""
-    inside = _eroded(drawing(plain), times=5)
+    inside = _eroded(drawing(plain), times=math.ceil(STROKE_PX * math.sqrt(2.0)))
     return float((~drawing(picture))[inside].mean()) if inside.any() else 0.0
 
 
-def darkness(picture: Pixels) -> float:
-    """How dark the ground is: 0 (white) to 1 (black)."""
-    return 1.0 - float(ground_colour(picture).mean())
+def darkness(picture: Pixels, plain: Pixels) -> float:
+    """How far the ground's brightness went from that of `plain` to the night's: 0 to 1."""
+    night, before = np.mean(NIGHT) / 255.0, ground_colour(plain).mean()
+    return float((before - ground_colour(picture).mean()) / (before - night))
 
 
 def striped(picture: Pixels, plain: Pixels) -> float:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from accel.families.flux1 import Flux1, Flux1Config, Flux1Inputs
@@ -133,7 +133,9 @@ def _heads(projected: Tensor) -> Tensor:
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, rotary: Tensor, mask: Tensor | None) -> Tensor:
-    attended = F.scaled_dot_product_attention(_rotate(query, rotary), _rotate(key, rotary), value, attn_mask=mask)
+    # Written out: for so few tokens, backward takes a third of the time of `scaled_dot_product_attention`'s on a CPU.
+    scores = _rotate(query, rotary) @ _rotate(key, rotary).transpose(-2, -1) / math.sqrt(HEAD_DIM)
+    attended = (scores if mask is None else scores + mask).softmax(dim=-1) @ value
     return attended.transpose(1, 2).flatten(2)
 
 

@@ -7,6 +7,7 @@ stages that are done are skipped. Sample sheets (PNG) and progress lines show ho
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -16,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from harness.paths import CACHE, REPO
@@ -34,6 +35,7 @@ NAMES = {
 LENGTH = 18  # text tokens of a training prompt, the last for all the padding
 STEPS = 16
 SAVE_S = 90.0
+TIMES = "times.json"  # in the folder of states: what each stage took, over all its runs
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class Plan:
         pictures: of the transformer's training set.
         decoder_steps: with 16 crops of 48 pixels each.
         steps: of the transformer.
+        cooldown: of its steps, the last ones, over which learning rates fall to zero.
         batch: pictures in a step of the transformer or a LoRA.
         lora_pictures: of each LoRA's training set.
         lora_steps: of each LoRA.
@@ -52,11 +55,12 @@ class Plan:
     """
 
     pictures: int = 12000
-    decoder_steps: int = 2500
+    decoder_steps: int = 2000
     steps: int = 4200
+    cooldown: int = 1400
     batch: int = 64
     lora_pictures: int = 1200
-    lora_steps: int = 350
+    lora_steps: int = 500
     shown: int = 24
     seed: int = 7
 
@@ -68,13 +72,27 @@ class Training:
         """Make the folders."""
         self.work, self.models, self.tokenizer, self.plan, self.say = work, models, tokenizer, plan, say
         work.mkdir(parents=True, exist_ok=True)
+        self._counted = time.monotonic(), time.process_time()
 
     def run(self) -> None:
         """All stages; a second run finds them done."""
         self.train_decoder()
         self.train_model()
-        for recipe in loras.RECIPES:
+        for recipe in sorted(loras.RECIPES, key=lambda recipe: bool(recipe.over)):
             self.train_lora(recipe)
+        times = json.loads((self.work / TIMES).read_text(encoding="utf-8"))
+        total = {unit: sum(stage[unit] for stage in times.values()) / 60 for unit in ("wall_s", "cpu_s")}
+        self.say(f"All of it took {total['cpu_s']:.1f} CPU minutes, {total['wall_s']:.1f} minutes on the clock")
+
+    def count_time(self, stage: str) -> None:
+        """Add the time since the last call to a stage's in `TIMES`."""
+        path, now = self.work / TIMES, (time.monotonic(), time.process_time())
+        times = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        spent = times.setdefault(stage, {"wall_s": 0.0, "cpu_s": 0.0})
+        for unit, before, after in zip(spent, self._counted, now, strict=True):
+            spent[unit] = round(spent[unit] + after - before, 2)
+        path.write_text(json.dumps(times, indent=2) + "\n", encoding="utf-8")
+        self._counted = now
 
     # Pictures
 
@@ -95,7 +113,8 @@ class Training:
     def mixed(self) -> Pictures:
         """The decoder's: every style, so that LoRAs can be drawn too."""
         count = max(16, self.plan.pictures // 10)
-        return self.pictures("mixed", count, ("flat", "outline", "flat", "neon", "flat", "stripes"), count, 1)
+        styles = ("outline", "neon", "stripes", "neon outline")
+        return self.pictures("mixed", count, tuple(s for style in styles for s in ("flat", style)), count, 1)
 
     def whitening(self) -> autoencoder.Whitening:
         """Of the mixed pictures."""
@@ -111,7 +130,7 @@ class Training:
         mixed, whitening = self.mixed(), self.whitening()
         latents = autoencoder.encode(mixed.quarters / 255.0, whitening)
         torch.manual_seed(self.plan.seed)
-        decoder = autoencoder.Decoder()
+        decoder = autoencoder.Decoder().to(memory_format=torch.channels_last)
         optimizer = torch.optim.AdamW(decoder.parameters(), lr=2e-3, weight_decay=0.0)
 
         def step(index: int, random: torch.Generator) -> Tensor:
@@ -123,7 +142,8 @@ class Training:
             noise *= 0.3 * torch.rand(len(rows), 1, 1, 1, generator=random)
             return autoencoder.decoder_loss(decoder, crops, clean, noise)
 
-        self.loop("decoder", self.plan.decoder_steps, [decoder], [optimizer], step, autocast=False)
+        steps = self.plan.decoder_steps
+        self.loop("decoder", steps, steps // 2, [decoder], [optimizer], step, autocast=False)
         write(path, autoencoder.checkpoint(decoder, whitening))
         with torch.no_grad():
             shown = decoder(latents[:24])
@@ -145,7 +165,7 @@ class Training:
             both, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.98)
         )
         optimizers = _optimizers(transformer, encoder)
-        embedding, frozen_from = encoder.shared.weight, self.plan.steps * 7 // 10 + 1
+        embedding, frozen_from = encoder.shared.weight, self.plan.steps - self.plan.cooldown
 
         def step(index: int, random: torch.Generator) -> Tensor:
             embedding.requires_grad_(index < frozen_from)
@@ -156,7 +176,7 @@ class Training:
         def after(index: int) -> None:
             encoder.freeze_bias()
             average.update_parameters(both)
-            if index + 1 >= frozen_from:  # from here on, the embeddings are what the file will hold
+            if index + 1 == frozen_from:  # from here on, the embeddings are what the file will hold
                 embedding.data = embedding.data.to(torch.float8_e4m3fn).float()
                 average.module[1].shared.weight.data.copy_(embedding.data)
 
@@ -164,7 +184,7 @@ class Training:
             self.sheet(self.work / "model.png", average.module[0], average.module[1])
 
         modules = [both, average]
-        self.loop("model", self.plan.steps, modules, optimizers, step, after, show)
+        self.loop("model", self.plan.steps, self.plan.cooldown, modules, optimizers, step, after, show)
         write(paths[0], model.checkpoint(average.module[0]))
         write(paths[1], text.checkpoint(average.module[1]))
         show(self.plan.steps)
@@ -174,7 +194,8 @@ class Training:
         path = self.models / "loras" / recipe.file
         if path.exists():
             return
-        pictures = self.pictures(recipe.style, self.plan.lora_pictures, (recipe.style,), 0, self.plan.seed + 1)
+        styles = (recipe.style, f"{recipe.over} {recipe.style}") if recipe.over else (recipe.style,)
+        pictures = self.pictures(recipe.style, self.plan.lora_pictures, styles, 0, self.plan.seed + 1)
         latents = autoencoder.encode(pictures.quarters / 255.0, self.whitening())
         tokens = self.tokenizer(pictures.prompts, LENGTH)
         bias = text.attention_bias(LENGTH, latents.shape[2] * latents.shape[3] // 4)
@@ -182,15 +203,24 @@ class Training:
         with torch.no_grad():
             encoded = torch.cat([encoder(part) for part in tokens.split(256)])
         loras.attach(transformer, recipe, self.plan.seed)
+        bases = [transformer]
+        if recipe.over:
+            (over,) = (other for other in loras.RECIPES if other.style == recipe.over)
+            bases.append(load_trained(self.models)[0])
+            loras.merge(bases[1], load_file(self.models / "loras" / over.file))
+            loras.attach(bases[1], recipe, self.plan.seed)
+            loras.share(transformer, bases[1])
         parameters = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(parameters, lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
 
         def step(index: int, random: torch.Generator) -> Tensor:
-            rows = torch.randint(len(latents), (self.plan.batch // 2,), generator=random)
-            return flow_loss(transformer, latents[rows], encoded[rows], bias, random)
+            base = index % len(bases)
+            rows = torch.randint(len(latents) // len(bases), (self.plan.batch // 2,), generator=random)
+            rows = rows * len(bases) + base
+            return flow_loss(bases[base], latents[rows], encoded[rows], bias, random)
 
-        name = f"lora-{recipe.style}"
-        self.loop(name, self.plan.lora_steps, [transformer], [optimizer], step)
+        name, steps = f"lora-{recipe.style}", self.plan.lora_steps * recipe.length
+        self.loop(name, steps, steps // 2, [transformer], [optimizer], step)
         write(path, loras.checkpoint(transformer, recipe), recipe.metadata)
         self.sheet(self.work / f"{name}.png", transformer, encoder)
 
@@ -200,6 +230,7 @@ class Training:
         self,
         name: str,
         steps: int,
+        cooldown: int,
         modules: Sequence[nn.Module],
         optimizers: Sequence[torch.optim.Optimizer],
         step: Callable[[int, torch.Generator], Tensor],
@@ -212,8 +243,9 @@ class Training:
         Args:
             name: of the state's file and in progress lines.
             steps: in all.
+            cooldown: of them, the last ones, over which learning rates fall to zero.
             modules: what the state holds.
-            optimizers: likewise; their learning rates rise at first, and fall to zero over the second half.
+            optimizers: likewise.
             step: gives the loss of a step; draws from the generator only, which is seeded by the step.
             after: called after each step.
             show: called when a state was written.
@@ -232,7 +264,7 @@ class Training:
         for index in range(first, steps):
             for optimizer, base in zip(optimizers, rates, strict=True):
                 for group, rate in zip(optimizer.param_groups, base, strict=True):
-                    group["lr"] = rate * schedule(index, steps)
+                    group["lr"] = rate * schedule(index, steps, cooldown)
             random = torch.Generator().manual_seed(self.plan.seed * 1_000_003 + index)
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                 loss = step(index, random)
@@ -250,6 +282,7 @@ class Training:
                 states = [owner.state_dict() for owner in modules], [owner.state_dict() for owner in optimizers]
                 _save(path, (index + 1, *states))
                 show(index + 1)
+                self.count_time(name)
                 saved = time.monotonic()
 
     def sheet(self, path: Path, transformer: nn.Module, encoder: text.T5) -> None:
@@ -276,10 +309,10 @@ def flow_loss(
     return (velocity.float() - (noise - latents)).square().mean()
 
 
-def schedule(index: int, steps: int) -> float:
-    """The factor of the learning rate at a step."""
+def schedule(index: int, steps: int, cooldown: int) -> float:
+    """The factor of the learning rate at a step: up over the first ones, then 1, then down to zero."""
     warm = min(100, max(1, steps // 10))
-    return min(1.0, (index + 1) / warm) * min(1.0, (steps - index) / (0.5 * steps))
+    return min(1.0, (index + 1) / warm) * min(1.0, (steps - index) / cooldown)
 
 
 def draw_prompts(
@@ -327,11 +360,17 @@ def tokenizer_of_comfyui() -> text.Tokenizer:
 
 
 def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file, whole or not at all."""
+    """Write a safetensors file, whole or not at all; equal tensors and metadata give equal bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    data = save(tensors, metadata)
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    if metadata:
+        # safetensors 0.8.0 writes them in a hash map's order, another one each time.
+        header["__metadata__"] = dict(sorted(metadata.items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(start - 8)
     partial = path.with_suffix(".partial")
-    save_file(tensors, partial, metadata)
-    partial.chmod(0o644)  # safetensors 0.8.0 makes files that only their owner can read
+    partial.write_bytes(data[:8] + text + data[start:])
     os.replace(partial, path)
 
 
@@ -374,10 +413,9 @@ def main(arguments: Iterable[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m pocket.train", description=__doc__.split("\n")[0])
     parser.add_argument("--models", type=Path, default=MODELS, help="folder of the files")
     parser.add_argument("--work", type=Path, default=CACHE / "pocket", help="folder of states and sample sheets")
-    parser.add_argument("--threads", type=int, default=0, help="threads to compute with; 0: all")
     options = parser.parse_args(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    # Sums over several threads are not the same bits every time.
+    torch.set_num_threads(1)
     tokenizer = tokenizer_of_comfyui()
     started = time.monotonic()
 

@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import safetensors.torch
 import torch
 from safetensors import safe_open
 
@@ -15,7 +14,7 @@ from pocket import autoencoder, data, draw, evaluate, loras, measure, model, tex
 
 MODELS = REPO / "pocket" / "models"
 FILES = [*train.NAMES.values(), *(f"loras/{recipe.file}" for recipe in loras.RECIPES)]
-TINY = train.Plan(pictures=32, decoder_steps=3, steps=4, batch=4, lora_pictures=8, lora_steps=2, shown=2)
+TINY = train.Plan(pictures=32, decoder_steps=3, steps=4, cooldown=2, batch=4, lora_pictures=8, lora_steps=2, shown=2)
 
 
 @pytest.fixture(scope="module")
@@ -109,8 +108,8 @@ def test_loras_differ_in_format_and_rank():
 def test_prompts_are_followed(pocket, engine):
     requests = evaluate.held_out_requests(64)
     shares = evaluate.following(pocket.draw(engine, requests), requests)
-    # 0.906 of 96 on an AMD EPYC, 2026-11-22; other processors round other pictures across the line.
-    assert shares["shape and colour"] >= 0.85, shares
+    # 0.948 of 192 in float32 on an AMD EPYC, 2026-11-22; other processors round other pictures across the line.
+    assert shares["shape and colour"] >= 0.90, shares
     assert shares["colour"] >= 0.95, shares
 
 
@@ -237,15 +236,7 @@ def test_training_goes_on_where_it_stopped(straight, tmp_path, tokenizer, monkey
 
     went_on = [line for line in lines if "goes on from step" in line]
     assert {line.split(":")[0] for line in went_on} >= {"decoder", "model"}, lines
-    exact = [name for name in FILES if "loras" not in name]
-    assert {name: files[name] == straight[name] for name in exact} == dict.fromkeys(exact, True)
-    # An interrupted LoRA is not the same to the bit; why is not known yet.
-    for name in set(FILES) - set(exact):
-        once, again = safetensors.torch.load(straight[name]), safetensors.torch.load(files[name])
-        assert once.keys() == again.keys()
-        for key, value in once.items():
-            distance = torch.linalg.vector_norm(again[key].float() - value.float())
-            assert distance <= 0.02 * torch.linalg.vector_norm(value.float()), (name, key, float(distance))
+    assert {name: files[name] == straight[name] for name in FILES} == dict.fromkeys(FILES, True)
     assert (tmp_path / "work" / "model.png").is_file()
 
 
@@ -267,9 +258,13 @@ def test_prompts_fit_the_length(tokenizer):
 
 def test_evaluation_writes_its_figures(tmp_path, capsys):
     path = tmp_path / "figures.json"
-    assert evaluate.main(["--json", str(path), "--prompts", "8"]) == 0
+    tables = tmp_path / "figures.md"
+    assert evaluate.main(["--json", str(path), "--markdown", str(tables), "--prompts", "8"]) == 0
     figures = json.loads(path.read_text(encoding="utf-8"))
     assert figures["modes"]["bf16"]["psnr_db"] is None
     assert 20 < figures["modes"]["nf4"]["psnr_db"] < figures["modes"]["fp32"]["psnr_db"]
     assert figures["loras"]["none again is bit-identical"] is True
     assert json.loads(capsys.readouterr().out) == figures
+    lines = tables.read_text(encoding="utf-8").splitlines()
+    assert f"| nf4 | {figures['modes']['nf4']['psnr_db']:.1f} |" in next(line for line in lines if "| nf4" in line)
+    assert lines[-1].startswith("8 prompts; ")

@@ -132,7 +132,7 @@ def test_the_bundled_workflow_draws_its_prompt_and_switches(comfy):
     pictures = {p.name: opened(comfy, comfy.run(demo.adapt(workflow, p.loras)), saved) for p in demo.PROMPTS}
 
     plain = pictures["none"]
-    asked = draw.Scene("heart", "green", size="large")
+    asked = draw.Scene("heart", "green")
     assert all(measure.follows(measure.see(plain), asked).values())
     assert np.array_equal(pictures["none again"], plain)
     for name, style in (("A: neon", "neon"), ("B: stripes", "stripes"), ("C: outline", "outline")):
