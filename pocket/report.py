@@ -16,7 +16,8 @@ def markdown(figures: Mapping[str, Any]) -> str:
     parts = [section(figures[name]) for name, section in sections.items() if name in figures]
     made = figures["made on"]
     cpu = f"{made['machine']['cpu']}, {made['machine']['cores']} cores, torch {made['machine']['torch']}"
-    return "\n\n".join([*parts, f"{figures['prompts']} prompts; {cpu}, {made['date'][:10]}."]) + "\n"
+    prompts = ", ".join(f"{count} ({kind})" for kind, count in figures["prompts"].items())
+    return "\n\n".join([*parts, f"Prompts: {prompts}. {cpu}, {made['date']}."]) + "\n"
 
 
 def _modes(modes: Mapping[str, Any]) -> str:

@@ -267,4 +267,4 @@ def test_evaluation_writes_its_figures(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out) == figures
     lines = tables.read_text(encoding="utf-8").splitlines()
     assert f"| nf4 | {figures['modes']['nf4']['psnr_db']:.1f} |" in next(line for line in lines if "| nf4" in line)
-    assert lines[-1].startswith("8 prompts; ")
+    assert lines[-1].startswith("Prompts: 8 (modes)")
