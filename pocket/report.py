@@ -12,7 +12,7 @@ def markdown(figures: Mapping[str, Any]) -> str:
     Args:
         figures: what `pocket.evaluate` writes.
     """
-    sections = {"modes": _modes, "svd": _svd, "fp8 merge": _merge, "loras": _loras}
+    sections = {"modes": _modes, "step cache": _step_cache, "svd": _svd, "fp8 merge": _merge, "loras": _loras}
     parts = [section(figures[name]) for name, section in sections.items() if name in figures]
     made = figures["made on"]
     cpu = f"{made['machine']['cpu']}, {made['machine']['cores']} cores, torch {made['machine']['torch']}"
@@ -30,6 +30,14 @@ def _modes(modes: Mapping[str, Any]) -> str:
             rows.append([name, "cannot run here", "", "", "", "", ""])
     head = ["", "PSNR, dB", "with a LoRA, dB", "shape and colour right", "count", "place", "everything"]
     return _table(head, rows)
+
+
+def _step_cache(thresholds: Mapping[str, Any]) -> str:
+    rows = [
+        [name, _percent(found["skipped"]), _db(found["psnr_db"]), _percent(found["follows"]["shape and colour"])]
+        for name, found in thresholds.items()
+    ]
+    return _table(["Step cache", "skipped", "PSNR, dB", "shape and colour right"], rows)
 
 
 def _svd(ranks: Mapping[str, Any]) -> str:
