@@ -310,16 +310,17 @@ def main(arguments: Iterable[str] | None = None) -> int:
     pocket = Pocket(options.models, tokenizer_of_comfyui())
     held_out, plain = held_out_requests(options.prompts), plain_requests(32)
     figures: dict[str, Any] = {"bytes": sum(path.stat().st_size for path in options.models.rglob("*.safetensors"))}
-    prompts = {"modes": len(held_out), "step cache": len(held_out[:CACHED_PROMPTS]), "loras": len(plain), "fp8 merge": len(plain[:8])}
+    cached, merged = held_out[:CACHED_PROMPTS], plain[:8]
+    prompts = {"modes": len(held_out), "step cache": len(cached), "loras": len(plain), "fp8 merge": len(merged)}
     figures |= {"prompts": prompts, "made on": {"machine": machine(), "date": date.today().isoformat()}}
     figures["modes"] = evaluate_modes(pocket, held_out, options.compile)
     figures["loras"] = evaluate_loras(pocket, plain)
-    figures["step cache"] = evaluate_step_cache(pocket, held_out[:CACHED_PROMPTS])
+    figures["step cache"] = evaluate_step_cache(pocket, cached)
     figures["svd"] = evaluate_ranks(pocket, plain)
     if options.merge:
         from .stock_merge import evaluate_merge
 
-        figures["fp8 merge"] = evaluate_merge(options.models, plain[:8])
+        figures["fp8 merge"] = evaluate_merge(options.models, merged)
     report = json.dumps(figures, indent=2, ensure_ascii=False)
     print(report)
     if options.json:
