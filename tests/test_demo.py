@@ -101,12 +101,12 @@ def test_table(finished, output):
     assert [row["name"] for row in rows] == names * 2
     assert [row["recompiles"] for row in rows] == ["0"] * 16
     assert all(float(row["seconds"]) > 0 for row in rows)
-    assert float(rows[0]["compile"]) > 0, "the first prompt compiles"
-    assert [row["compile"] for row in rows[1:]] == ["–"] * 15, "and no other does"
+    assert rows[0]["compile"] == "–" or float(rows[0]["compile"]) > 0, "it compiles, unless an earlier demo did"
+    assert [row["compile"] for row in rows[1:]] == ["–"] * 15, "no other prompt does"
     assert {row["source"] for row in rows[8:]} <= {"hot", "strength"}, "in the second round every stack is in memory"
     assert all((REPO / row["image"]).is_file() for row in rows)
     assert str(output / "contact_sheet.png") in finished
-    assert "pocket-neon-diffusers (0.8) + pocket-stripes-comfyui (0.8)" in finished
+    assert "pocket-neon-diffusers (1) + pocket-stripes-comfyui (1)" in finished
 
 
 @pytest.mark.slow

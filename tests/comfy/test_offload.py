@@ -75,7 +75,8 @@ def test_compiled_or_quantized_it_streams_without_recompiling(comfy, compile, qu
     streamed = [quantized(offloaded(each, **settings)) for each in (*both, both[0])]
     engine = comfy.engine()
     assert (engine["plan"]["mode"], engine["plan"]["resident_blocks"], engine["ring"]) == ("stream", 1, True)
-    assert (engine["compile_count"], engine["recompile_count"]) == (2 if compile == "regional" else 0, 0)
+    # What the resident engine compiled and stored serves this one: where weights lie changes no code.
+    assert (engine["compile_count"], engine["recompile_count"]) == (0, 0)
     for drawn, whole in zip(streamed, (*resident, resident[0]), strict=True):
         assert torch.equal(drawn, whole)
 
