@@ -172,7 +172,8 @@ def test_quantized_and_compiled_is_quantized_and_eager(mode, device, spec, loras
     ]
     for entries in STACKS.values():
         outputs = [draw(engine, stack_of(engine, loras, *entries)).float() for engine in engines]
-        assert distance(*outputs) < TOLERANCES["bf16"]
+        # Where the two round an activation differently, fp8 lands a sixteenth apart.
+        assert distance(*outputs) < TOLERANCES["bf16"] * (2 if mode == "fp8" else 1)
     assert (engines[1].compile_count, engines[1].recompile_count) == (2, 0)
 
 
@@ -238,11 +239,17 @@ def test_a_swap_that_runs_out_of_memory_changes_nothing(eager, loras, monkeypatc
     assert torch.equal(eager(on_device(eager, make_inputs())), expected)
 
 
-@pytest.mark.parametrize("engine", ["eager", "compiled"])
-def test_a_step_does_not_wait_for_the_device(engine, request, loras):
-    engine = request.getfixturevalue(engine)
-    if engine.device.type == "cpu" and engine.settings.compile != "off":
+def test_an_eager_step_does_not_wait_for_the_device(eager, loras):
+    step_without_waiting(eager, loras)
+
+
+def test_a_compiled_step_does_not_wait_for_the_device(compiled, loras):
+    if compiled.device.type == "cpu":
         pytest.skip("what a CPU waits for is only seen in eager code; tests/test_gpu_code.py reads the compiled one")
+    step_without_waiting(compiled, loras)
+
+
+def step_without_waiting(engine, loras):
     engine.swap(stack_of(engine, loras, *STACKS["two"]))
     inputs = on_device(engine, make_inputs())
     engine(inputs)  # tables of positions are made, kernels chosen
