@@ -48,6 +48,8 @@ def main() -> None:
     pretend()
     torch._inductor.config.fx_graph_cache = False
     torch._functorch.config.enable_autograd_cache = False
+    # As the engine's compiler has it: a norm's eps would be an input that lies on the host otherwise.
+    torch._dynamo.config.specialize_float = True
     # Both would try something on the GPU.
     torch._inductor.config.shape_padding = False
     torch._inductor.config.joint_graph_constant_folding = False

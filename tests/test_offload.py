@@ -14,6 +14,7 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from accel.attention import sdpa
 from accel.build import empty_model
 from accel.checkpoint import inspect_checkpoint
 from accel.engine import Engine, Silent
@@ -748,9 +749,7 @@ def trace_of(spec, resident_blocks, steps, skipped=()):
 
             return run
 
-        from accel.attention import resolve_attention
-
-        regions = tuple(map(traced, family.regions(resolve_attention("auto"))))
+        regions = tuple(map(traced, family.regions(sdpa)))
         forward = family.forward(config, model, regions, weights.ring)
         inputs = make_inputs()
         moved = {

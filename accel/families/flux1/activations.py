@@ -8,7 +8,7 @@ token, H wide:
 - compiled, 3 + 2 · mlp / H: the MLP before its activation, its output joined with that of attention, and one H for
   each of attention's output, q and k. TorchInductor's own count of the code that it generates for an H100 is 11.0 H for
   the block, the CPU's allocator counts 11.1 (torch 2.14, mlp = 4 H);
-- eager, 4 + 2 · mlp / H, and 3 in float32, in which q and k are rotated.
+- eager, 7 + 2 · mlp / H, and 2 in float32, in which q and k are rotated.
 
 Beside them: the rotary table, and what a quantized linear makes of its input or weight. Attention takes none: the
 kernels that PyTorch chooses hold no scores. tests/test_plan.py compares the sums with what forwards really allocate:
@@ -51,7 +51,7 @@ def activation_bytes(
     hidden, mlp = config.hidden_size, config.mlp_dim
     per_token = (6 * hidden + 2 * mlp) * dtype.itemsize
     if not compiled:
-        per_token += hidden * dtype.itemsize + 3 * hidden * FLOAT32_BYTES
+        per_token += 4 * hidden * dtype.itemsize + 2 * hidden * FLOAT32_BYTES
     per_token += HEAD_DIM * FLOAT32_BYTES  # the rotary table: a cosine and a sine for each pair of channels
     fixed = 0
     if quantization in DYNAMIC and not compiled:
