@@ -94,6 +94,7 @@ class Notices:
     def __init__(self) -> None:
         """Start with nothing said."""
         self.texts: list[str] = []
+        self.warnings: list[str] = []
 
     def loading(self, done: int, total: int) -> None:
         """Ignore."""
@@ -101,6 +102,8 @@ class Notices:
     def notice(self, text: str, warning: bool) -> None:
         """Keep it."""
         self.texts.append(text)
+        if warning:
+            self.warnings.append(text)
 
     def compiling(self, region: str) -> None:
         """Ignore."""

@@ -69,7 +69,7 @@ def _measure(folder: Path, config: Flux1Config, steps: int, latent: int) -> dict
 
     load = stage("load")
     cold, restart = stage("cold"), stage("restart")
-    if cold["compiles"] == 0 or restart["compiles"] or restart["notices"]:
+    if cold["compiles"] == 0 or restart["compiles"] or restart["warnings"]:
         raise BenchmarkError(
             f"the first process compiled {cold['compiles']} regions, the restarted one {restart['compiles']} "
             f"({restart['notices']}): compiled code was not kept."

@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> dict:
     return result | {
         "warm_image_s": sorted(times)[WARM_IMAGES // 2],
         "compiles": engine.compile_count,
-        "notices": notices.texts,
+        "warnings": notices.warnings,
         "finite": bool(torch.isfinite(output).all()),
         "checksum": float(output.double().abs().sum()),
     }
