@@ -14,6 +14,7 @@ from accel.checkpoint import inspect_checkpoint
 from accel.engine import Engine, Silent
 from accel.errors import EngineStateError, LoraError, SettingsError
 from accel.families.flux1 import Flux1Inputs
+from accel.families.flux1.forward import Residuals
 from accel.lora.stack import LoraStack, flatten
 from accel.settings import EngineSettings
 from harness.lora_files import in_attention, write_lora
@@ -411,3 +412,45 @@ def test_process_wide_settings_are_left_alone(compiled):
         torch.is_grad_enabled(),
     )
     assert before == after == (True, before[1], True, True)
+
+
+# What changes between two calls
+
+
+def residuals(seed: int = 4) -> Residuals:
+    """What a ControlNet adds: after the first double and the second single block of the tiny model."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = [torch.randn(1, 64, 256, generator=generator) for _ in range(2)]
+    return Residuals(double=[tokens[0]], single=[None, tokens[1]])
+
+
+@pytest.mark.parametrize("change", ["a ControlNet", "no guidance", "a reference picture", "no pooled text"])
+def test_what_can_change_while_sampling_compiles_nothing(eager, compiled, change):
+    inputs = {
+        "a ControlNet": dataclasses.replace(make_inputs(), residuals=residuals()),
+        "no guidance": dataclasses.replace(make_inputs(), guidance=None),
+        "a reference picture": dataclasses.replace(make_inputs(), references=[make_inputs(1, 8, 12, seed=2).latent]),
+        "no pooled text": dataclasses.replace(make_inputs(), pooled_projections=None),
+    }[change]
+    count = compiled.compile_count
+    output, reference = both(eager, compiled, {}, [], inputs)
+    assert distance(output, reference) < TOLERANCE
+    assert distance(reference, eager(make_inputs())) > 10 * TOLERANCE
+    assert compiled.compile_count == count
+
+
+def test_all_blocks_in_one_piece(spec, eager, loras):
+    engine = Engine(spec, EngineSettings(compile="full"))
+    engine.load()
+    engine(make_inputs())
+    assert (engine.compile_count, engine.recompile_count) == (1, 0)
+    for entries in ([("rank1", 1.0)], [("rank128", 0.5), ("rank7", -1.0)], []):
+        for inputs in (make_inputs(), make_inputs(2, 12, 20, 33)):
+            output, reference = both(eager, engine, loras, entries, inputs)
+            assert distance(output, reference) < TOLERANCE
+    assert (engine.compile_count, engine.recompile_count) == (1, 0)
+    # Something between the blocks: the block types are compiled after all, once.
+    inputs = dataclasses.replace(make_inputs(), residuals=residuals())
+    for _ in range(2):
+        assert distance(engine(inputs), eager(inputs)) < TOLERANCE
+    assert (engine.compile_count, engine.recompile_count) == (3, 0)
