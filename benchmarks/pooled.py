@@ -39,6 +39,7 @@ class Pooled:
         """Prepare nothing yet but what is compared with."""
         self._config = config
         self._loras = loras
+        self._weights: dict[str, LoraWeights] = {}
         self._model, self._slots = flux_loras.slots_of(config)
         self._library = self._new_library()
         lora_B = torch.cat([b.flatten() for _, b in loras[0].pairs.values()])
@@ -116,8 +117,10 @@ class Pooled:
     def _stack(self, *entries: tuple[RandomLora, float]) -> LoraStack:
         stack = LoraStack()
         for lora, strength in entries:
-            layers = tuple(LoraLayer(module, a, b, 1.0) for module, (a, b) in lora.pairs.items())
-            stack = stack.with_lora(LoraWeights(FileIdentity(lora.name, 0, 0), layers, ()), strength)
+            if lora.name not in self._weights:  # an engine reads a file once, whatever strengths follow
+                layers = tuple(LoraLayer(module, a, b, 1.0) for module, (a, b) in lora.pairs.items())
+                self._weights[lora.name] = LoraWeights(FileIdentity(lora.name, 0, 0), layers, ())
+            stack = stack.with_lora(self._weights[lora.name], strength)
         return stack
 
     def _new_library(self) -> LoraLibrary:

@@ -6,6 +6,7 @@ strength · alpha / rank folded into B in float32. Where DoRA or OFT is among th
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -254,15 +255,13 @@ def flat_buffer(
     else:
         buffer = buffers.take(elements * dtype.itemsize).view(dtype)
     with ThreadPoolExecutor(1) as thread:
-        copied = thread.submit(_copy_lora_A, buffer, gaps, placed, by_module)
-        for module, layers in by_module.items():
-            place = placed[module]
-            _fill_scaled(buffer.as_strided(place.b_shape, (place.b_shape[1], 1), place.b_start), layers)
+        copied = thread.submit(_write_lora_A, buffer, gaps, placed, by_module)
+        _write_lora_B(buffer, placed, by_module)
         copied.result()
     return buffer, placed
 
 
-def _copy_lora_A(
+def _write_lora_A(
     buffer: Tensor, gaps: Sequence[tuple[int, int]], placed: Mapping[str, Placed], by_module: Mapping[str, Layers]
 ) -> None:
     """Write what is not scaled, on a thread of its own."""
@@ -274,7 +273,39 @@ def _copy_lora_A(
             place = placed[module]
             if place.a_start not in filled:
                 filled.add(place.a_start)
-                _fill(buffer.as_strided(place.a_shape, (place.a_shape[1], 1), place.a_start), layers)
+                if not _moved(buffer, place.a_start, place.a_shape, [layer.lora_A for layer, _ in layers]):
+                    _fill(buffer.as_strided(place.a_shape, (place.a_shape[1], 1), place.a_start), layers)
+
+
+def _write_lora_B(buffer: Tensor, placed: Mapping[str, Placed], by_module: Mapping[str, Layers]) -> None:
+    """Write strength · scale · B, rounded once: neighbours that only have to be moved are multiplied together."""
+    runs: list[tuple[int, int, float]] = []  # first element, behind the last, factor
+    for module, layers in by_module.items():
+        place, (layer, strength) = placed[module], layers[0]
+        if not _moved(buffer, place.b_start, place.b_shape, [layer.lora_B for layer, _ in layers]):
+            _fill_scaled(buffer.as_strided(place.b_shape, (place.b_shape[1], 1), place.b_start), layers)
+            continue
+        end, factor = place.b_start + math.prod(place.b_shape), strength * layer.scale
+        if runs and runs[-1][1:] == (place.b_start, factor):
+            runs[-1] = (runs[-1][0], end, factor)
+        else:
+            runs.append((place.b_start, end, factor))
+    for start, end, factor in runs:
+        if factor != 1.0:
+            buffer[start:end].mul_(factor)
+
+
+def _moved(buffer: Tensor, start: int, shape: tuple[int, int], matrices: Sequence[Tensor]) -> bool:
+    """Move a matrix to its place if it is there byte for byte as it will be; False: it must be converted or joined.
+
+    Without torch, whose calls take as long for a small matrix as the copy, and without the interpreter's lock.
+    """
+    matrix = matrices[0]
+    as_it_is = matrix.dtype == buffer.dtype and matrix.shape == shape and matrix.is_contiguous() and matrix.is_cpu
+    if len(matrices) > 1 or not as_it_is:
+        return False
+    ctypes.memmove(buffer.data_ptr() + start * buffer.element_size(), matrix.data_ptr(), matrix.nbytes)
+    return True
 
 
 def _compose(module: str, layers: Layers, base: BaseWeights | None) -> Composed:
