@@ -69,6 +69,7 @@ class LoraSlots:
         # (owner, name, the model's own Parameter) of everything that a LoRA's `others` stand in for now.
         self._replaced: list[tuple[Owner, str, nn.Parameter]] = []
         self._unbound = True
+        self._bound: Bindings | None = None
         self._no_mixing = [_empty((0,), dtype, device) for _ in modules]
         matrices = []
         for layer in self._layers.values():
@@ -77,6 +78,9 @@ class LoraSlots:
 
     def bind(self, bindings: Bindings) -> None:
         """Make the model compute with these tensors. Assigns pointers only; cannot fail half way on valid input."""
+        if bindings is self._bound:
+            return  # another strength was multiplied into what is bound
+        self._bound = None  # an interrupt may come between any two lines
         self._restore()
         if self._unbound:
             for owner, parameter in zip(self._owners, self._no_mixing, strict=True):
@@ -89,9 +93,11 @@ class LoraSlots:
             # Noted before it is replaced: an interrupt may come between any two lines.
             self._replaced.append((owner, name, owner[name]))
             owner[name] = parameter
+        self._bound = bindings
 
     def unbind(self) -> None:
         """Leave the slots without tensors, so that moving the model moves its own weights only."""
+        self._bound = None
         self._restore()
         self._unbound = True
         for owner in self._owners:
