@@ -95,6 +95,7 @@ class Pooled:
             # What `Engine.prefetch` does.
             library.prepare(stack)
             library.bring(stack, make_room=False)
+            self._slots.bind(self._slots.empty)
             library.bind(self._other)  # as the step that sampled meanwhile has touched every layer, see `Switch._step`
 
         def run() -> None:
