@@ -72,13 +72,13 @@ class Demand:
         weights: of the checkpoint, in the form in which they are kept.
         activation_bytes: of one forward of `workload`.
         workload: what that forward computes, for the sentence.
-        smaller: (quantization, weights in it) of modes that would take less, for a refusal.
+        quantized: (mode, bytes it needs with every block streamed, LoRAs not counted) of each mode, for a refusal.
     """
 
     weights: WeightSizes
     activation_bytes: int
     workload: str
-    smaller: Sequence[tuple[str, WeightSizes]] = ()
+    quantized: Sequence[tuple[str, int]] = ()
 
 
 def demand_of(
@@ -100,14 +100,14 @@ def demand_of(
         device: a refusal names only quantizations that run on it; None: any.
     """
     weights = weight_sizes(spec, dtype, find_mode(quantization))
-    smaller = []
+    activations = workload.activation_bytes(spec, dtype, quantization, compiled)
+    quantized = []
     for mode in MODES.values():
         if device is None or mode.missing(device) is None:
-            sizes = weight_sizes(spec, dtype, mode)
-            if sizes.total < 0.9 * weights.total:
-                smaller.append((mode.name, sizes))
-    activations = workload.activation_bytes(spec, dtype, quantization, compiled)
-    return Demand(weights, activations, str(workload), tuple(smaller))
+            # Quantized rows of activations take memory too: a mode with smaller weights may need more in all.
+            streamed = weight_sizes(spec, dtype, mode).on_device(0)
+            quantized.append((mode.name, streamed + workload.activation_bytes(spec, dtype, mode.name, compiled)))
+    return Demand(weights, activations, str(workload), tuple(quantized))
 
 
 def check_device(offload: Offload, device: torch.device) -> None:
@@ -240,7 +240,7 @@ def _refusal(demand: Demand, offload: Offload, budget: _Budget, resident: int | 
             f"of {len(weights.blocks)} blocks on the device."
         )
     least = weights.on_device(0) + beside
-    fits = [name for name, smaller in demand.smaller if smaller.on_device(0) + beside <= budget.bytes]
+    fits = [name for name, needed in demand.quantized if needed + lora_bytes <= budget.bytes]
     ways = [f"quantization '{fits[0]}'"] if fits else []
     ways.append(f"{gb(least)} for the engine (a higher vram_budget_gb, a lower reserve, or other programs closed)")
     ways.append("a smaller picture or batch")
