@@ -52,7 +52,7 @@ class FluxAccelLoader(io.ComfyNode):
                     options=["auto", *BACKENDS],
                     default="auto",
                     tooltip="The attention kernel of this model alone. auto: the fastest exact one that is installed, "
-                    "measured on the GPU; sdpa, PyTorch's own, on a CPU. sage is faster and approximates. Each is "
+                    "measured on this machine. sage is faster and approximates. Each is "
                     "compared with sdpa before it draws anything.",
                 ),
                 io.Combo.Input(

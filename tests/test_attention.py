@@ -25,6 +25,8 @@ from accel.attention import (
     correctness,
     flash,
     library,
+    native,
+    onednn,
     operator,
 )
 from accel.attention.backend import EXACT
@@ -37,7 +39,7 @@ from accel.settings import EngineSettings
 from harness.attention_packages import PACKAGES, write_package
 from harness.paths import REPO
 
-NAMES = ("sdpa", "cudnn", "flash_2", "flash_3", "flash_4", "sage", "xformers", "flex")
+NAMES = ("sdpa", "cudnn", "flash_2", "flash_3", "flash_4", "sage", "xformers", "flex", "onednn")
 CHECKPOINT = "diffusion_models/tiny-flux-dev-fp32.safetensors"
 CPU = Target(torch.device("cpu"), torch.bfloat16, 2, 128, compiled=True)
 CUDA = dataclasses.replace(CPU, device=torch.device("cuda:0"), heads=24)
@@ -150,12 +152,19 @@ def test_hardware(card, capability, run):
     card(*capability)
     reasons = {name: BACKENDS[name].hardware(CUDA) for name in NAMES}
     assert {name for name, reason in reasons.items() if reason is None} == run
-    for name in set(NAMES) - run:
+    assert "runs on CPUs; this is the device cuda:0" in reasons["onednn"]
+    for name in set(NAMES) - run - {"onednn"}:
         assert f"Some Card has {capability[0]}.{capability[1]}" in reasons[name]
 
 
-def test_what_runs_on_a_cpu():
-    assert {name for name in NAMES if BACKENDS[name].missing(CPU) is None} == {"sdpa", "flex"}
+@pytest.mark.parametrize("bf16_units", [True, False])
+def test_what_runs_on_a_cpu(monkeypatch, bf16_units):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: bf16_units)
+    found = {name for name in NAMES if BACKENDS[name].missing(CPU) is None}
+    assert found == {"sdpa", "flex"} | ({"onednn"} if bf16_units else set())
+    if not bf16_units:
+        with pytest.raises(SettingsError, match=r"'onednn' needs a CPU that multiplies bfloat16 .* 'sdpa'"):
+            check_attention("onednn", CPU)
     with pytest.raises(SettingsError, match=r"'flash_3' needs an NVIDIA card .* 9.x; this is the device cpu. .*'sdpa'"):
         check_attention("flash_3", CPU)
     with pytest.raises(SettingsError, match=r"'flex' runs compiled only: set 'compile' to 'regional'. .* 'sdpa'"):
@@ -169,6 +178,43 @@ def test_what_an_amd_card_runs(card, monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "7.0")
     assert {name for name in NAMES if BACKENDS[name].hardware(CUDA) is None} == {"sdpa", "flash_2", "xformers", "flex"}
     assert "this is an AMD card" in BACKENDS["flash_3"].hardware(CUDA)
+
+
+def test_float16_on_a_cpu_is_not_for_onednn():
+    half = dataclasses.replace(CPU, dtype=torch.float16)
+    assert BACKENDS["onednn"].missing(half) == "computes in bfloat16, but dtype is float16"
+
+
+# What onednn computes; on a CPU without bfloat16 units too, only slowly.
+
+
+@pytest.mark.parametrize("max_scores", [2**22, 8 * 203**2, 203 * 50])
+@pytest.mark.parametrize("sharpness", [0.5, 2.0, 6.0])
+def test_onednn_computes_attention_in_parts_of_any_size(monkeypatch, max_scores, sharpness):
+    monkeypatch.setattr(onednn, "MAX_SCORES", max_scores)
+    monkeypatch.setattr(correctness, "SHARPNESS", sharpness)
+    target = dataclasses.replace(CPU, heads=5)
+    query, key, value = make_inputs(target, 2, 203)
+    attention = BACKENDS["onednn"].make()
+    output = attention(query, key, value, None)
+    assert output.transpose(1, 2).is_contiguous()
+    reference = F.scaled_dot_product_attention(query.float(), key.float(), value.float())
+    assert judge(BACKENDS["onednn"], target, output, reference).refusal is None
+    mask = torch.rand(2, 1, 203, 203) < 0.5
+    assert torch.equal(attention(query, key, value, mask), native.sdpa(query, key, value, mask))
+
+
+def test_control_scores_that_are_rounded_once_are_too_coarse(monkeypatch):
+    product = torch.baddbmm
+
+    def rounded(largest, queries, keys, *, alpha, out):
+        return out.copy_(product(torch.zeros_like(largest), queries, keys, alpha=alpha) + largest)
+
+    monkeypatch.setattr(torch, "baddbmm", rounded)
+    query, key, value = make_inputs(CPU, 1, 203)
+    output = BACKENDS["onednn"].make()(query, key, value, None)
+    reference = F.scaled_dot_product_attention(query.float(), key.float(), value.float())
+    assert "computes wrong numbers" in judge(BACKENDS["onednn"], CPU, output, reference).refusal
 
 
 @pytest.mark.parametrize("name", ["cudnn", "flash_2", "flash_3", "flash_4", "sage"])
@@ -461,10 +507,21 @@ def test_no_memory_is_no_verdict(install, on_cpu):
 # "auto".
 
 
-def test_auto_on_a_cpu_is_sdpa(install):
+def test_auto_on_a_cpu_leaves_out_what_is_for_gpus(install):
     install("xformers")
-    choice = choose_attention("auto", CPU)
+    choice = choose_attention("auto", dataclasses.replace(CPU, dtype=torch.float32))
     assert (choice.name, choice.sentence, choice.warnings) == ("sdpa", "attention: sdpa", ())
+
+
+def test_auto_on_a_cpu_measures_what_is_for_cpus(monkeypatch):
+    monkeypatch.setitem(BACKENDS, "onednn", dataclasses.replace(BACKENDS["onednn"], hardware=lambda target: None))
+    monkeypatch.setattr(choose, "_seconds_on_cpu", lambda run: 2e-3 if run.func is native.sdpa else 1e-3)
+    choice = choose_attention("auto", CPU)
+    assert choice.name == "onednn"
+    assert choice.sentence == "attention: onednn, 1.00 ms a call at 1024 tokens (sdpa 2.00)"
+    without = dataclasses.replace(BACKENDS["onednn"], hardware=lambda target: "is not here")
+    monkeypatch.setitem(BACKENDS, "onednn", without)
+    assert choose_attention("auto", CPU).sentence == "attention: sdpa"
 
 
 def test_the_fastest_and_the_first_of_equals():
@@ -486,8 +543,9 @@ def timed(on_cpu, monkeypatch):
         return {name: seconds[name] for name in names}
 
     monkeypatch.setattr(choose, "measure", measure)
-    absent = dataclasses.replace(BACKENDS["cudnn"], hardware=lambda target: "is not here")
-    monkeypatch.setitem(BACKENDS, "cudnn", absent)
+    for name in ("cudnn", "onednn"):
+        absent = dataclasses.replace(BACKENDS[name], hardware=lambda target: "is not here")
+        monkeypatch.setitem(BACKENDS, name, absent)
     return measured
 
 
@@ -498,7 +556,7 @@ def test_auto_measures_what_is_installed_and_names_what_is_not(install, timed):
     assert timed == [("sdpa", "flash_4", "flash_2")]
     assert choice.name == "flash_4"
     assert choice.sentence == (
-        "attention: flash_4, 0.40 ms a call at 4608 tokens (sdpa 0.90, flash_2 0.80); would run here with "
+        "attention: flash_4, 0.40 ms a call at 1024 tokens (sdpa 0.90, flash_2 0.80); would run here with "
         "their libraries: flash_3, xformers"
     )
     assert importlib.import_module("kernels").ASKED == []  # it downloads nothing
@@ -515,7 +573,8 @@ def test_auto_leaves_out_what_is_broken(install, timed):
 
 def test_measuring_runs_every_backend_on_a_picture_of_1024_pixels(install, on_cpu, monkeypatch):
     module = install("flash_2_old")
-    monkeypatch.setattr(choose, "MEASURED_TOKENS", 96)
+    monkeypatch.setattr(choose, "MEASURED_TOKENS", {"cpu": 96})
+    monkeypatch.setattr(choose, "_seconds_on_cpu", choose._seconds_on_gpu)
     clock = iter(range(100))
 
     class Event:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -15,10 +16,10 @@ from .correctness import make_inputs, verify
 
 # What "auto" takes from: exact ones that need no compile of their own. Of two that are about equally fast it takes the
 # one that stands first, in every process, so that compiled code in caches stays good.
-AUTO = ("sdpa", "cudnn", "flash_3", "flash_4", "flash_2", "xformers")
+AUTO = ("sdpa", "cudnn", "flash_3", "flash_4", "flash_2", "xformers", "onednn")
 MARGIN = 0.05
-# A picture of 1024 × 1024 and a prompt.
-MEASURED_TOKENS = 4_608
+# A picture of 1024 × 1024 and a prompt; on a CPU, where that would take ten seconds, one of 512 × 512 without.
+MEASURED_TOKENS = {"cuda": 4_608, "cpu": 1_024}
 WARM_UPS = 2
 REPEATS = 5
 
@@ -100,13 +101,24 @@ def fastest(seconds: Mapping[str, float]) -> str:
 
 @functools.cache
 def measure(names: tuple[str, ...], target: Target) -> Mapping[str, float]:
-    """Seconds of one call, per backend, on a GPU; once per process. Takes some tens of milliseconds each."""
+    """Seconds of one call, per backend; once per process. Takes some tens of milliseconds each, on a CPU hundreds."""
+    seconds = _seconds_on_cpu if target.device.type == "cpu" else _seconds_on_gpu
     with torch.inference_mode():
-        inputs = make_inputs(target, 1, MEASURED_TOKENS)
-        return {name: _seconds(functools.partial(BACKENDS[name].make(), *inputs, None)) for name in names}
+        inputs = make_inputs(target, 1, MEASURED_TOKENS[target.device.type])
+        return {name: seconds(functools.partial(BACKENDS[name].make(), *inputs, None)) for name in names}
 
 
-def _seconds(run: Callable[[], object]) -> float:
+def _seconds_on_cpu(run: Callable[[], object]) -> float:
+    run()
+    times = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def _seconds_on_gpu(run: Callable[[], object]) -> float:
     for _ in range(WARM_UPS):
         run()
     times = []
@@ -128,7 +140,8 @@ def _sentence(name: str, seconds: Mapping[str, float], target: Target) -> str:
     text = f"attention: {name}"
     if seconds:
         others = ", ".join(f"{other} {took * 1e3:.2f}" for other, took in seconds.items() if other != name)
-        text += f", {seconds[name] * 1e3:.2f} ms a call at {MEASURED_TOKENS} tokens ({others})"
+        tokens = MEASURED_TOKENS[target.device.type]
+        text += f", {seconds[name] * 1e3:.2f} ms a call at {tokens} tokens ({others})"
     absent = [
         other for other in AUTO
         if other not in seconds and other != name and target.dtype in BACKENDS[other].tolerance

@@ -109,7 +109,7 @@ def test_a_wrong_checkpoint_does_not_evict_the_engine(comfy, undisturbed):
 
 def test_attention_that_cannot_run_here(comfy, undisturbed):
     choices = comfy.client.object_info("FluxAccelLoader")["FluxAccelLoader"]["input"]["required"]["attention"]
-    assert {"auto", "sdpa", "cudnn", "flash_2", "flash_3", "flash_4", "sage", "xformers", "flex"} == set(
+    assert {"auto", "sdpa", "cudnn", "flash_2", "flash_3", "flash_4", "sage", "xformers", "flex", "onednn"} == set(
         choices[1]["options"]
     )
     for name, reason in (("flash_3", "needs an NVIDIA card of compute capability 9.x"), ("flex", "runs compiled only")):
