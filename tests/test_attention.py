@@ -6,6 +6,7 @@ what is missing, broken or wrong. That the real kernels are right is for the tes
 """
 
 import dataclasses
+import gc
 import importlib
 import json
 import subprocess
@@ -82,6 +83,8 @@ def install(tmp_path, monkeypatch):
             definition._lib._destroy()
             namespace, _, operator_name = name.partition("::")
             vars(getattr(torch.ops, namespace)).pop(operator_name, None)
+    # A library takes its operators out of torch.ops by name when it is collected, be they another one's by then.
+    gc.collect()
 
 
 @pytest.fixture

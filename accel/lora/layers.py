@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import packed
 from ..dynamic import int8_linears, quantize_rows, quantized_dtype
 from . import kernels
 from .inputs import PLAIN, Columns, Input, as_input, down
@@ -170,7 +171,7 @@ class _Product:
 
     Attributes:
         parts: (N, K₁), (N, K₂), …: x, its columns in one or more tensors.
-        weight: (out_features, in_features).
+        weight: (out_features, in_features), packed or not.
         scales: of x's rows, (N, 1), and of the weight's, (out_features, 1); or None. With them x has one part.
         dtype: of the result.
         gelu: whether the result goes through GELU (tanh).
@@ -190,6 +191,9 @@ class _Product:
             rows, columns = self.scales
             options = {"scale_a": rows, "scale_b": columns.t(), "out_dtype": self.dtype, "use_fast_accum": True}
             return torch._scaled_mm(self.parts[0], self.weight.t(), bias=bias, out=self.out, **options)
+        if packed.is_packed(self.weight):
+            output = packed.multiply(self.parts[0], self.weight, bias)
+            return output if self.out is None else self.out.copy_(output)
         (first, weight), *others = list(zip(self.parts, self._weights(), strict=True))[:parts]
         if bias is None:
             output = torch.mm(first, weight.t(), out=self.out)

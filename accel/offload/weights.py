@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from ..packed import is_packed, pack, packs, unpack
 from .flat import FlatLayout, Home, Place
 from .memory import DeviceMemory
 from .plan import OffloadPlan
@@ -23,6 +24,7 @@ class _Segment:
     Attributes:
         modules: full names of the modules that have them.
         missing: those of `modules` that have no data yet.
+        packed: those whose weight is packed: it stays where it is, and is no part of the layout.
         layout: None until all of them have.
         on_device: where the device computes with them; None: nowhere, or by turns in the ring.
         on_host: None while only the device has them.
@@ -30,6 +32,7 @@ class _Segment:
 
     modules: list[str] = field(default_factory=list)
     missing: set[str] = field(default_factory=set)
+    packed: list[nn.Linear] = field(default_factory=list)
     layout: FlatLayout | None = None
     on_device: Home | None = None
     on_host: Home | None = None
@@ -72,9 +75,12 @@ class Weights:
     @property
     def device_bytes(self) -> int:
         """What they take on the device, staging included."""
-        homes = [segment.on_device for segment in self._segments()]
-        kept = sum(piece.numel() for home in homes if home is not None for _, piece in home.pieces)
-        return kept + (self.ring.bytes if self.ring is not None else 0)
+        kept = self.ring.bytes if self.ring is not None else 0
+        for segment in self._segments():
+            if segment.on_device is not None:
+                kept += sum(piece.numel() for _, piece in segment.on_device.pieces)
+                kept += sum(linear.weight.nbytes for linear in segment.packed)
+        return kept
 
     def _segments(self) -> list[_Segment]:
         return [self._outside, *self._blocks]
@@ -122,7 +128,14 @@ class Weights:
         places: list[Place] = []
         for name in segment.modules:
             module = self._model.get_submodule(name)
-            places += [(module, key) for key, value in module._parameters.items() if value is not None]
+            if self._packs(module):
+                pack(module)
+                segment.packed.append(module)
+            places += [
+                (module, key)
+                for key, value in module._parameters.items()
+                if value is not None and not is_packed(value)
+            ]
             self._owners[module] = segment
         layout = FlatLayout(places)
         loose = layout.loose()
@@ -142,6 +155,12 @@ class Weights:
             segment.on_host = loose
         segment.layout = layout
 
+    def _packs(self, module: nn.Module) -> bool:
+        """Whether a module is a plain linear, and no weight has to be copied to where it is multiplied."""
+        plain = type(module) is nn.Linear and type(module.weight) is nn.Parameter
+        resident = not self._memory.separate and not self._streamed
+        return plain and resident and packs(self._memory.device, module.weight.dtype)
+
     def _to_host(self, layout: FlatLayout, source: Home) -> Home:
         home = layout.over(self._memory.host(layout.bytes))
         _write(home, source)
@@ -159,6 +178,8 @@ class Weights:
             self.plan = plan
             self._streamed = streamed_blocks(self._sizes, plan)
             self._drop_ring()
+            if self._streamed:
+                self._unpack()
             for block in self._streamed:
                 self._leave_device(self._blocks[block])
             absent = [
@@ -218,6 +239,15 @@ class Weights:
             for module in self._model.modules() if self._model is not None else ():
                 module._parameters.update(dict.fromkeys(module._parameters))
 
+    def _unpack(self) -> None:
+        """Make all weights such that they can be copied."""
+        for segment in self._segments():
+            packed, segment.packed = segment.packed, []
+            for linear in packed:
+                unpack(linear)
+            if packed:
+                self._settle(segment)
+
     def _is_streamed(self, segment: _Segment) -> bool:
         return any(segment is self._blocks[block] for block in self._streamed)
 
@@ -241,7 +271,8 @@ class Weights:
         """A module's own parameters by name, on the device or the host, whatever is bound. From any thread."""
         with self._lock:
             segment = self._owners[module]
-            return segment.layout.of_module(module, segment.on_device or segment.on_host)
+            own = segment.layout.of_module(module, segment.on_device or segment.on_host)
+            return {**own, "weight": module.weight} if module in segment.packed else own
 
 
 def streamed_blocks(sizes: Sequence[int], plan: OffloadPlan) -> frozenset[int]:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..packed import is_packed, unpacked
 from .bitsandbytes_modes import Nf4Linear
 
 UNIT_VECTORS = 1024
@@ -23,6 +24,8 @@ def dequantize(base: nn.Module) -> Tensor:
     if isinstance(base, Nf4Linear):
         return base.unpack(torch.float32)
     weight = base.weight
+    if is_packed(weight):
+        return unpacked(weight).float()
     if not is_quantized(weight):
         return weight.detach().float()
     if type(weight).dequantize is not Tensor.dequantize:
