@@ -388,7 +388,7 @@ def test_the_effect_of_a_lora_is_preserved(engines, effects, mode):
 @pytest.mark.parametrize("scale", [0.3, 0.03])
 def test_fp8_loses_at_most_half_of_what_merging_loses(scale):
     """Linear by linear, where the rounding of activations is the same with and without the LoRA."""
-    from accel.lora.layers import LoraLinear
+    from accel.lora.layers import SLOTS, LoraLinear
 
     rounding, worst = comfy_float(), 0.0
     base = tiny_flux_state_dict(TinyFluxConfig(), 0)
@@ -401,10 +401,10 @@ def test_fp8_loses_at_most_half_of_what_merging_loses(scale):
         layer = LoraLinear(find_mode("fp8").convert(weight, torch.zeros(len(weight), dtype=torch.bfloat16), False))
         outputs = []
         for a, b in ((down[:0], up[:, :0]), (down, up)):
-            layer.lora_A, layer.lora_B, layer.mixing = (
-                torch.nn.Parameter(tensor, requires_grad=False)
-                for tensor in (a.contiguous(), b.reshape(-1).contiguous(), torch.empty(0, dtype=torch.bfloat16))
-            )
+            empty, terms = torch.empty(0, dtype=torch.bfloat16), torch.empty(0, dtype=torch.int64)
+            values = a.contiguous(), b.reshape(-1).contiguous(), empty, empty, terms
+            for slot, tensor in zip(SLOTS, values, strict=True):
+                setattr(layer, slot, torch.nn.Parameter(tensor, requires_grad=False))
             outputs.append(layer(x).float())
         wanted = F.linear(x.float(), up.float() @ down.float())
         eight = weight.to(torch.float8_e4m3fn).float()
