@@ -320,7 +320,7 @@ def _run(
     kron_terms: Sequence[Tensor],
 ) -> list[Tensor]:
     hidden = _down(lambda matrix: down(recipe, sources, matrix), lora_A)
-    x = written_out(recipe, sources) if _any(kron_terms) else None
+    x = written_out(recipe, sources) if any(terms.numel() for terms in kron_terms) else None
     outputs = []
     for product, bias, up, mix, low, buffer, terms in zip(
         products, biases, lora_B, mixing, hidden, kron, kron_terms, strict=True
@@ -330,7 +330,8 @@ def _run(
             output = _mix(product.linear(None), mix).add_(bias) if mix.numel() else product.linear(bias)
             if low is not None:
                 output.addmm_(low, matrix.t())
-            _add_kroneckers_(output, x, buffer, terms)
+            if terms.numel():
+                _add_kroneckers_(output, x, buffer, terms)
             output = product.finish(output)
             outputs.append(output if product.out is None else product.out.copy_(output))
         elif low is not None:
@@ -365,13 +366,8 @@ def _add_loras_(
             _add_kroneckers_(output.view(-1, out_features), rows, buffer, terms)
 
 
-def _any(tensors: Sequence[Tensor]) -> bool:
-    """Whether one of them has elements."""
-    return any(tensor.numel() for tensor in tensors)
-
-
-def _add_kroneckers_(output: Tensor, x: Tensor | None, buffer: Tensor, terms: Tensor) -> None:
-    """Add the products that are bound, to (N, out_features) in place; x is (N, in_features), None where none is."""
+def _add_kroneckers_(output: Tensor, x: Tensor, buffer: Tensor, terms: Tensor) -> None:
+    """Add the Kronecker products of x, (N, in_features), to a linear's output, (N, out_features), in place."""
     rows = output.shape[1]
     for term in kronecker.read_terms(terms):
         if (term.first, term.a * term.m, term.width) == (0, rows, 0):
