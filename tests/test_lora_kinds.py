@@ -399,7 +399,7 @@ def test_a_loha_that_no_rank_fits_is_refused(tmp_path, spec):
 
 
 def loha(number=0, targets="double_blocks.0"):
-    return kind_state_dict("LoHa", rank=9, seed=number, targets=lambda module: module.startswith(targets))
+    return kind_state_dict("LoHa", rank=12, seed=number, targets=lambda module: module.startswith(targets))
 
 
 def test_approximations_are_cached_and_rebuilt(tmp_path, spec, monkeypatch):
@@ -450,7 +450,7 @@ def lokr(shape, factor, seed=0, module="double_blocks.0.img_attn.qkv", product=F
         sides.append(u @ v)
     prefix = f"diffusion_model.{module}"
     if product:
-        w2 = {"lokr_w2_a": sides[1], "lokr_w2_b": torch.eye(sides[1].shape[1]), "alpha": torch.tensor(8.0)}
+        w2 = {"lokr_w2_a": sides[1], "lokr_w2_b": torch.eye(sides[1].shape[1]), "alpha": torch.tensor(64.0)}
     else:
         w2 = {"lokr_w2": 0.3 * sides[1]}
     return {f"{prefix}.{end}": value for end, value in {"lokr_w1": sides[0], **w2}.items()}
@@ -475,6 +475,14 @@ def test_a_lokr_of_a_flat_spectrum_is_exact_wherever_its_blocks_lie(
         path = write(tmp_path, f"lokr{number}", lokr(shape, factor, number, module, product))
         loras = [(path, 0.7), (path, -0.2)]
         assert_same(ours(loras, spec, base), stock.merge(checkpoint, loras), tensors)
+
+
+def test_alpha_beside_whole_matrices_means_nothing(tmp_path, spec, tensors, base, stock, checkpoint):
+    """ai-toolkit writes 9999999999 there, in float16 as infinity."""
+    file = {key: value.half() for key, value in lokr((768, 256), (16, 16)).items()}
+    file["diffusion_model.double_blocks.0.img_attn.qkv.alpha"] = torch.tensor(math.inf, dtype=torch.float16)
+    path = write(tmp_path, "lokr", file)
+    assert_same(ours([(path, 0.7)], spec, base), stock.merge(checkpoint, [(path, 0.7)]), tensors)
 
 
 def test_a_lokr_is_neither_cut_nor_kept_on_disk(tmp_path, spec):

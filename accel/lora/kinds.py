@@ -95,6 +95,13 @@ class Change:
         """The kind as a person knows it."""
         return f"DoRA ({self.kind})" if {"dora_scale", "magnitude"} & self.pieces.keys() else self.kind
 
+    @property
+    def ignored(self) -> frozenset[str]:
+        """Keys without a meaning: alpha beside whole matrices, where ai-toolkit writes more than float16 holds."""
+        if "alpha" in self.pieces and self.kind == "LoKr" and {"lokr_w1", "lokr_w2"} <= self.pieces.keys():
+            return frozenset((self.pieces["alpha"].key,))
+        return frozenset()
+
     def approximated(self, tolerance: Tolerance) -> bool:
         """Whether it may be cut to a lower rank."""
         return self.kind == "LoHa" and self.rank > tolerance.exact_rank
