@@ -32,7 +32,7 @@ from accel.registry import EngineKey
 from accel.settings import QUANTIZATION_MODES, EngineSettings, Quantization, QuantizedCache
 from harness import comfyui
 from harness.graphs import Picture
-from harness.lora_files import in_blocks, lora_state_dict, write_lora
+from harness.lora_files import in_blocks, kind_state_dict, lora_state_dict, write_lora
 from harness.paths import REPO
 from harness.tensor_files import write_tensors
 from harness.tiny_models import TinyFluxConfig, tiny_flux_state_dict
@@ -271,12 +271,14 @@ def test_dynamic_modes_without_compile_warn(spec, mode):
 # LoRAs
 
 RANKS = (7, 13, 1, 128, 16)
+KRONECKER = "LoKr full"
 
 
 @pytest.fixture(scope="module")
 def loras(tmp_path_factory):
     folder = tmp_path_factory.mktemp("loras")
-    return {rank: str(write_lora(folder / f"{rank}.safetensors", "kohya", rank=rank, seed=rank)) for rank in RANKS}
+    ranks = {rank: str(write_lora(folder / f"{rank}.safetensors", "kohya", rank=rank, seed=rank)) for rank in RANKS}
+    return {**ranks, KRONECKER: str(write_tensors(folder / "lokr.safetensors", kind_state_dict(KRONECKER)))}
 
 
 @pytest.mark.slow
@@ -288,7 +290,7 @@ def test_compiled_swaps_equal_eager_and_do_not_recompile(spec, engines, loras, m
     assert (compiled.compile_count, compiled.recompile_count) == (2, 0)
     with torch._dynamo.config.patch(error_on_recompile=True):
         base = compiled(make_inputs())
-        for rank, batch in zip(RANKS, (1, 2, 1, 3, 2), strict=True):
+        for rank, batch in zip((*RANKS, KRONECKER), (1, 2, 1, 3, 2, 2), strict=True):
             inputs = make_inputs(batch, 17, 23, 154)
             for engine in (eager, compiled):
                 engine.swap(LoraStack().with_lora(engine.read_lora(loras[rank]), 0.8))
