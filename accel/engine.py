@@ -113,7 +113,7 @@ class Engine:
             settings: how to build the engine.
             observer: hears of what takes long.
             pools: what LoRAs may keep of the memory; by default `PoolBudgets.of_free_memory`, taken at each `load`.
-            lora_cache: folder for LoRA matrices that are slow to compute (LoHa, LoKr); None computes them each time.
+            lora_cache: folder for LoRA matrices that are slow to compute (LoHa); None computes them each time.
             compile_cache: keeps compiled code for the next start; None leaves that to torch's own cache.
             plan: what of the weights stays on the device, or what decides it, called at each `load`; None: everything.
             memory: of the device; by default as `offload.memory.memory_of` has it.

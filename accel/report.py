@@ -179,7 +179,7 @@ def _loras(reported: Reported) -> Rows:
     rows.append(
         (
             "cost",
-            f"rank {cost.max_rank} at most on {cost.linears} linears{cut}, {cost.megabytes(engine.dtype):,.1f} MB, "
+            f"{cost}{cut}, {cost.megabytes(engine.dtype):,.1f} MB, "
             f"{cost.step_share(engine.spec.parameter_count):.1%} more arithmetic per step",
         )
     )

@@ -380,8 +380,8 @@ def kind_tensors(kind: str, shape: tuple[int, int], *, rank: int = 4, alpha: flo
             "lokr_w1_a": normal(rows1, rank), "lokr_w1_b": normal(rank, columns1),
             "lokr_w2_a": normal(rows2, rank, std=rms / rank), "lokr_w2_b": normal(rank, columns2),
         }
-    elif kind == "LoKr full":
-        tensors = {"lokr_w1": normal(rows1, columns1), "lokr_w2": rms * _decaying(normal(rows2, columns2))}
+    elif kind in ("LoKr full", "LoKr full DoRA"):
+        tensors = {"lokr_w1": normal(rows1, columns1), "lokr_w2": normal(rows2, columns2, std=rms)}
     elif kind == "LoKr Tucker":
         tensors = {
             "lokr_w1": normal(rows1, columns1), "lokr_w2_a": normal(rank, rows2, std=rms / math.sqrt(rank)),
@@ -400,15 +400,9 @@ def kind_tensors(kind: str, shape: tuple[int, int], *, rank: int = 4, alpha: flo
     return tensors
 
 
-def _decaying(matrix: Tensor) -> Tensor:
-    """A matrix whose singular values fall as those of trained ones do, so that cutting it off makes sense."""
-    u, s, v = torch.linalg.svd(matrix, full_matrices=False)
-    return u @ torch.diag(s[0] * torch.exp(-torch.arange(len(s)) / 3.0)) @ v
-
-
 KINDS = (
     "LoRA", "LoRA 1x1", "LoCon", "DoRA", "PEFT DoRA", "PEFT bias", "LoHa", "LoHa DoRA", "LoHa Tucker", "LoKr",
-    "LoKr DoRA", "LoKr products", "LoKr full", "LoKr Tucker", "OFT", "bias",
+    "LoKr DoRA", "LoKr products", "LoKr full", "LoKr full DoRA", "LoKr Tucker", "OFT", "bias",
 )
 """Kinds of change of a linear. The names of PEFT's own are read by PEFT and diffusers, not by ComfyUI."""
 

@@ -67,7 +67,8 @@ class FluxHotswapLora(io.ComfyNode):
                     optional=True,
                     advanced=True,
                     tooltip="0: exact. Otherwise this LoRA and those before it are cut together to this rank, by SVD, "
-                    "when they add up to more: less memory and time per step, with an error that the sampler shows.",
+                    "when they add up to more: less memory and time per step, with an error that the sampler shows. "
+                    "A LoKr of high rank always stays exact, and does not count.",
                 ),
             ],
             outputs=[io.Model.Output(), io.Clip.Output()],
@@ -113,8 +114,7 @@ def _describe_cost(model: AcceleratedModelPatcher) -> str:
     share = cost.step_share(engine.spec.parameter_count)
     cut = f"; cut to rank {stack.max_rank}" if 0 < stack.max_rank < cost.max_rank else ""
     return (
-        f"Stack: rank {cost.max_rank} at most on {cost.linears} linears, {cost.megabytes(engine.dtype):,.0f} MB, about "
-        f"{share:.1%} more arithmetic per step{cut}"
+        f"Stack: {cost}, {cost.megabytes(engine.dtype):,.0f} MB, about {share:.1%} more arithmetic per step{cut}"
     )
 
 

@@ -17,6 +17,7 @@ from accel.compile import RegionCompiler, mark_weights_static
 from accel.engine import Silent
 from accel.lora import kernels, layers
 from accel.lora.inputs import Columns, modulated
+from accel.lora.kronecker import Term, add_, multiplications
 from accel.lora.layers import LoraLinear, linears
 from accel.lora.slots import LoraSlots
 from accel.lora.stack import FlatLora, Placed
@@ -65,8 +66,20 @@ def dequantized(linear: nn.Linear) -> torch.Tensor:
     return (weight.dequantize() if hasattr(weight, "qdata") else weight).float()
 
 
-def make_lora(ranks=(0, 0, 0), dtype=torch.bfloat16, adjoin=False, shared=False, mixing=None, bias=False, seed=1):
-    """A stack on q, k and mlp: ranks of each; lora_A side by side, or one for all; mixing blocks of some width on q."""
+def make_lora(
+    ranks=(0, 0, 0),
+    dtype=torch.bfloat16,
+    adjoin=False,
+    shared=False,
+    mixing=None,
+    bias=False,
+    kroneckers=(),
+    seed=1,
+):
+    """A stack on q, k and mlp: ranks of each; lora_A side by side, or one for all; mixing blocks of some width on q.
+
+    Kroneckers are (name, sizes of left, first row, width of what the product is mixed with).
+    """
     generator = torch.Generator().manual_seed(seed)
     placed, end = {}, ALIGN
 
@@ -91,6 +104,12 @@ def make_lora(ranks=(0, 0, 0), dtype=torch.bfloat16, adjoin=False, shared=False,
     def normal(*shape, scale):
         return (torch.randn(*shape, generator=generator) * scale).to(dtype)
 
+    terms = {}
+    for name, (a, b), first, width in kroneckers:
+        m, n = -(-(OUT_FEATURES[name]) // a), IN_FEATURES // b
+        a += first < 0  # one block of rows more, of which other linears have some
+        left, right, mixes = take(a * b), take(m * n), take(OUT_FEATURES[name] * width)
+        terms.setdefault(name, []).append(Term(left, a, b, right, m, n, abs(first), mixes, width))
     blocks = {} if mixing is None else {"q": normal(OUT_FEATURES["q"] // mixing, mixing, mixing, scale=mixing**-0.5)}
     vectors = {"q.bias": normal(OUT_FEATURES["q"], scale=1.0)} if bias else {}
     buffer = normal(end, scale=1.0)
@@ -99,7 +118,13 @@ def make_lora(ranks=(0, 0, 0), dtype=torch.bfloat16, adjoin=False, shared=False,
             # What the LoRA adds is then about as large as the linear's own output, at every rank.
             part = buffer[start : start + size[0] * size[1]]
             part.copy_(normal(part.numel(), scale=0.19 * place.a_shape[0] ** -0.25))
-    return FlatLora(buffer, places, blocks, vectors)
+    for name, of_linear in terms.items():
+        for term in of_linear:
+            for side in term.matrices(buffer):
+                side.copy_(normal(*side.shape, scale=0.19))
+            mixes = term.blocks(buffer, OUT_FEATURES[name])
+            mixes.copy_(normal(mixes.numel(), scale=max(1, term.width) ** -0.5))
+    return FlatLora(buffer, places, blocks, vectors, {name: tuple(each) for name, each in terms.items()})
 
 
 LORAS = {
@@ -113,6 +138,14 @@ LORAS = {
     "mixing and LoRA": {"ranks": (16, 0, 128), "mixing": 32},
     "bias": {"bias": True},
     "all": {"ranks": (128, 1, 17), "mixing": 1, "bias": True, "seed": 9},
+    "Kronecker": {"kroneckers": [("k", (16, 16), 0, 0)]},
+    "Kronecker, its right matrix the smaller one": {"kroneckers": [("mlp", (128, 64), 0, 0)]},
+    "Kronecker of a fused linear": {"kroneckers": [("q", (4, 16), -40, 0), ("mlp", (4, 8), 130, 0)]},
+    "Kroneckers": {"kroneckers": [("q", (16, 16), 0, 0), ("q", (8, 32), -3, 0), ("mlp", (2, 1), 0, 0)]},
+    "Kronecker, mixed": {"kroneckers": [("q", (16, 16), 0, 32), ("k", (8, 8), -30, 1)]},
+    "everything": {
+        "ranks": (16, 0, 32), "mixing": 1, "bias": True, "kroneckers": [("q", (16, 16), 0, 1), ("mlp", (4, 4), 7, 0)]
+    },
 }
 
 
@@ -133,6 +166,13 @@ def reference(model: nn.ModuleDict, flat: FlatLora, x: torch.Tensor) -> list[tor
             lora_A = flat.buffer[place.a_start :][: place.a_shape[0] * place.a_shape[1]].view(place.a_shape).float()
             lora_B = flat.buffer[place.b_start :][: place.b_shape[0] * place.b_shape[1]].view(place.b_shape).float()
             weight = weight + lora_B @ lora_A
+        for term in flat.kroneckers.get(name, ()):
+            product = torch.kron(*(side.float() for side in term.matrices(flat.buffer)))
+            product = product.roll(-term.first, 0)[: len(weight)]
+            if term.width:
+                mixes = term.blocks(flat.buffer, len(weight)).float().view(-1, term.width, term.width)
+                product = torch.block_diag(*mixes) @ product
+            weight = weight + product
         bias = flat.vectors.get(f"{name}.bias", layer.base.bias).float()
         outputs.append(x @ weight.t() + bias)
     return outputs
@@ -186,11 +226,12 @@ def test_every_lora_equals_the_formula_eager_and_compiled_once(wrapped):
             part = inputs(model, *size)
             outputs, eager = compiled(model, part), block(model, part)
         expected = reference(model, flat, part)
-        unbound = reference(model, replace(flat, placed={}, mixing={}), part)
+        unbound = reference(model, replace(flat, placed={}, mixing={}, kroneckers={}), part)
         for layer, output, other, wanted, base in zip(model, outputs, eager, expected, unbound, strict=True):
             assert distance(output, wanted) < BASES[kind], (name, layer)
             assert distance(other, wanted) < BASES[kind], (name, layer)
-            assert (distance(wanted, base) > 0.1) == (layer in flat.placed or layer in flat.mixing), (name, layer)
+            changed = layer in {**flat.placed, **flat.mixing, **flat.kroneckers}
+            assert (distance(wanted, base) > 0.1) == changed, (name, layer)
 
     slots.bind(slots.empty)
     with torch.inference_mode(), compiler.scope(), torch._dynamo.config.patch(error_on_recompile=True):
@@ -204,7 +245,7 @@ def test_every_lora_equals_the_formula_eager_and_compiled_once(wrapped):
 
 def test_what_a_lora_adds_survives_the_quantization_of_the_base(wrapped):
     kind, model, slots, _, _ = wrapped
-    flat = make_lora((16, 0, 128), dtype=dtype_of(model))
+    flat = make_lora((16, 0, 128), kroneckers=[("mlp", (16, 16), -9, 0)], dtype=dtype_of(model))
     with torch.inference_mode():
         x = inputs(model, 2, 20)
         without = block(model, x)
@@ -308,8 +349,23 @@ def test_lora_a_products_that_can_be_one_are_one(products, make):
 
 
 def run_linears(x, linear, lora_A, lora_B):
-    weight, slots = ([linear.weight], [], [linear.bias]), ([lora_A], [lora_B], [torch.empty(0)])
+    empty, terms = torch.empty(0), torch.empty(0, dtype=torch.int64)
+    weight, slots = ([linear.weight], [], [linear.bias]), ([lora_A], [lora_B], [empty], [empty], [terms])
     return operators(lambda: layers._linears("plain", [x], [], *weight, *slots, False))
+
+
+@pytest.mark.parametrize("sizes", [((16, 16), (12, 4)), ((4, 32), (12, 4)), ((32, 4), (4, 12)), ((1, 8), (6, 5))])
+def test_a_kronecker_product_is_two_small_ones_and_no_other_pass(sizes):
+    """In the cheaper order, the second into the output."""
+    left, right = (torch.randn(size) for size in sizes)
+    x, output = torch.randn(7, left.shape[1] * right.shape[1]), torch.randn(7, left.shape[0] * right.shape[0])
+    expected = output + x @ torch.kron(left, right).t()
+    names, _ = operators(lambda: add_(output, x, left, right))
+    torch.testing.assert_close(output, expected)
+    (a, b), (m, n) = sizes
+    orders = {("bmm", "addmm_"): a * b * n + a * m * n, ("mm", "baddbmm_"): b * m * n + a * b * m}
+    taken = tuple(name for name in names if name != "expand")
+    assert orders[taken] == multiplications(*sizes) == min(orders.values())
 
 
 def test_nothing_bound_runs_what_a_linear_runs():
@@ -380,8 +436,11 @@ def plain_feed_forward(model, loras, hidden_states, modulation):
     return [run("down", hidden), run("wide_down", torch.cat([wide, hidden], dim=-1))]
 
 
-def bind_feed_forward(slots, rank, names=tuple(FEED_FORWARD)):
-    """Bind a LoRA whose effect is as large as the linears', and return its matrices in float32."""
+def bind_feed_forward(slots, rank, names=tuple(FEED_FORWARD), kroneckers=()):
+    """Bind a LoRA whose effect is as large as the linears', and return its matrices in float32.
+
+    Some linears get a Kronecker product, too, which is returned as further columns of lora_B.
+    """
     generator = torch.Generator().manual_seed(1)
     buffer, placed, loras = [torch.zeros(ALIGN)], {}, {}
     for name in names:
@@ -391,7 +450,18 @@ def bind_feed_forward(slots, rank, names=tuple(FEED_FORWARD)):
             buffer.append((torch.randn(rows * columns, generator=generator) * 0.19 * rank**-0.25).bfloat16().float())
         placed[name] = Placed(starts[0], (rank, in_features), starts[1], (out_features, rank))
         loras[name] = buffer[-2].view(rank, -1), buffer[-1].view(-1, rank)
-    slots.bind(slots.bindings(FlatLora(torch.cat(buffer).bfloat16(), placed, {}, {})))
+    terms = {}
+    for name in kroneckers:
+        in_features, out_features = FEED_FORWARD[name]
+        start = sum(part.numel() for part in buffer)
+        left, right = torch.randn(16, 16, generator=generator), torch.randn(
+            out_features // 16, in_features // 16, generator=generator)
+        buffer += [(0.19 * side).bfloat16().float().flatten() for side in (left, right)]
+        terms[name] = (Term(start, 16, 16, start + 256, *right.shape, 0, 0, 0),)
+        lora_A, lora_B = loras.get(name, (torch.zeros(0, in_features), torch.zeros(out_features, 0)))
+        product = torch.kron(buffer[-2].view(16, 16), buffer[-1].view(right.shape))
+        loras[name] = torch.cat([lora_A, torch.eye(in_features)]), torch.cat([lora_B, product], dim=1)
+    slots.bind(slots.bindings(FlatLora(torch.cat(buffer).bfloat16(), placed, {}, {}, terms)))
     return loras
 
 
@@ -409,8 +479,12 @@ def test_as_on_a_gpu_every_lora_equals_the_formula(kind, monkeypatch):
     model, slots = make_feed_forward(kind)
     compiler = RegionCompiler("regional", Silent())
     compiled = compiler.region(feed_forward)
-    for rank, size in ((0, (2, 20)), (16, (1, 7)), (1, (3, 33)), (128, (2, 20))):
-        loras = bind_feed_forward(slots, rank) if rank else {}
+    every = tuple(FEED_FORWARD)
+    for rank, size, kroneckers in (
+        (0, (2, 20), ()), (16, (1, 7), ()), (1, (3, 33), every[:1]), (128, (2, 20), ()), (16, (2, 9), every),
+        (0, (1, 20), every), (0, (2, 20), every[1:]),
+    ):
+        loras = bind_feed_forward(slots, rank, every if rank else (), kroneckers)
         given = feed_forward_inputs(*size)
         with torch.inference_mode(), compiler.scope():
             outputs = compiled(model, *given), feed_forward(model, *given)
@@ -422,9 +496,11 @@ def test_as_on_a_gpu_every_lora_equals_the_formula(kind, monkeypatch):
     assert (compiler.count, compiler.recompiles) == (1, 0)
 
 
+@pytest.mark.parametrize("with_kronecker", [False, True])
 @pytest.mark.parametrize("name", FEED_FORWARD)
-def test_as_on_a_gpu_what_a_lora_adds_survives_float8(name, monkeypatch):
+def test_as_on_a_gpu_what_a_lora_adds_survives_float8(name, with_kronecker, monkeypatch):
     """The LoRA starts from what the input is computed from, not from the input's eight bits."""
+    kroneckers = [name] if with_kronecker else []
     monkeypatch.setattr(layers, "fuses", lambda x: True)
     model, slots = make_feed_forward("fp8")
     hidden_states, modulation = feed_forward_inputs(2, 40)
@@ -437,7 +513,7 @@ def test_as_on_a_gpu_what_a_lora_adds_survives_float8(name, monkeypatch):
     }[name]
     with torch.inference_mode():
         without = linears(x, model[name])[0]
-        lora_A, lora_B = bind_feed_forward(slots, 16, [name])[name]
+        lora_A, lora_B = bind_feed_forward(slots, 16, [name], kroneckers)[name]
         added = linears(x, model[name])[0].float() - without.float()
     normed = F.layer_norm(hidden_states.float(), (256,), eps=1e-6) * (1 + scale.float()) + shift.float()
     activated = F.gelu(up.float(), approximate="tanh")
@@ -453,7 +529,9 @@ def test_joint_and_split_linears_are_those_of_each_stream(kind, on_gpu, monkeypa
     slots = LoraSlots(model, list(OUT_FEATURES), torch.bfloat16, CPU)
     flat = make_lora((16, 0, 32))
     text, image = inputs(model, 2, 5), inputs(model, 2, 9) * 2
-    for binding in (slots.empty, slots.bindings(flat), slots.bindings(make_lora((16, 0, 0), mixing=32, bias=True))):
+    mixed = make_lora((16, 0, 0), mixing=32, bias=True)
+    kroneckers = make_lora((16, 0, 0), kroneckers=[("q", (16, 16), 0, 32), ("k", (8, 8), -5, 0), ("mlp", (8, 4), 0, 0)])
+    for binding in (slots.empty, *map(slots.bindings, (flat, mixed, kroneckers))):
         slots.bind(binding)
         with torch.inference_mode():
             joint = layers.joint_linears(text, image, [model["q"], model["k"]], [model["k"], model["q"]])
@@ -510,7 +588,7 @@ def test_after_a_bind_that_was_interrupted_anywhere_the_next_one_is_right(then):
     flats = {
         "empty": make_lora(),
         "first": make_lora((16, 0, 16), mixing=1, bias=True, seed=1),
-        "second": make_lora((0, 32, 16), mixing=32, bias=True, seed=2),
+        "second": make_lora((0, 32, 16), mixing=32, bias=True, kroneckers=[("q", (16, 16), 0, 0)], seed=2),
     }
     bindings = {name: slots.bindings(flat) if name != "empty" else slots.empty for name, flat in flats.items()}
     x = inputs(model, 1, 4)

@@ -15,10 +15,12 @@ from accel.lora.buffers import HostBuffers
 from accel.lora.bulk import max_magnitude
 from accel.lora.compose import mix
 from accel.lora.file import read_lora
+from accel.lora.kronecker import multiplications
 from accel.lora.lowrank import Tolerance
 from accel.lora.slots import LoraSlots
 from accel.lora.stack import FlatLora, LoraStack, flatten
 from accel.lora.truncate import truncate
+from accel.lora.weights import KroneckerLayer
 from accel.quantize import find_mode
 from harness import lora_files
 from harness.lora_files import ALL_FORMATS, STOCK_FORMATS, kind_state_dict, lora_state_dict, norm_state_dict
@@ -92,8 +94,14 @@ def effective(flat, base, spec) -> dict[str, torch.Tensor]:
             lora_A = flat.buffer.as_strided(place.a_shape, (place.a_shape[1], 1), place.a_start)
             lora_B = flat.buffer.as_strided(place.b_shape, (place.b_shape[1], 1), place.b_start)
             value = value + lora_B.double() @ lora_A.double()
+        for term in flat.kroneckers.get(module, ()):
+            product = torch.kron(*(side.double() for side in term.matrices(flat.buffer)))
+            product = product.roll(-term.first, 0)[: len(value)]
+            if term.width:
+                product = mix(term.blocks(flat.buffer, len(value)).view(-1, term.width, term.width).double(), product)
+            value = value + product
         values[name] = flat.vectors[name].double() if name in flat.vectors else value
-    touched = {f"{module}.weight" for module in (*flat.placed, *flat.mixing)} | set(flat.vectors)
+    touched = {f"{module}.weight" for module in (*flat.placed, *flat.mixing, *flat.kroneckers)} | set(flat.vectors)
     layout = spec.family.layout(spec.config)
     result = {vector.name: values[vector.parameter] for vector in layout.vectors if vector.parameter in touched}
     for linear in layout.linears:
@@ -161,11 +169,10 @@ STOCK_KINDS = [kind for kind in lora_files.KINDS if not kind.startswith("PEFT") 
 def test_every_kind_equals_stock(tmp_path, spec, tensors, base, stock, checkpoint, kind, strength):
     path = write(tmp_path, "kind", kind_state_dict(kind, alpha=1.5))
     expected = stock.merge(checkpoint, [(path, strength)])
-    arguments = {"tolerance": Tolerance(error=1e-6, max_rank=10**6)} if kind == "LoKr full" else {}
-    assert_same(ours([(path, strength)], spec, base, **arguments), expected, tensors)
+    assert_same(ours([(path, strength)], spec, base), expected, tensors)
 
 
-@pytest.mark.parametrize("kind", ["LoKr", "LoHa", "DoRA", "OFT", "LoKr products"])
+@pytest.mark.parametrize("kind", ["LoKr", "LoHa", "DoRA", "OFT", "LoKr products", "LoKr full", "LoKr full DoRA"])
 def test_kinds_in_split_names_equal_stock(tmp_path, spec, tensors, base, stock, checkpoint, kind):
     # ComfyUI adds a DoRA's or OFT's change to norm_out with its halves exchanged, but not what multiplies them.
     file = kind_state_dict(kind, "lycoris", targets=lambda module: not module.startswith("final_layer.adaLN"))
@@ -184,12 +191,12 @@ def test_norms_equal_stock(tmp_path, spec, tensors, base, stock, checkpoint, for
 
 def test_a_stack_of_everything_equals_stock(tmp_path, spec, tensors, base, stock, checkpoint):
     """DoRA and OFT twice each, among others, in both orders: composition depends on the order."""
-    names = ["DoRA", "OFT", "LoRA", "LoKr DoRA", "OFT", "bias", "LoHa", "DoRA"]
+    names = ["DoRA", "LoKr full", "OFT", "LoRA", "LoKr full DoRA", "OFT", "bias", "LoKr DoRA", "LoHa", "DoRA"]
     files = [
         write(tmp_path, f"{number}", kind_state_dict(kind, seed=number, alpha=2.0))
         for number, kind in enumerate(names)
     ]
-    loras = list(zip(files, (0.8, 0.5, -0.7, 1.0, 0.9, 0.3, 0.4, 0.6), strict=True))
+    loras = list(zip(files, (0.8, -0.6, 0.5, -0.7, 0.9, 1.0, 0.9, 0.3, 0.4, 0.6), strict=True))
     for order in (loras, loras[::-1], [loras[0], loras[0], loras[2]]):
         assert_same(ours(order, spec, base), stock.merge(checkpoint, order), tensors, 1e-4)
 
@@ -367,16 +374,15 @@ def test_slots_give_the_weights_that_the_model_computes_with(kind):
 # Approximations.
 
 
-def test_a_full_lokr_is_cut_at_the_error_that_the_report_states(tmp_path, spec, tensors, base, stock, checkpoint):
-    path = write(tmp_path, "lokr", kind_state_dict("LoKr full"))
+def test_a_loha_of_high_rank_is_compressed(tmp_path, spec, tensors, base, stock, checkpoint):
+    path = write(tmp_path, "loha", kind_state_dict("LoHa", rank=12, targets=lambda m: m.startswith("double")))
     weights = read_lora(str(path), spec)
-    # Of rank 64, which is not cut: the first linear has 64 columns, the last one 64 rows.
-    assert weights.report.keys_applied == 4
-    assert weights.report.keys_approximated == len(load_file(path)) - 4
+    assert weights.report.ranks[1] <= 144
     assert 0.0 < weights.report.overall_error <= weights.report.max_error <= 0.01
     assert "approximated" in str(weights.report)
     expected = stock.merge(checkpoint, [(path, 1.0)])
     actual = ours([(path, 1.0)], spec, base)
+    assert_same(actual, expected, tensors, 0.0101)
     largest, lost, total = 0.0, 0.0, 0.0
     for name, value in expected.items():
         error, change = (actual[name] - value).norm(), (value - tensors[name]).double().norm()
@@ -385,22 +391,19 @@ def test_a_full_lokr_is_cut_at_the_error_that_the_report_states(tmp_path, spec, 
     assert math.sqrt(lost / total) == pytest.approx(weights.report.overall_error, rel=0.01)
 
 
-def test_a_loha_of_high_rank_is_compressed(tmp_path, spec, tensors, base, stock, checkpoint):
-    path = write(tmp_path, "loha", kind_state_dict("LoHa", rank=12, targets=lambda m: m.startswith("double")))
-    weights = read_lora(str(path), spec)
-    assert weights.report.ranks[1] <= 144
-    assert weights.report.max_error <= 0.01
-    assert_same(ours([(path, 1.0)], spec, base), stock.merge(checkpoint, [(path, 1.0)]), tensors, 0.0101)
+def test_a_loha_that_no_rank_fits_is_refused(tmp_path, spec):
+    file = kind_state_dict("LoHa", rank=16, targets=lambda m: m == "double_blocks.0.img_attn.proj")
+    path = write(tmp_path, "loha", file)
+    with pytest.raises(LoraError, match=r"'loha\.safetensors'.*rank 256; the 8 that.*expected at most 10%"):
+        read_lora(str(path), spec, tolerance=Tolerance(max_rank=8))
 
 
-def test_a_lokr_that_no_rank_fits_is_refused(tmp_path, spec):
-    path = write(tmp_path, "lokr", {f"{LAYER}.lokr_w1": torch.randn(8, 8), f"{LAYER}.lokr_w2": torch.randn(32, 32)})
-    with pytest.raises(LoraError, match=r"'lokr\.safetensors'.*rank 256; the 32 that.*expected at most 10%"):
-        read_lora(str(path), spec, tolerance=Tolerance(max_rank=32))
+def loha(number=0, targets="double_blocks.0"):
+    return kind_state_dict("LoHa", rank=12, seed=number, targets=lambda module: module.startswith(targets))
 
 
 def test_approximations_are_cached_and_rebuilt(tmp_path, spec, monkeypatch):
-    path = write(tmp_path, "lokr", kind_state_dict("LoKr full", targets=lambda m: m.startswith("double_blocks.0")))
+    path = write(tmp_path, "loha", loha())
     first = read_lora(str(path), spec, cache_dir=tmp_path / "cache")
     (cached,) = (tmp_path / "cache").iterdir()
     import accel.lora.file as module
@@ -423,15 +426,92 @@ def test_approximations_are_cached_and_rebuilt(tmp_path, spec, monkeypatch):
         assert torch.equal(again.layers[0].lora_B, first.layers[0].lora_B)
         assert cached.read_bytes() == good
     read_lora(str(path), spec, cache_dir=tmp_path / "cache", tolerance=Tolerance(error=0.005))
-    save_file(kind_state_dict("LoKr full", seed=1, targets=lambda m: m.startswith("double_blocks.0")), path)
+    save_file(loha(1), path)
     read_lora(str(path), spec, cache_dir=tmp_path / "cache")
     assert len(list((tmp_path / "cache").iterdir())) == 3
 
 
 def test_a_cache_that_cannot_be_written_costs_only_time(tmp_path, spec):
     (tmp_path / "file").write_text("not a folder")
-    path = write(tmp_path, "lokr", kind_state_dict("LoKr full", targets=lambda m: m == "double_blocks.0.img_attn.proj"))
-    assert read_lora(str(path), spec, cache_dir=tmp_path / "file").report.keys_approximated == 2
+    path = write(tmp_path, "loha", loha(targets="double_blocks.0.img_attn.proj"))
+    assert read_lora(str(path), spec, cache_dir=tmp_path / "file").report.keys_approximated == 4
+
+
+# Kronecker products.
+
+
+def lokr(shape, factor, seed=0, module="double_blocks.0.img_attn.qkv", product=False):
+    """A LoKr whose spectrum is flat: both matrices are parts of orthogonal ones, so that nothing of it can be cut."""
+    generator = torch.Generator().manual_seed(seed)
+    sides = []
+    for size in (factor, (shape[0] // factor[0], shape[1] // factor[1])):
+        matrix = torch.randn(size, generator=generator)
+        u, _, v = torch.linalg.svd(matrix, full_matrices=False)
+        sides.append(u @ v)
+    prefix = f"diffusion_model.{module}"
+    if product:
+        w2 = {"lokr_w2_a": sides[1], "lokr_w2_b": torch.eye(sides[1].shape[1]), "alpha": torch.tensor(64.0)}
+    else:
+        w2 = {"lokr_w2": 0.3 * sides[1]}
+    return {f"{prefix}.{end}": value for end, value in {"lokr_w1": sides[0], **w2}.items()}
+
+
+# Fused linear -> sizes of w1: its parts then begin and end inside blocks of w2's rows, or w1 is the larger matrix.
+FACTORS = {
+    "double_blocks.0.img_attn.qkv": [(16, 16), (2, 8), (1, 1), (768, 256), (96, 16)],
+    "single_blocks.1.linear1": [(16, 16), (7, 4), (256, 64)],
+    "single_blocks.0.linear2": [(16, 16), (4, 5)],
+    "final_layer.adaLN_modulation.1": [(1, 16), (16, 16), (512, 1)],
+}
+
+
+@pytest.mark.parametrize("product", [False, True], ids=["whole", "product"])
+@pytest.mark.parametrize("module", FACTORS)
+def test_a_lokr_of_a_flat_spectrum_is_exact_wherever_its_blocks_lie(
+    tmp_path, spec, tensors, base, stock, checkpoint, module, product
+):
+    shape = tuple(tensors[f"{module}.weight"].shape)
+    for number, factor in enumerate(FACTORS[module]):
+        path = write(tmp_path, f"lokr{number}", lokr(shape, factor, number, module, product))
+        loras = [(path, 0.7), (path, -0.2)]
+        assert_same(ours(loras, spec, base), stock.merge(checkpoint, loras), tensors)
+
+
+def test_alpha_beside_whole_matrices_means_nothing(tmp_path, spec, tensors, base, stock, checkpoint):
+    """ai-toolkit writes 9999999999 there, in float16 as infinity."""
+    file = {key: value.half() for key, value in lokr((768, 256), (16, 16)).items()}
+    file["diffusion_model.double_blocks.0.img_attn.qkv.alpha"] = torch.tensor(math.inf, dtype=torch.float16)
+    path = write(tmp_path, "lokr", file)
+    assert_same(ours([(path, 0.7)], spec, base), stock.merge(checkpoint, [(path, 0.7)]), tensors)
+
+
+def test_a_lokr_is_neither_cut_nor_kept_on_disk(tmp_path, spec):
+    path = write(tmp_path, "lokr", kind_state_dict("LoKr full"))
+    weights = read_lora(str(path), spec, cache_dir=tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+    assert weights.report.keys_applied == len(load_file(path))
+    assert weights.report.keys_approximated == 0
+    kroneckers = {layer.module: layer for layer in weights.layers if isinstance(layer, KroneckerLayer)}
+    assert len(kroneckers) == len(weights.layers) == weights.report.targets == 50
+    # q, k and v of a fused linear: one right matrix, and of the left one no more rows than they need.
+    q, k, v = (kroneckers[f"transformer_blocks.0.attn.{name}"] for name in ("to_q", "to_k", "to_v"))
+    assert q.right is k.right is v.right
+    assert [(len(layer.left), layer.first) for layer in (q, k, v)] == [(3, 0), (4, 64), (3, 32)]
+    # As large as the file, but for the rows that two parts need.
+    assert weights.bytes == pytest.approx(path.stat().st_size, rel=0.02)
+
+
+def test_a_lokr_of_low_rank_becomes_a_lora_where_that_is_less_work(tmp_path, spec):
+    file = kind_state_dict("LoKr", rank=2, targets=lambda module: module == "double_blocks.0.img_attn.proj")
+    file |= kind_state_dict("LoKr", rank=4, targets=lambda module: module == "double_blocks.1.img_attn.proj")
+    path = str(write(tmp_path, "lokr", file))
+    # 16 · (256 + 256) is less than 8 · 32 · 32 + 8 · 8 · 32, and 32 · (256 + 256) is more.
+    assert multiplications((8, 8), (32, 32)) == 8 * 32 * 32 + 8 * 8 * 32
+    low, high = read_lora(path, spec).layers
+    assert low.rank == 16
+    assert isinstance(high, KroneckerLayer)
+    both = read_lora(path, spec, tolerance=Tolerance(exact_rank=8)).layers
+    assert all(isinstance(layer, KroneckerLayer) for layer in both)
 
 
 # What a stack costs, and what it costs less.
@@ -474,6 +554,25 @@ def test_a_stack_says_what_it_costs(tmp_path, spec, base):
     flat = flatten(alone.active, torch.bfloat16, pin=False)
     assert alone.cost.megabytes(torch.bfloat16) == pytest.approx(flat.bytes / 1e6, rel=1e-3)
     assert LoraStack().with_lora(kohya, 0.0).cost.megabytes(torch.bfloat16) == 0.0
+    assert str(stack.cost) == "rank 48 at most on 50 linears"
+    assert alone.cost.multiplications == alone.cost.elements
+
+
+def test_a_stack_with_kronecker_products_says_what_they_cost(tmp_path, spec):
+    kronecker = read_lora(str(write(tmp_path, "lokr", kind_state_dict("LoKr full"))), spec)
+    kohya = read_lora(str(write(tmp_path, "kohya", lora_state_dict("kohya", rank=16))), spec)
+    stack = LoraStack().with_lora(kronecker, 0.5)
+    flat = flatten(stack.active, torch.bfloat16, pin=False)
+    assert stack.cost.megabytes(torch.bfloat16) == pytest.approx(flat.bytes / 1e6, rel=1e-2)
+    assert str(stack.cost) == "Kronecker products on 50 linears"
+    assert stack.cost.max_rank == 0
+    layers = kronecker.layers
+    assert stack.cost.multiplications == sum(multiplications(each.left.shape, each.right.shape) for each in layers)
+    both = stack.with_lora(kohya, 1.0)
+    assert str(both.cost) == "rank 16 at most on 50 linears, Kronecker products on 50 linears"
+    alone = LoraStack().with_lora(kohya, 1.0).cost
+    assert both.cost.multiplications == stack.cost.multiplications + alone.multiplications
+    assert both.cost.elements == stack.cost.elements + alone.elements
 
 
 def test_the_report_accounts_for_every_key(tmp_path, spec):
@@ -504,7 +603,8 @@ def test_formats_have_names(tmp_path, spec, format):
 
 
 def test_what_needs_the_base_says_so_and_nothing_else_does(tmp_path, spec):
-    for kind, needs in (("LoRA", False), ("OFT", False), ("LoKr", False), ("DoRA", True), ("bias", True)):
+    plain = [(kind, False) for kind in ("LoRA", "OFT", "LoKr", "LoKr full")]
+    for kind, needs in (*plain, ("DoRA", True), ("LoKr full DoRA", True), ("bias", True)):
         weights = read_lora(str(write(tmp_path, kind, kind_state_dict(kind))), spec)
         if needs:
             with pytest.raises(ValueError, match="needs the base weights"):
@@ -562,6 +662,7 @@ def test_the_largest_magnitude_is_found_among_the_bits(dtype):
 # Properties.
 
 MODULES = sorted(flux_linears(TINY))
+KINDS = ["LoRA", "DoRA", "LoHa", "LoKr", "LoKr products", "LoKr full", "LoKr full DoRA", "OFT", "bias"]
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
@@ -570,7 +671,7 @@ def test_any_subset_rank_alpha_and_dtype_equals_stock(tmp_path, spec, tensors, b
     loras = []
     for number in range(data.draw(st.integers(1, 3))):
         chosen = data.draw(st.sets(st.sampled_from(MODULES), min_size=1, max_size=5))
-        kind = data.draw(st.sampled_from(["LoRA", "LoRA", "LoRA", "DoRA", "LoHa", "LoKr", "OFT", "bias"]))
+        kind = data.draw(st.sampled_from([*KINDS, "LoRA", "LoRA"]))
         file = {}
         for module in sorted(chosen):
             file |= kind_state_dict(

@@ -23,7 +23,8 @@ from accel.lora.stack import FlatLora, LoraStack, flatten
 from accel.lora.truncate import truncate
 from accel.memory import GIB, MIB, PoolBudgets, available_host_bytes, pinned_bytes
 from accel.settings import EngineSettings
-from harness.lora_files import in_attention, write_lora
+from harness.lora_files import in_attention, kind_state_dict, write_lora
+from harness.tensor_files import write_tensors
 
 CHECKPOINT = "diffusion_models/tiny-flux-dev-fp32.safetensors"
 STRENGTH = st.floats(-4.0, 4.0, width=32).filter(bool)
@@ -36,6 +37,11 @@ KINDS = {
     "bf16": {"format": "kohya", "rank": 12, "alpha": 5.0, "dtype": torch.bfloat16, "seed": 5},
     "fp32": {"format": "kohya", "rank": 12, "alpha": 5.0, "dtype": torch.float32, "seed": 6},
 }
+# Kronecker products: in every linear, and in those inside some blocks, whose files have other sizes and dtypes.
+KRONECKERS = {
+    "lokr": {"format": "native", "alpha": 3.0, "dtype": torch.bfloat16, "seed": 7},
+    "lokr split": {"format": "diffusers", "targets": in_attention, "dtype": torch.float16, "seed": 8},
+}
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +52,10 @@ def spec(models):
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory):
     folder = tmp_path_factory.mktemp("loras")
+    kroneckers = {name: kind_state_dict("LoKr full", **kind) for name, kind in KRONECKERS.items()}
     return {
-        name: str(write_lora(folder / f"{name}.safetensors", **kind)) for name, kind in KINDS.items()
+        **{name: str(write_lora(folder / f"{name}.safetensors", **kind)) for name, kind in KINDS.items()},
+        **{name: str(write_tensors(folder / f"{name}.safetensors", kind)) for name, kind in kroneckers.items()},
     }
 
 
@@ -84,7 +92,7 @@ def output(engine):
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    names=st.lists(st.sampled_from(list(KINDS)), min_size=1, max_size=3),
+    names=st.lists(st.sampled_from([*KINDS, *KRONECKERS]), min_size=1, max_size=3),
     strengths=st.lists(st.tuples(STRENGTH, STRENGTH), min_size=3, max_size=3),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
 )
@@ -93,8 +101,48 @@ def test_another_strength_is_bit_for_bit_what_flatten_gives(loras, names, streng
     second = stack_of(loras, *((name, pair[1]) for name, pair in zip(names, strengths, strict=False)))
     flat, expected = (flatten(stack.active, dtype, pin=False) for stack in (first, second))
     UnscaledB(first.active, flat).multiply(second.active, flat)
-    assert flat.placed == expected.placed
+    assert (flat.placed, flat.kroneckers) == (expected.placed, expected.kroneckers)
     assert torch.equal(flat.buffer, expected.buffer)
+
+
+@pytest.mark.parametrize("on_device", [False, True], ids=["on the CPU", "with a device of its own"])
+def test_kronecker_products_are_pooled_as_loras_are(spec, loras, on_device):
+    """Every way to the device; layouts that alternate in one buffer; strengths of both at once."""
+    engine = make_engine(spec)
+    if on_device:
+        engine._library._loras = DeviceLoras(engine._slots, torch.device("cpu"), 0, share_host=False)
+    empty = output(engine)
+    stacks = [
+        stack_of(loras, ("lokr", 0.8)),
+        stack_of(loras, ("lokr", -0.3)),
+        stack_of(loras, ("lokr split", 0.5), ("kohya", 0.4), ("lokr", 0.6)),
+        stack_of(loras, ("lokr split", 0.9), ("kohya", -0.4), ("lokr", 0.1)),
+        stack_of(loras, ("kohya", 0.7)),
+        stack_of(loras, ("lokr", 0.8)),
+        stack_of(loras, ("lokr", 0.8), ("lokr", -0.3)),
+    ]
+    sources = []
+    for stack in stacks:
+        report = engine.swap(stack)
+        sources.append(report.source)
+        fresh = make_engine(spec)
+        fresh.swap(stack)
+        drawn = output(engine)
+        assert torch.equal(drawn, output(fresh))
+        assert float((drawn - empty).norm() / empty.norm()) > 0.01
+        assert report.bytes >= engine._library.prepare(stack)[0].flat.bytes
+    found = sources[5] if on_device else "strength"
+    assert sources == ["cold", "strength", "cold", "strength", "cold", found, "cold"]
+    assert found in ("warm", "strength")
+    engine.swap(LoraStack())
+    assert torch.equal(output(engine), empty)
+
+
+def test_left_matrices_of_a_file_are_one_stretch(loras):
+    stack = stack_of(loras, ("lokr split", 1.0))
+    flat = flatten(stack.active, torch.float32, pin=False)
+    assert not flat.placed
+    assert len(UnscaledB(stack.active, flat)._runs) == 1
 
 
 def test_lora_B_of_a_file_of_one_rank_is_one_stretch(loras):
@@ -135,12 +183,13 @@ def test_a_stack_that_was_prepared_at_another_strength_comes_from_the_host_right
     assert torch.equal(output(engine), output(fresh))
 
 
-def test_a_strength_that_overflows_is_refused_before_anything_changes(spec, loras):
+@pytest.mark.parametrize("name", ["kohya", "lokr"])
+def test_a_strength_that_overflows_is_refused_before_anything_changes(spec, loras, name):
     engine = make_engine(spec)
-    good, bad = stack_of(loras, ("kohya", 0.8)), stack_of(loras, ("kohya", 1e39))
+    good, bad = stack_of(loras, (name, 0.8)), stack_of(loras, (name, 1e39))
     engine.swap(good)
     before = output(engine)
-    with pytest.raises(LoraError, match=r"kohya\.safetensors' × 1e\+39 overflows"):
+    with pytest.raises(LoraError, match=rf"{name}\.safetensors' × 1e\+39 overflows"):
         engine.swap(bad)
     assert engine.applied(good)
     assert torch.equal(output(engine), before)
@@ -173,6 +222,23 @@ def test_a_cut_stack_reports_the_error_of_its_truncation(spec, loras):
     assert report.error == cut.overall_error
     assert engine.swap(stack).source == "unchanged"
     assert report.bytes == cut.flat.bytes
+
+
+def test_kronecker_products_are_not_cut(spec, loras):
+    """Beside low-rank matrices that are, and alone, whatever rank they have."""
+    stack = stack_of(loras, ("lokr", 0.8), ("kohya", 0.6), ("lokr split", 0.5))
+    flat = flatten(stack.active, torch.float32, pin=False)
+    cut = truncate(flat, 3)
+    alone = flatten(stack_of(loras, ("kohya", 0.6)).active, torch.float32, pin=False)
+    assert (cut.max_error, cut.overall_error) == (truncate(alone, 3).max_error, truncate(alone, 3).overall_error)
+    assert cut.flat.kroneckers == flat.kroneckers
+    first = min(place.a_start for place in flat.placed.values())
+    assert torch.equal(cut.flat.buffer[:first], flat.buffer[:first])
+    engine, lokr = make_engine(spec), stack_of(loras, ("lokr", 0.8))
+    engine.swap(lokr)
+    exact = output(engine)
+    assert engine.swap(lokr.with_max_rank(1)).error == 0.0
+    assert torch.equal(output(engine), exact)
 
 
 def test_another_strength_of_a_cut_stack_is_cut_anew(spec, loras):

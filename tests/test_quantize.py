@@ -32,7 +32,7 @@ from accel.registry import EngineKey
 from accel.settings import QUANTIZATION_MODES, EngineSettings, Quantization, QuantizedCache
 from harness import comfyui
 from harness.graphs import Picture
-from harness.lora_files import in_blocks, lora_state_dict, write_lora
+from harness.lora_files import in_blocks, kind_state_dict, lora_state_dict, write_lora
 from harness.paths import REPO
 from harness.tensor_files import write_tensors
 from harness.tiny_models import TinyFluxConfig, tiny_flux_state_dict
@@ -271,12 +271,14 @@ def test_dynamic_modes_without_compile_warn(spec, mode):
 # LoRAs
 
 RANKS = (7, 13, 1, 128, 16)
+KRONECKER = "LoKr full"
 
 
 @pytest.fixture(scope="module")
 def loras(tmp_path_factory):
     folder = tmp_path_factory.mktemp("loras")
-    return {rank: str(write_lora(folder / f"{rank}.safetensors", "kohya", rank=rank, seed=rank)) for rank in RANKS}
+    ranks = {rank: str(write_lora(folder / f"{rank}.safetensors", "kohya", rank=rank, seed=rank)) for rank in RANKS}
+    return {**ranks, KRONECKER: str(write_tensors(folder / "lokr.safetensors", kind_state_dict(KRONECKER)))}
 
 
 @pytest.mark.slow
@@ -288,7 +290,7 @@ def test_compiled_swaps_equal_eager_and_do_not_recompile(spec, engines, loras, m
     assert (compiled.compile_count, compiled.recompile_count) == (2, 0)
     with torch._dynamo.config.patch(error_on_recompile=True):
         base = compiled(make_inputs())
-        for rank, batch in zip(RANKS, (1, 2, 1, 3, 2), strict=True):
+        for rank, batch in zip((*RANKS, KRONECKER), (1, 2, 1, 3, 2, 2), strict=True):
             inputs = make_inputs(batch, 17, 23, 154)
             for engine in (eager, compiled):
                 engine.swap(LoraStack().with_lora(engine.read_lora(loras[rank]), 0.8))
@@ -388,7 +390,7 @@ def test_the_effect_of_a_lora_is_preserved(engines, effects, mode):
 @pytest.mark.parametrize("scale", [0.3, 0.03])
 def test_fp8_loses_at_most_half_of_what_merging_loses(scale):
     """Linear by linear, where the rounding of activations is the same with and without the LoRA."""
-    from accel.lora.layers import LoraLinear
+    from accel.lora.layers import SLOTS, LoraLinear
 
     rounding, worst = comfy_float(), 0.0
     base = tiny_flux_state_dict(TinyFluxConfig(), 0)
@@ -401,10 +403,10 @@ def test_fp8_loses_at_most_half_of_what_merging_loses(scale):
         layer = LoraLinear(find_mode("fp8").convert(weight, torch.zeros(len(weight), dtype=torch.bfloat16), False))
         outputs = []
         for a, b in ((down[:0], up[:, :0]), (down, up)):
-            layer.lora_A, layer.lora_B, layer.mixing = (
-                torch.nn.Parameter(tensor, requires_grad=False)
-                for tensor in (a.contiguous(), b.reshape(-1).contiguous(), torch.empty(0, dtype=torch.bfloat16))
-            )
+            empty, terms = torch.empty(0, dtype=torch.bfloat16), torch.empty(0, dtype=torch.int64)
+            values = a.contiguous(), b.reshape(-1).contiguous(), empty, empty, terms
+            for slot, tensor in zip(SLOTS, values, strict=True):
+                setattr(layer, slot, torch.nn.Parameter(tensor, requires_grad=False))
             outputs.append(layer(x).float())
         wanted = F.linear(x.float(), up.float() @ down.float())
         eight = weight.to(torch.float8_e4m3fn).float()

@@ -42,10 +42,11 @@ def paths(tmp_path_factory):
     folder = tmp_path_factory.mktemp("loras")
     kinds = [("kohya", rank, {"alpha": rank / 2}) for rank in (1, 4, 16, 40)]
     kinds += [("diffusers", rank, {}) for rank in (8, 16, 64)] + [("native", 12, {"targets": in_attention})]
+    kroneckers = [kind_state_dict("LoKr full"), kind_state_dict("LoKr", "diffusers", rank=16, targets=in_attention)]
     return [
         str(write_lora(folder / f"{number}.safetensors", format, rank=rank, seed=number, **more))
         for number, (format, rank, more) in enumerate(kinds)
-    ]
+    ] + [str(write_tensors(folder / f"lokr{number}.safetensors", file)) for number, file in enumerate(kroneckers)]
 
 
 def inputs(seed=0, size=8, tokens=16):
@@ -185,6 +186,8 @@ def small(tmp_path_factory):
         "c": lora_state_dict("native", config, rank=8, seed=2, **few),
         "dora": {**kind_state_dict("DoRA", config=config, **few), **norm_state_dict(config)},
         "bias": kind_state_dict("bias", config=config, **few),
+        "lokr": kind_state_dict("LoKr full", config=config, **few),
+        "lokr2": kind_state_dict("LoKr full DoRA", config=config, seed=1, **few),
     }
     for name, tensors in files.items():
         write_tensors(folder / f"{name}.safetensors", tensors)
@@ -252,6 +255,7 @@ class Lines:
 
 
 A, B, C, DORA, BIAS = ("a", 0.8), ("b", 0.5), ("c", -0.6), ("dora", 0.7), ("bias", 0.9)
+LOKR, LOKR2 = ("lokr", 0.8), ("lokr2", 0.6)
 # What happens -> (stacks that were swapped to, the last of them bound; the swap; bytes of a device of its own or None).
 INTERRUPTED = {
     "cold": ([[B]], [A, C], MIB),
@@ -266,6 +270,12 @@ INTERRUPTED = {
     "mixing and vectors, warm": ([[BIAS], [DORA], [B], [A]], [DORA], 0),
     "other vectors": ([[DORA]], [BIAS], None),
     "no more vectors": ([[BIAS, DORA]], [A], MIB),
+    "Kronecker": ([[A]], [LOKR, B], MIB),
+    "Kronecker on the CPU": ([[LOKR2]], [LOKR], None),
+    "Kronecker, warm": ([[LOKR], [A], [LOKR2]], [LOKR], 0),
+    "Kronecker, mixed": ([[LOKR]], [LOKR, LOKR2], MIB),
+    "no more Kronecker": ([[LOKR, LOKR2]], [A], MIB),
+    "Kronecker, strength": ([[LOKR, A]], [("lokr", -0.5), A], MIB),
 }
 ERRORS = (KeyboardInterrupt, MemoryError, torch.OutOfMemoryError, InterruptProcessing)
 
@@ -320,7 +330,7 @@ def test_prefetching_meanwhile_changes_no_swap(small, one_thread):
     engine, choose = loaded(spec), random.Random(9)
 
     def random_entries(choose):
-        names = choose.choices(["a", "b", "c", "dora", "bias"], k=choose.choice([0, 1, 1, 2]))
+        names = choose.choices(["a", "b", "c", "dora", "bias", "lokr", "lokr2"], k=choose.choice([0, 1, 1, 2]))
         return [(name, choose.choice([-1.0, 0.3, 0.8])) for name in names]
 
     stacks = [stack(engine, *random_entries(choose)) for _ in range(24)]

@@ -1,22 +1,22 @@
-"""What a stack with DoRA or OFT in it makes of one linear: mixing @ weight + B @ A.
+"""What a stack with DoRA or OFT in it makes of one linear: mixing @ weight + B @ A + Σ mixingᵢ @ kron(leftᵢ, rightᵢ).
 
-Every kind of change keeps this form. A low-rank change adds columns to B; a rotation T of the output gives T @ mixing
-and T @ B; DoRA does the same with a diagonal T, after adding its own columns. So a stack composes exactly, in its
-order, whatever is in it.
+Every kind of change keeps this form. A low-rank change adds columns to B, a Kronecker product a term; a rotation T of
+the output gives T @ mixing, T @ B and T @ mixingᵢ; DoRA does the same with a diagonal T, after adding its own. So a
+stack composes exactly, in its order, whatever is in it.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ..errors import LoraError
-from .weights import LoraLayer, RotationLayer, to_float
+from .weights import KroneckerLayer, Layer, LoraLayer, RotationLayer, to_float
 
 # Rotations with blocks of different sizes share blocks of the least common multiple, up to this size.
 MAX_BLOCK = 2048
@@ -33,27 +33,44 @@ class BaseWeights(Protocol):
 
 
 @dataclass(frozen=True)
+class KroneckerTerm:
+    """mixing @ (factor · rows of kron(left, right)).
+
+    Attributes:
+        layer: has the matrices; its scale and magnitude are not meant.
+        factor: a number, which may be as large as a strength may be.
+        mixing: (blocks, b, b) float32, a block-diagonal matrix on the rows; None for the identity.
+    """
+
+    layer: KroneckerLayer
+    factor: float
+    mixing: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Composed:
-    """mixing @ weight + lora_B @ lora_A.
+    """mixing @ weight + lora_B @ lora_A + the sum of the Kronecker products.
 
     Attributes:
         mixing: (blocks, b, b) float32, a block-diagonal matrix on the rows; None for the identity.
         lora_A: (rank, in_features) float32: those of the low-rank layers, one below the other.
         lora_B: (out_features, rank) float32, with strength and scale folded in.
+        kroneckers: one for each Kronecker layer, in the stack's order.
     """
 
     mixing: Tensor | None
     lora_A: Tensor
     lora_B: Tensor
+    kroneckers: tuple[KroneckerTerm, ...] = ()
 
 
-def is_plain(layers: Sequence[tuple[LoraLayer | RotationLayer, float]]) -> bool:
-    """Whether a linear's layers only add low-rank changes."""
-    return all(isinstance(layer, LoraLayer) and layer.magnitude is None for layer, _ in layers)
+def is_plain(layers: Sequence[tuple[Layer, float]]) -> bool:
+    """Whether a linear's layers only add to its weight."""
+    return all(not isinstance(layer, RotationLayer) and layer.magnitude is None for layer, _ in layers)
 
 
 def compose(
-    name: str, layers: Sequence[tuple[LoraLayer | RotationLayer, float]], base: BaseWeights, shape: tuple[int, int]
+    name: str, layers: Sequence[tuple[Layer, float]], base: BaseWeights, shape: tuple[int, int]
 ) -> Composed:
     """Apply layers one after another, each at its strength, in float32.
 
@@ -82,10 +99,7 @@ def compose(
         else:
             gain = layer.magnitude.rows / (_row_lengths(name, state, base) + torch.finfo(torch.float32).eps)
             kept = _mix(name, _diagonal(name, 1.0 - strength + strength * gain), state)
-            own = (strength * layer.scale * gain)[:, None] * to_float(layer.lora_B)
-            state = Composed(
-                kept.mixing, torch.cat([kept.lora_A, to_float(layer.lora_A)]), torch.cat([kept.lora_B, own], dim=1)
-            )
+            state = _add(kept, layer, strength * layer.scale, gain)
     return state
 
 
@@ -95,25 +109,39 @@ def mix(mixing: Tensor, rows: Tensor) -> Tensor:
     return torch.bmm(mixing, rows.reshape(blocks, size, -1)).reshape(rows.shape)
 
 
-def _add(state: Composed, layer: LoraLayer, scale: float) -> Composed:
-    return Composed(
-        state.mixing,
-        torch.cat([state.lora_A, to_float(layer.lora_A)]),
-        torch.cat([state.lora_B, scale * to_float(layer.lora_B)], dim=1),
+def _add(state: Composed, layer: LoraLayer | KroneckerLayer, factor: float, gain: Tensor | None = None) -> Composed:
+    """Add a layer, its rows multiplied by a gain (out_features,)."""
+    if isinstance(layer, KroneckerLayer):
+        term = KroneckerTerm(layer, factor, None if gain is None else gain[:, None, None])
+        return replace(state, kroneckers=(*state.kroneckers, term))
+    scaled = factor if gain is None else factor * gain[:, None]
+    return replace(
+        state,
+        lora_A=torch.cat([state.lora_A, to_float(layer.lora_A)]),
+        lora_B=torch.cat([state.lora_B, scaled * to_float(layer.lora_B)], dim=1),
     )
 
 
 def _mix(name: str, turned: Tensor, state: Composed) -> Composed:
-    lora_B = mix(turned, state.lora_B) if state.lora_B.shape[1] else state.lora_B
-    if state.mixing is None:
-        return Composed(turned, state.lora_A, lora_B)
-    size = math.lcm(turned.shape[1], state.mixing.shape[1])
+    return Composed(
+        _mixed(name, turned, state.mixing),
+        state.lora_A,
+        mix(turned, state.lora_B) if state.lora_B.shape[1] else state.lora_B,
+        tuple(replace(term, mixing=_mixed(name, turned, term.mixing)) for term in state.kroneckers),
+    )
+
+
+def _mixed(name: str, turned: Tensor, mixing: Tensor | None) -> Tensor:
+    """The product of two block-diagonal matrices; None is the identity."""
+    if mixing is None:
+        return turned
+    size = math.lcm(turned.shape[1], mixing.shape[1])
     if size > MAX_BLOCK:
         raise LoraError(
-            f"LoRAs: '{name}' is rotated in blocks of {state.mixing.shape[1]} and of {turned.shape[1]} rows, whose "
+            f"LoRAs: '{name}' is rotated in blocks of {mixing.shape[1]} and of {turned.shape[1]} rows, whose "
             f"common size is {size}, expected at most {MAX_BLOCK}. Use one of these OFT files at a time."
         )
-    return Composed(torch.bmm(_widen(turned, size), _widen(state.mixing, size)), state.lora_A, lora_B)
+    return torch.bmm(_widen(turned, size), _widen(mixing, size))
 
 
 def _widen(mixing: Tensor, size: int) -> Tensor:
@@ -143,4 +171,7 @@ def _row_lengths(name: str, state: Composed, base: BaseWeights) -> Tensor:
         weight = mix(state.mixing, weight)
     if state.lora_B.shape[1]:
         weight = torch.addmm(weight, state.lora_B, state.lora_A)
+    for term in state.kroneckers:
+        product = term.layer.product() if term.mixing is None else mix(term.mixing, term.layer.product())
+        weight = weight.add(product, alpha=term.factor)
     return weight.norm(dim=1)

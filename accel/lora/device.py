@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -87,9 +87,11 @@ class DeviceLoras:
         same_layout = (
             victim is not None
             and victim.flat.placed == flat.placed
+            and victim.flat.kroneckers == flat.kroneckers
             and not any((flat.mixing, flat.vectors, victim.flat.mixing, victim.flat.vectors))
         )
-        on_device = FlatLora(buffer, flat.placed, self._moved(flat.mixing), self._moved(flat.vectors))
+        mixing, vectors = self._moved(flat.mixing), self._moved(flat.vectors)
+        on_device = replace(flat, buffer=buffer, mixing=mixing, vectors=vectors)
         bindings = victim.bindings if same_layout else self._slots.bindings(on_device)
         self._residents[key] = _Resident(on_device, bindings)
 

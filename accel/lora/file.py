@@ -20,10 +20,7 @@ from .kinds import Change, convert, product_factors
 from .lowrank import Factors, Tolerance
 from .metadata import adapter_config
 from .report import LoraReport, overall_error
-from .weights import LoraLayer, LoraWeights, RotationLayer, VectorLayer, check_finite, to_float
-
-# LoHa and LoKr, whose matrices are computed.
-PRODUCTS = ("LoHa", "LoKr")
+from .weights import Layer, LoraLayer, LoraWeights, VectorLayer, check_finite, to_float
 
 
 def read_lora(
@@ -39,7 +36,7 @@ def read_lora(
         path: a safetensors file.
         spec: the model that it must fit.
         cache_dir: where matrices that are slow to compute are kept; None computes them each time.
-        tolerance: how far a LoHa or LoKr of high rank may be cut.
+        tolerance: how far a LoHa of high rank may be cut.
         buffers: where memory comes from; None takes it from the system, which is slower.
 
     Returns:
@@ -63,19 +60,19 @@ def read_lora(
             if cache is not None:
                 cache.store(factors)
         errors = {name: (value.error, value.norm) for name, value in factors.items()}
-        layers: list[LoraLayer | RotationLayer] = []
+        layers: list[Layer] = []
         vectors = [
             VectorLayer(vector.parameter, to_float(values[""][vector.key]).flatten(), 1.0, vector.replaces)
             for vector in keys.vectors
         ]
         for change in keys.changes:
             tensors = values[change.name]
-            if change.kind in PRODUCTS and change.name not in factors:
+            if change.kind == "LoHa" and change.name not in factors:
                 factors[change.name] = product_factors(change, tensors, tolerance)
             scale = None
             if config is not None and change.kind == "LoRA" and "alpha" not in change.pieces:
                 scale = config.scale(change.name, change.rank)
-            converted = convert(change, tensors, scale, factors.get(change.name))
+            converted = convert(change, tensors, scale, factors.get(change.name), tolerance)
             layers += converted.layers
             vectors += converted.vectors
     # What was computed may be larger than what was read.
@@ -89,7 +86,7 @@ def read_lora(
 def make_report(
     format_name: str,
     changes: Iterable[Change],
-    layers: Iterable[LoraLayer | RotationLayer],
+    layers: Iterable[Layer],
     vectors: Iterable[VectorLayer],
     errors: Mapping[str, tuple[float, float]],
     text_encoder_keys: int,
@@ -145,8 +142,9 @@ def _read(
                 wanted.append(piece.key)
     with BulkReader(file, set(wanted) - ahead.keys, buffers) as rest:
         reads = [ahead.result(), rest.result()]
+    ignored = frozenset().union(*(change.ignored for change in keys.changes))
     for read in reads:
-        _check_finite(file, read)
+        _check_finite(file, read, ignored)
     tensors = {**reads[0].tensors, **reads[1].tensors}
     values = {
         change.name: {role: tensors[piece.key] for role, piece in change.pieces.items() if piece.key in tensors}
@@ -156,8 +154,8 @@ def _read(
     return values, max(read.peak for read in reads)
 
 
-def _check_finite(file: TensorFile, read: BulkRead) -> None:
+def _check_finite(file: TensorFile, read: BulkRead, ignored: frozenset[str]) -> None:
     if not math.isfinite(read.peak):
         for key, tensor in read.tensors.items():
-            if tensor.dtype.is_floating_point:
+            if tensor.dtype.is_floating_point and key not in ignored:
                 check_finite(f"'{file.name}': '{key}'", tensor)

@@ -138,6 +138,17 @@ def down(recipe: str, sources: Sequence[Tensor], lora_A: Tensor) -> Tensor:
     return separate()
 
 
+def written_out(recipe: str, sources: Sequence[Tensor]) -> Tensor:
+    """An input itself, (rows, K), from what it is computed from; see `down`."""
+    if recipe == MODULATED:
+        hidden_states, *others = sources
+        mean = hidden_states.float().mean(dim=-1, keepdim=True)
+        value = Modulated(hidden_states, mean, *others).value()
+    else:
+        value = Columns(tuple(sources), gelu=recipe == GELU).value()
+    return value.flatten(0, -2)
+
+
 def _modulated_down(hidden_states: Tensor, rstd: Tensor, shift: Tensor, scale: Tensor, lora_A: Tensor) -> Tensor:
     """The product without the norm written out: what it does to columns is done to those of lora_A.
 

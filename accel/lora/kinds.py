@@ -4,7 +4,8 @@ The arithmetic is that of comfy/weight_adapter (ComfyUI 0.30), which is what a L
 
     LoRA       s · alpha / rank · B @ A, with a 1x1 middle matrix (LoCon) B @ mid @ A
     LoHa       s · alpha / rank · (w1_a @ w1_b) * (w2_a @ w2_b)
-    LoKr       s · alpha / rank · kron(w1, w2); alpha counts only if w1 or w2 is a product
+    LoKr       s · alpha / rank · kron(w1, w2); alpha counts only if w1 or w2 is a product. Never formed, never cut: it
+               is carried as w1 and w2, or as a LoRA where its rank is so low that this is less work
     OFT        s² · (R - I)ᵀ @ weight, R the Cayley transform of skew blocks; s² is ComfyUI's, which multiplies twice
     DoRA       (1 - s) · weight + s · m / ‖rows of weight‖ · (weight + change), over any kind but OFT
     PEFT DoRA  m / ‖rows of weight + s · change‖ · (weight + s · change): peft/tuners/lora/dora.py
@@ -21,8 +22,20 @@ from torch import Tensor
 from ..errors import LoraError
 from ..layout import LoraTarget
 from . import lowrank
+from .kronecker import multiplications
 from .lowrank import Factors, Tolerance
-from .weights import LoraLayer, Magnitude, RotationLayer, VectorLayer, split, split_bias, split_rotation, to_float
+from .weights import (
+    KroneckerLayer,
+    Layer,
+    LoraLayer,
+    Magnitude,
+    VectorLayer,
+    split,
+    split_bias,
+    split_kronecker,
+    split_rotation,
+    to_float,
+)
 
 INSTEAD = "Choose a LoRA without it, or use ComfyUI's Load Diffusion Model for this one."
 
@@ -82,9 +95,16 @@ class Change:
         """The kind as a person knows it."""
         return f"DoRA ({self.kind})" if {"dora_scale", "magnitude"} & self.pieces.keys() else self.kind
 
+    @property
+    def ignored(self) -> frozenset[str]:
+        """Keys without a meaning: alpha beside whole matrices, where ai-toolkit writes more than float16 holds."""
+        if "alpha" in self.pieces and self.kind == "LoKr" and {"lokr_w1", "lokr_w2"} <= self.pieces.keys():
+            return frozenset((self.pieces["alpha"].key,))
+        return frozenset()
+
     def approximated(self, tolerance: Tolerance) -> bool:
         """Whether it may be cut to a lower rank."""
-        return self.kind in ("LoHa", "LoKr") and self.rank > tolerance.exact_rank
+        return self.kind == "LoHa" and self.rank > tolerance.exact_rank
 
 
 @dataclass(frozen=True)
@@ -96,7 +116,7 @@ class Converted:
         vectors: changes of biases.
     """
 
-    layers: tuple[LoraLayer | RotationLayer, ...]
+    layers: tuple[Layer, ...]
     vectors: tuple[VectorLayer, ...]
 
 
@@ -122,7 +142,11 @@ def check_change(source: str, name: str, target: LoraTarget, pieces: Mapping[str
 
 
 def convert(
-    change: Change, tensors: Mapping[str, Tensor], scale: float | None, factors: Factors | None = None
+    change: Change,
+    tensors: Mapping[str, Tensor],
+    scale: float | None,
+    factors: Factors | None = None,
+    tolerance: Tolerance = Tolerance(),
 ) -> Converted:
     """Turn the values of a change into layers.
 
@@ -130,17 +154,20 @@ def convert(
         change: checked by `check_change`.
         tensors: role -> values, finite; the ones that `factors` stands for may be missing.
         scale: of the low-rank product, in place of alpha / rank; from the metadata of PEFT's files.
-        factors: of a LoHa or LoKr, see `product_factors`.
+        factors: of a LoHa, see `product_factors`.
+        tolerance: up to which rank a LoKr may become a LoRA.
 
     Raises:
         LoraError: a DoRA, OFT or bias whose values cannot be carried.
     """
     vectors: list[VectorLayer] = []
-    layers: list[LoraLayer | RotationLayer] = []
+    layers: list[Layer] = []
     if "diff_b" in tensors:
         vectors += split_bias(change.target, to_float(tensors["diff_b"]).flatten(), 1.0)
     if change.kind == "OFT":
         layers += split_rotation(f"{change.source}: '{change.name}'", change.target, _turn(change, tensors))
+    elif change.kind == "LoKr":
+        layers += _split_lokr(change, tensors, tolerance)
     elif change.kind != "bias":
         if factors is not None:
             lora_A, lora_B = factors.lora_A, factors.lora_B
@@ -158,26 +185,23 @@ def convert(
 
 
 def product_factors(change: Change, tensors: Mapping[str, Tensor], tolerance: Tolerance) -> Factors:
-    """The low-rank matrices of a LoHa or LoKr, without alpha: exact, or cut as the tolerance says.
+    """The low-rank matrices of a LoHa, without alpha: exact, or cut as the tolerance says.
 
     Raises:
         LoraError: even the largest allowed rank leaves too large an error.
     """
     values = {role: to_float(tensor) for role, tensor in tensors.items() if role not in ("alpha", "dora_scale")}
-    if change.kind == "LoHa":
-        sides = [values[role] for role in _LOHA]
-        if "hada_t1" in values:
-            sides = [
-                sides[0].T,
-                values["hada_t1"].flatten(1) @ sides[1],
-                sides[2].T,
-                values["hada_t2"].flatten(1) @ sides[3],
-            ]
-        factors = lowrank.hadamard(*sides)
-        if change.approximated(tolerance):
-            factors = lowrank.compress(factors, tolerance.error, tolerance.max_rank)
-    else:
-        factors = lowrank.kronecker(_kron_side(values, "lokr_w1"), _kron_side(values, "lokr_w2"), tolerance)
+    sides = [values[role] for role in _LOHA]
+    if "hada_t1" in values:
+        sides = [
+            sides[0].T,
+            values["hada_t1"].flatten(1) @ sides[1],
+            sides[2].T,
+            values["hada_t2"].flatten(1) @ sides[3],
+        ]
+    factors = lowrank.hadamard(*sides)
+    if change.approximated(tolerance):
+        factors = lowrank.compress(factors, tolerance.error, tolerance.max_rank)
     if factors.error > tolerance.max_error:
         raise LoraError(
             f"{change.source}: the {change.kind} on '{change.name}' has rank {change.rank}; the {tolerance.max_rank} "
@@ -385,12 +409,26 @@ def _alpha_scale(change: Change, tensors: Mapping[str, Tensor]) -> float:
     return 1.0
 
 
-def _kron_side(values: Mapping[str, Tensor], role: str) -> Factors:
-    if role in values:
-        return lowrank.whole(values[role].flatten(1))
-    left, right = values[f"{role}_a"], values[f"{role}_b"]
-    if role == "lokr_w2" and "lokr_t2" in values:
-        left, right = left.T.contiguous(), values["lokr_t2"].flatten(1) @ right
+def _split_lokr(
+    change: Change, tensors: Mapping[str, Tensor], tolerance: Tolerance
+) -> list[LoraLayer] | list[KroneckerLayer]:
+    target, scale, magnitude = change.target, _alpha_scale(change, tensors), _magnitude(tensors)
+    sides = [_kron_side(tensors, role) for role in ("lokr_w1", "lokr_w2")]
+    left, right = (side if isinstance(side, Tensor) else side.lora_B @ side.lora_A for side in sides)
+    low_rank = change.rank * (target.in_features + target.out_features)
+    if change.rank <= tolerance.exact_rank and low_rank <= multiplications(left.shape, right.shape):
+        factors = lowrank.kronecker(*(lowrank.whole(to_float(s)) if isinstance(s, Tensor) else s for s in sides))
+        return split(target, factors.lora_A, factors.lora_B, scale, magnitude)
+    return split_kronecker(target, left, right, scale, magnitude)
+
+
+def _kron_side(tensors: Mapping[str, Tensor], role: str) -> Tensor | Factors:
+    """One side of a LoKr: a matrix in the file's dtype, or the two that it is the product of."""
+    if role in tensors:
+        return tensors[role].flatten(1)
+    left, right = to_float(tensors[f"{role}_a"].flatten(1)), to_float(tensors[f"{role}_b"].flatten(1))
+    if role == "lokr_w2" and "lokr_t2" in tensors:
+        left, right = left.T.contiguous(), to_float(tensors["lokr_t2"]).flatten(1) @ right
     return Factors(right, left)
 
 

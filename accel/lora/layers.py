@@ -16,15 +16,15 @@ from torch import Tensor, nn
 
 from .. import packed
 from ..dynamic import int8_linears, quantize_rows, quantized_dtype
-from . import kernels
-from .inputs import PLAIN, Columns, Input, as_input, down
+from . import kernels, kronecker
+from .inputs import PLAIN, Columns, Input, as_input, down, written_out
 
 # The Parameters of a `LoraLinear` that a LoRA binds.
-SLOTS = ("lora_A", "lora_B", "mixing")
+SLOTS = ("lora_A", "lora_B", "mixing", "kron", "kron_terms")
 
 
 class LoraLinear(nn.Module):
-    """y = M (x Wᵀ) + bias + (x Aᵀ) Bᵀ.
+    """y = M (x Wᵀ) + bias + (x Aᵀ) Bᵀ + Σ Mᵢ (x kron(Lᵢ, Rᵢ)ᵀ).
 
     Each slot is a Parameter; one without elements takes no part. Parameters are replaced, never written.
 
@@ -34,6 +34,8 @@ class LoraLinear(nn.Module):
         lora_B: (out_features · rank,), the rows of an (out_features, rank) matrix. One-dimensional, because the strides
             of a matrix of 0 or 1 columns differ from those of wider ones, and compiled code is bound to strides.
         mixing: (blocks · b · b,), the blocks of a block-diagonal M, or empty for the identity.
+        kron: (elements,), a buffer in which the Lᵢ, Rᵢ and Mᵢ lie, among other things.
+        kron_terms: (terms · 9,) int64 on the CPU: where in it, see `kronecker.Term`.
     """
 
     def __init__(self, base: nn.Module) -> None:
@@ -246,16 +248,13 @@ def _linears(
     weights: Sequence[Tensor],
     weight_scales: Sequence[Tensor],
     biases: Sequence[Tensor],
-    lora_A: Sequence[Tensor],
-    lora_B: Sequence[Tensor],
-    mixing: Sequence[Tensor],
-    gelu_last: bool,
+    *parameters: Sequence[Tensor] | bool,
 ) -> list[Tensor]:
-    x = sources[0]
+    x, (*slots, gelu_last) = sources[0], parameters
     products = _products(sources, quantized, weights, weight_scales)
     if gelu_last:
         products[-1] = replace(products[-1], gelu=True)
-    outputs = _run(products, recipe, sources, biases, lora_A, lora_B, mixing)
+    outputs = _run(products, recipe, sources, biases, *slots)
     return [output.view(*x.shape[:-1], output.shape[-1]) for output in outputs]
 
 
@@ -321,15 +320,22 @@ def _run(
     lora_A: Sequence[Tensor],
     lora_B: Sequence[Tensor],
     mixing: Sequence[Tensor],
+    kron: Sequence[Tensor],
+    kron_terms: Sequence[Tensor],
 ) -> list[Tensor]:
     hidden = _down(lambda matrix: down(recipe, sources, matrix), lora_A)
+    x = written_out(recipe, sources) if any(terms.numel() for terms in kron_terms) else None
     outputs = []
-    for product, bias, up, mix, low in zip(products, biases, lora_B, mixing, hidden, strict=True):
+    for product, bias, up, mix, low, buffer, terms in zip(
+        products, biases, lora_B, mixing, hidden, kron, kron_terms, strict=True
+    ):
         matrix = up.view(product.weight.shape[0], -1)
-        if mix.numel():
-            output = _mix(product.linear(None), mix).add_(bias)
+        if mix.numel() or terms.numel():
+            output = _mix(product.linear(None), mix).add_(bias) if mix.numel() else product.linear(bias)
             if low is not None:
                 output.addmm_(low, matrix.t())
+            if terms.numel():
+                _add_kroneckers_(output, x, buffer, terms)
             output = product.finish(output)
             outputs.append(output if product.out is None else product.out.copy_(output))
         elif low is not None:
@@ -346,16 +352,33 @@ def _add_loras_(
     lora_A: Sequence[Tensor],
     lora_B: Sequence[Tensor],
     mixing: Sequence[Tensor],
+    kron: Sequence[Tensor],
+    kron_terms: Sequence[Tensor],
 ) -> None:
     rows = x.reshape(-1, x.shape[-1])
     hidden = _down(lambda matrix: rows @ matrix.t(), lora_A)
-    for output, bias, up, mix, low in zip(outputs, biases, lora_B, mixing, hidden, strict=True):
+    for output, bias, up, mix, low, buffer, terms in zip(
+        outputs, biases, lora_B, mixing, hidden, kron, kron_terms, strict=True
+    ):
         out_features = output.shape[-1]
         if mix.numel():
             mixed = _mix((output.float() - bias).view(-1, out_features), mix.float()).add_(bias)
             output.copy_(mixed.view(output.shape))
         if low is not None:
             output.view(-1, out_features).addmm_(low, up.view(out_features, -1).t())
+        if terms.numel():
+            _add_kroneckers_(output.view(-1, out_features), rows, buffer, terms)
+
+
+def _add_kroneckers_(output: Tensor, x: Tensor, buffer: Tensor, terms: Tensor) -> None:
+    """Add the Kronecker products of x, (N, in_features), to a linear's output, (N, out_features), in place."""
+    rows = output.shape[1]
+    for term in kronecker.read_terms(terms):
+        if (term.first, term.a * term.m, term.width) == (0, rows, 0):
+            kronecker.add_(output, x, *term.matrices(buffer))
+            continue
+        added = kronecker.rows_of(x, term, buffer, rows)
+        output.add_(_mix(added, term.blocks(buffer, rows)) if term.width else added)
 
 
 def _down(multiply: Callable[[Tensor], Tensor], lora_A: Sequence[Tensor]) -> list[Tensor | None]:
@@ -430,7 +453,7 @@ def _register() -> torch.library.Library | None:
     if hasattr(getattr(torch.ops, namespace), "linears"):
         return None  # this file was imported under another package name before: the operators are the same
     library = torch.library.Library(namespace, "FRAGMENT")
-    slots = "Tensor[] biases, Tensor[] lora_A, Tensor[] lora_B, Tensor[] mixing"
+    slots = ", ".join(f"Tensor[] {name}" for name in ("biases", *SLOTS))
     parameters = f"Tensor[] weights, Tensor[] weight_scales, {slots}"
     x, text, image = (
         f"str {name}recipe, Tensor[] {name}sources, Tensor[] {name}quantized" for name in ("", "text_", "image_")

@@ -1,8 +1,7 @@
 """Changes of a weight as two thin matrices, change = B @ A: exactly, or cut off at a stated error.
 
 All errors are relative Frobenius norms, ‖change − B @ A‖ / ‖change‖, and known without forming the change: QR of both
-sides leaves a small core with the same singular values, and those of a Kronecker product are the products of its
-factors' (Golub and Van Loan, Matrix Computations, 5.4.6 and 12.3.1).
+sides leaves a small core with the same singular values (Golub and Van Loan, Matrix Computations, 5.4.6).
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ class Tolerance:
 
     Attributes:
         error: relative Frobenius error that is aimed at.
-        exact_rank: up to this rank nothing is cut.
+        exact_rank: up to this rank nothing is cut, and a Kronecker product may become a low-rank change.
         max_rank: no change keeps more; the error is what it then is.
         max_error: where even `max_rank` leaves more than this, the file is refused.
     """
@@ -63,19 +62,9 @@ def hadamard(w1_a: Tensor, w1_b: Tensor, w2_a: Tensor, w2_b: Tensor) -> Factors:
     return Factors(lora_A, lora_B)
 
 
-def kronecker(first: Factors, second: Factors, tolerance: Tolerance) -> Factors:
-    """The Kronecker product of two changes: exact while its rank is small, else its largest singular values."""
-    if first.rank * second.rank <= tolerance.exact_rank:
-        return Factors(torch.kron(first.lora_A, second.lora_A), torch.kron(first.lora_B, second.lora_B))
-    (u1, s1, v1), (u2, s2, v2) = _svd(first), _svd(second)
-    values = torch.outer(s1.double(), s2.double()).flatten()
-    order = values.argsort(descending=True)
-    kept = _cut(values[order], tolerance.error, tolerance.max_rank)
-    rows, columns = order[:kept] // len(s2), order[:kept] % len(s2)
-    root = values[order[:kept]].sqrt().float()
-    lora_B = (u1[:, None, rows] * u2[None, :, columns]).flatten(0, 1) * root
-    lora_A = (v1[rows, :, None] * v2[columns, None, :]).flatten(1) * root[:, None]
-    return Factors(lora_A, lora_B, *_left(values[order], kept))
+def kronecker(first: Factors, second: Factors) -> Factors:
+    """The Kronecker product of two changes, exactly, of the product of their ranks."""
+    return Factors(torch.kron(first.lora_A, second.lora_A), torch.kron(first.lora_B, second.lora_B))
 
 
 def whole(matrix: Tensor) -> Factors:

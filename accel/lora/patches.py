@@ -16,7 +16,7 @@ from ..layout import LoraTarget, VectorWeight
 from .file import make_report
 from .kinds import Piece, check_change, convert, product_factors
 from .lowrank import Tolerance
-from .weights import LoraLayer, LoraWeights, RotationLayer, VectorLayer, check_finite, to_float
+from .weights import Layer, LoraWeights, VectorLayer, check_finite, to_float
 
 SOURCE = "LoRA"
 
@@ -63,12 +63,12 @@ def from_patches(
     Args:
         patches: as one LoRA brings them.
         digest: `tensor_digest`, or something that remembers its answers.
-        tolerance: how far a LoHa or LoKr of high rank may be cut.
+        tolerance: how far a LoHa of high rank may be cut.
 
     Raises:
         LoraError: a wrong shape, NaN, or a kind that cannot be carried.
     """
-    layers: list[LoraLayer | RotationLayer] = []
+    layers: list[Layer] = []
     vectors: list[VectorLayer] = []
     changes, errors = [], {}
     content = hashlib.blake2b(digest_size=8)
@@ -91,10 +91,10 @@ def from_patches(
                 said = float(tensor) if role == "alpha" else digest(patch.name, patch.values[role])
                 content.update(f" {role} {said}".encode())
                 size += tensor.nbytes
-            factors = product_factors(change, tensors, tolerance) if change.kind in ("LoHa", "LoKr") else None
+            factors = product_factors(change, tensors, tolerance) if change.kind == "LoHa" else None
             if factors is not None and factors.error:
                 errors[change.name] = (factors.error, factors.norm)
-            converted = convert(change, tensors, None, factors)
+            converted = convert(change, tensors, None, factors, tolerance)
             layers += converted.layers
             vectors += converted.vectors
             changes.append(change)

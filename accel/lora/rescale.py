@@ -2,25 +2,27 @@
 
 `flatten` folds strength · alpha / rank into lora_B and rounds once. The same product is made here from a flat copy of
 the unscaled lora_B that lies on the device: bit for bit what `flatten` would give, at memory speed, in one or a few
-operations where the linears' lora_B lie one behind the other.
+operations where the linears' lora_B lie one behind the other. The left matrix of a Kronecker product is to it what
+lora_B is to a LoRA.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from ..errors import LoraError
 from .stack import FlatLora, StackEntry
+from .weights import KroneckerLayer
 
 
 @dataclass(frozen=True)
 class _Strip:
-    """Neighbouring columns of lora_B with one factor: strength of entry `entry` · `scale`."""
+    """Neighbouring columns of a matrix with one factor: strength of entry `entry` · `scale`."""
 
     entry: int
     scale: float
@@ -29,7 +31,7 @@ class _Strip:
 
 @dataclass(frozen=True)
 class _Run:
-    """Neighbouring lora_B of one rank and one division into strips; together a (rows, rank) matrix.
+    """Neighbouring matrices of one rank and one division into strips; together a (rows, rank) matrix.
 
     Attributes:
         start: where it begins in the flat buffer, in elements.
@@ -46,12 +48,12 @@ class _Run:
 
 
 def rescalable(flat: FlatLora) -> bool:
-    """Whether a strength changes nothing but lora_B."""
+    """Whether a strength changes nothing but lora_B and left matrices."""
     return not flat.mixing and not flat.vectors
 
 
 class UnscaledB:
-    """The lora_B of a stack before strength and alpha, in the places that they have in its flat buffers."""
+    """The lora_B and left matrices of a stack before strength and alpha, in their places in its flat buffers."""
 
     def __init__(
         self, entries: Sequence[StackEntry], flat: FlatLora, upload: Callable[[Tensor], Tensor] | None = None
@@ -66,12 +68,10 @@ class UnscaledB:
         with torch.inference_mode(False), torch.no_grad():
             matrices = _matrices(entries, flat)
             dtype = flat.buffer.dtype
-            if any(tensor.dtype != dtype for _, _, tensors in matrices for tensor in tensors):
+            if any(tensor.dtype != dtype for matrix in matrices for tensor in matrix.tensors):
                 dtype = torch.float32  # holds every LoRA dtype exactly
-            groups = _neighbours(matrices, flat)
-            total = sum(flat.placed[module].b_shape[0] * rank for rank, _, modules in groups for module, _ in modules)
-            host = torch.zeros(total, dtype=dtype)
-            self._runs = tuple(_fill(host, groups, flat))
+            host = torch.zeros(sum(matrix.rows * matrix.rank for matrix in matrices), dtype=dtype)
+            self._runs = tuple(_fill(host, _neighbours(matrices)))
             self._values = host.to(flat.buffer.device) if upload is None else upload(host)
 
     @property
@@ -93,7 +93,7 @@ class UnscaledB:
                     raise LoraError(f"LoRA {names} overflows {dtype}: lower the strength, or choose another dtype.")
 
     def multiply(self, entries: Sequence[StackEntry], flat: FlatLora) -> None:
-        """Write strength · scale · lora_B into a flat buffer of this stack, rounded once; lora_A stays."""
+        """Write strength · scale · lora_B, or left, into a flat buffer of this stack, rounded once; the rest stays."""
         with torch.inference_mode(False), torch.no_grad():
             for run in self._runs:
                 count = run.rows * run.rank
@@ -110,54 +110,76 @@ class UnscaledB:
                     column += strip.columns
 
 
-# A linear: its module, its strips, its matrices from left to right.
-_Matrix = tuple[str, tuple[_Strip, ...], list[Tensor]]
-# Linears that lie one behind the other: their rank, their strips, (module, matrices).
-_Group = tuple[int, tuple[_Strip, ...], list[tuple[str, list[Tensor]]]]
+@dataclass(frozen=True)
+class _Matrix:
+    """A linear's lora_B, or a left matrix, in the flat buffer.
+
+    Attributes:
+        start: where it begins, in elements.
+        strips: what its columns belong to, from left to right.
+        tensors: the unscaled values of each strip.
+    """
+
+    start: int
+    rows: int
+    rank: int
+    strips: list[_Strip] = field(default_factory=list)
+    tensors: list[Tensor] = field(default_factory=list)
+
+    def append(self, strip: _Strip, tensor: Tensor) -> None:
+        """Add columns on the right."""
+        self.strips.append(strip)
+        self.tensors.append(tensor)
 
 
 def _matrices(entries: Sequence[StackEntry], flat: FlatLora) -> list[_Matrix]:
-    """What each linear's lora_B consists of, in the order of the flat buffer."""
-    strips: dict[str, list[_Strip]] = defaultdict(list)
-    tensors: dict[str, list[Tensor]] = defaultdict(list)
+    """What is scaled, in the order of the flat buffer."""
+    found = {module: _Matrix(place.b_start, *place.b_shape) for module, place in flat.placed.items()}
+    lefts: list[_Matrix] = []
+    seen: dict[str, int] = defaultdict(int)
     for index, entry in enumerate(entries):
         for layer in entry.weights.layers:
-            strips[layer.module].append(_Strip(index, layer.scale, layer.rank))
-            tensors[layer.module].append(layer.lora_B)
-    modules = sorted(strips, key=lambda module: flat.placed[module].b_start)
-    return [(module, tuple(strips[module]), tensors[module]) for module in modules]
+            if isinstance(layer, KroneckerLayer):
+                term = flat.kroneckers[layer.module][seen[layer.module]]
+                seen[layer.module] += 1
+                lefts.append(_Matrix(term.left, term.a, term.b))
+                lefts[-1].append(_Strip(index, layer.scale, term.b), layer.left)
+            else:
+                found[layer.module].append(_Strip(index, layer.scale, layer.rank), layer.lora_B)
+    return sorted([*found.values(), *lefts], key=lambda matrix: matrix.start)
 
 
-def _neighbours(matrices: Sequence[_Matrix], flat: FlatLora) -> list[_Group]:
-    groups: list[_Group] = []
+def _neighbours(matrices: Sequence[_Matrix]) -> list[list[_Matrix]]:
+    """Matrices that lie one behind the other, of one rank and with the same strips."""
+    groups: list[list[_Matrix]] = []
     end = -1
-    for module, strips, tensors in matrices:
-        place = flat.placed[module]
-        rows, rank = place.b_shape
-        if not groups or place.b_start != end or groups[-1][:2] != (rank, strips):
-            groups.append((rank, strips, []))
-        groups[-1][2].append((module, tensors))
-        end = place.b_start + rows * rank
+    for matrix in matrices:
+        same = groups and (groups[-1][0].rank, groups[-1][0].strips) == (matrix.rank, matrix.strips)
+        if matrix.start == end and same:
+            groups[-1].append(matrix)
+        else:
+            groups.append([matrix])
+        end = matrix.start + matrix.rows * matrix.rank
     return groups
 
 
-def _fill(host: Tensor, groups: Sequence[_Group], flat: FlatLora) -> list[_Run]:
+def _fill(host: Tensor, groups: Sequence[Sequence[_Matrix]]) -> list[_Run]:
     runs, start = [], 0
-    for rank, strips, modules in groups:
-        rows = sum(flat.placed[module].b_shape[0] for module, _ in modules)
-        matrix = host[start : start + rows * rank].view(rows, rank)
+    for group in groups:
+        first, rows = group[0], sum(matrix.rows for matrix in group)
+        whole = host[start : start + rows * first.rank].view(rows, first.rank)
         row = 0
-        for _, tensors in modules:
+        for matrix in group:
             column = 0
-            for tensor in tensors:
-                matrix[row : row + tensor.shape[0], column : column + tensor.shape[1]].copy_(tensor)
+            for tensor in matrix.tensors:
+                whole[row : row + tensor.shape[0], column : column + tensor.shape[1]].copy_(tensor)
                 column += tensor.shape[1]
-            row += tensors[0].shape[0]
+            row += matrix.rows
         largest, column = [], 0
-        for strip in strips:
-            low, high = torch.aminmax(matrix[:, column : column + strip.columns])
+        for strip in first.strips:
+            low, high = torch.aminmax(whole[:, column : column + strip.columns])
             largest.append(max(-float(low), float(high)))
             column += strip.columns
-        runs.append(_Run(flat.placed[modules[0][0]].b_start, start, rows, rank, strips, tuple(largest)))
-        start += rows * rank
+        runs.append(_Run(first.start, start, rows, first.rank, tuple(first.strips), tuple(largest)))
+        start += rows * first.rank
     return runs

@@ -16,6 +16,7 @@ import torch._dynamo
 from torch import Tensor, nn
 
 from ..quantize.linears import dequantize
+from .kronecker import write_terms
 from .layers import SLOTS, LoraLinear
 from .stack import HEAD_BYTES, FlatLora
 
@@ -28,7 +29,8 @@ class Bindings:
 
     Attributes:
         matrices: lora_A and lora_B of each linear, in the order of `LoraSlots.modules`.
-        others: what few LoRAs have: (owner, name, Parameter) of mixings, and of vectors that replace the model's own.
+        others: what few LoRAs have: (owner, name, Parameter) of mixings, of Kronecker products, and of vectors that
+            replace the model's own.
     """
 
     matrices: tuple[nn.Parameter, ...]
@@ -70,7 +72,14 @@ class LoraSlots:
         self._replaced: list[tuple[Owner, str, nn.Parameter]] = []
         self._unbound = True
         self._bound: Bindings | None = None
-        self._no_mixing = [_empty((0,), dtype, device) for _ in modules]
+        self._nothing = [
+            {
+                "mixing": _empty((0,), dtype, device),
+                "kron": _empty((0,), dtype, device),
+                "kron_terms": _empty((0,), torch.int64, torch.device("cpu")),
+            }
+            for _ in modules
+        ]
         matrices = []
         for layer in self._layers.values():
             matrices += [_empty((0, layer.in_features), dtype, device), _empty((0,), dtype, device)]
@@ -83,8 +92,8 @@ class LoraSlots:
         self._bound = None  # an interrupt may come between any two lines
         self._restore()
         if self._unbound:
-            for owner, parameter in zip(self._owners, self._no_mixing, strict=True):
-                owner["mixing"] = parameter
+            for owner, parameters in zip(self._owners, self._nothing, strict=True):
+                owner.update(parameters)
             self._unbound = False
         matrices = iter(bindings.matrices)
         for owner, lora_A, lora_B in zip(self._owners, matrices, matrices, strict=True):
@@ -125,6 +134,12 @@ class LoraSlots:
                     )
             for module, mixing in flat.mixing.items():
                 others.append((self._layers[module]._parameters, "mixing", _of_any_rank(_with_head(mixing.flatten()))))
+            head = HEAD_BYTES // flat.buffer.element_size()
+            for module, terms in flat.kroneckers.items():
+                owner = self._layers[module]._parameters
+                numbers = write_terms([term.relative_to(head) for term in terms])
+                others.append((owner, "kron", _of_any_rank(flat.buffer[head:])))
+                others.append((owner, "kron_terms", _of_any_rank(_with_head(numbers))))
             for name, vector in flat.vectors.items():
                 module, _, last = name.rpartition(".")
                 layer = self._layers.get(module)

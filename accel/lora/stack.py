@@ -1,7 +1,8 @@
 """Stacks of LoRAs, and the one flat buffer that a stack becomes before it is bound.
 
 Stacks are exact: the ranks of all LoRAs on a linear are concatenated, A = [A₁; A₂; …], B = [s₁ B₁, s₂ B₂, …], with
-strength · alpha / rank folded into B in float32. Where DoRA or OFT is among them, see `compose`.
+strength · alpha / rank folded into B in float32. Kronecker products stay side by side, with it folded into the left
+matrix. Where DoRA or OFT is among them, see `compose`.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from ..errors import LoraError
 from ..files import FileIdentity
 from ..tensors import all_finite
 from .buffers import HostBuffers
-from .compose import BaseWeights, Composed, compose, is_plain
-from .weights import LoraLayer, LoraWeights, RotationLayer, VectorLayer, to_float
+from .compose import BaseWeights, Composed, KroneckerTerm, compose, is_plain
+from .kronecker import Term, multiplications
+from .weights import KroneckerLayer, Layer, LoraLayer, LoraWeights, RotationLayer, VectorLayer, to_float
 
 # GEMMs on a GPU want sizes in multiples of 16 bytes; 16 columns serve every dtype down to float8.
 RANK_ALIGNMENT = 16
@@ -48,19 +50,32 @@ class StackCost:
 
     Attributes:
         elements: numbers that lie on the device.
+        multiplications: for one token, or what stands in for it, in every step.
         linears: that have low-rank matrices.
+        kronecker_linears: that have Kronecker products.
         max_rank: the ranks of all LoRAs on one linear, summed, where that is most.
         summed_rank: the same over all linears: what the products of a step grow with.
     """
 
     elements: int
+    multiplications: int
     linears: int
+    kronecker_linears: int
     max_rank: int
     summed_rank: int
 
+    def __str__(self) -> str:
+        """What is computed beside the weights, such as `rank 16 at most on 304 linears`."""
+        parts = []
+        if self.linears or not self.kronecker_linears:
+            parts.append(f"rank {self.max_rank} at most on {self.linears} linears")
+        if self.kronecker_linears:
+            parts.append(f"Kronecker products on {self.kronecker_linears} linears")
+        return ", ".join(parts)
+
     def step_share(self, parameters: int) -> float:
         """Arithmetic of a step with the stack, over that of the model's weights (attention aside) without it."""
-        return self.elements / parameters
+        return self.multiplications / parameters
 
     def megabytes(self, dtype: torch.dtype) -> float:
         """Size on the device in MB (10**6 bytes)."""
@@ -73,7 +88,8 @@ class LoraStack:
 
     Attributes:
         entries: first applied first.
-        max_rank: what the summed rank on each linear is cut to, see `truncate`; 0 leaves the stack exact.
+        max_rank: what the summed rank on each linear is cut to, see `truncate`; 0 leaves the stack exact. Kronecker
+            products always stay exact, and do not count.
     """
 
     entries: tuple[StackEntry, ...] = ()
@@ -108,19 +124,28 @@ class LoraStack:
     def cost(self) -> StackCost:
         """What the stack takes when it is bound; see `StackCost`."""
         ranks: dict[str, int] = defaultdict(int)
-        elements = 0
-        shared: set[tuple[str, int]] = set()
+        elements = products = 0
+        kroneckers: set[str] = set()
+        shared: set[tuple[int, int]] = set()
         for number, entry in enumerate(self.active):
             for layer in entry.weights.layers:
                 if isinstance(layer, RotationLayer):
                     elements += layer.turn.numel()
+                    products += layer.turn.numel()
                     continue
-                ranks[layer.module] += layer.rank
-                elements += layer.lora_B.numel()
-                if (number, id(layer.lora_A)) not in shared:
-                    shared.add((number, id(layer.lora_A)))
-                    elements += layer.lora_A.numel()
-        return StackCost(elements, len(ranks), max(ranks.values(), default=0), sum(ranks.values()))
+                kronecker = isinstance(layer, KroneckerLayer)
+                own, common = (layer.left, layer.right) if kronecker else (layer.lora_B, layer.lora_A)
+                new = 0 if (number, id(common)) in shared else common.numel()
+                shared.add((number, id(common)))
+                elements += own.numel() + new
+                if kronecker:
+                    kroneckers.add(layer.module)
+                    products += multiplications(own.shape, common.shape)
+                else:
+                    ranks[layer.module] += layer.rank
+                    products += own.numel() + new
+        largest, summed = max(ranks.values(), default=0), sum(ranks.values())
+        return StackCost(elements, products, len(ranks), len(kroneckers), largest, summed)
 
     @property
     def key(self) -> tuple[tuple[FileIdentity, float] | int, ...]:
@@ -160,20 +185,23 @@ class Placed:
 
 @dataclass(frozen=True)
 class FlatLora:
-    """A stack, ready to bind: every low-rank matrix of it in one buffer.
+    """A stack, ready to bind: every matrix of it in one buffer.
 
     Attributes:
-        buffer: (elements,) of the transformer's dtype, on the host or the device.
+        buffer: (elements,) of the transformer's dtype, on the host or the device: what belongs to Kronecker products,
+            then every lora_A, then every lora_B.
         placed: module -> its place. Linears of one fused layer share their lora_A.
         mixing: module -> (blocks, b, b) of the same dtype: a block-diagonal matrix that the base linear's output,
             without its bias, is multiplied with before the LoRA is added. b = 1 scales rows (DoRA).
         vectors: parameter -> (size,) of the same dtype: biases and norms that stand in the place of the base's.
+        kroneckers: module -> its Kronecker products. Linears of one fused layer share their right matrix.
     """
 
     buffer: Tensor
     placed: Mapping[str, Placed]
     mixing: Mapping[str, Tensor] = field(default_factory=dict)
     vectors: Mapping[str, Tensor] = field(default_factory=dict)
+    kroneckers: Mapping[str, tuple[Term, ...]] = field(default_factory=dict)
 
     @property
     def bytes(self) -> int:
@@ -181,7 +209,29 @@ class FlatLora:
         return sum(tensor.nbytes for tensor in (self.buffer, *self.mixing.values(), *self.vectors.values()))
 
 
-Layers = list[tuple[LoraLayer | RotationLayer, float]]
+Layers = list[tuple[Layer, float]]
+
+
+class Room:
+    """Hands out aligned places in a buffer, one behind the other.
+
+    Attributes:
+        end: elements that the buffer must have so far.
+        gaps: (first, behind the last) of elements that belong to nothing.
+    """
+
+    def __init__(self, dtype: torch.dtype, start: int | None = None) -> None:
+        """Begin at an element, by default behind the buffer's head."""
+        self._step = BYTES_ALIGNMENT // dtype.itemsize
+        self.end = HEAD_BYTES // dtype.itemsize if start is None else start
+        self.gaps = [(0, self.end)]
+
+    def take(self, elements: int) -> int:
+        """The first element of a new place."""
+        start, self.end = self.end, self.end + -(-elements // self._step) * self._step
+        if start + elements < self.end:
+            self.gaps.append((start + elements, self.end))
+        return start
 
 
 def flatten(
@@ -218,23 +268,19 @@ def flatten(
         ordered = [module for module in order if module in by_module] or list(by_module)
         mixing: dict[str, Tensor] = {}
         composed: dict[str, Layers] = {}
+        terms: dict[str, Sequence[KroneckerTerm]] = {}
         for module in ordered:
-            layers = by_module[module]
-            if is_plain(layers):
-                composed[module] = layers
-                continue
-            result = _compose(module, layers, base)
-            if result.mixing is not None:
-                mixing[module] = _store(result.mixing, dtype, pin)
-            low_rank = [layer for layer, _ in layers if isinstance(layer, LoraLayer)]
+            low_rank, products, mixed = _divide(module, by_module[module], base)
             if low_rank:
-                # lora_A is what it was, so that the linears of a fused layer go on sharing it.
-                columns = result.lora_B.split([layer.rank for layer in low_rank], dim=1)
-                composed[module] = [
-                    (LoraLayer(module, layer.lora_A, lora_B, 1.0), 1.0)
-                    for layer, lora_B in zip(low_rank, columns, strict=True)
-                ]
-        buffer, placed = flat_buffer(composed, dtype, pin, buffers)
+                composed[module] = low_rank
+            if products:
+                terms[module] = products
+            if mixed is not None:
+                mixing[module] = _store(mixed, dtype, pin)
+        room = Room(dtype)
+        kroneckers = _place_kroneckers(terms, room)
+        buffer, placed = flat_buffer(composed, dtype, pin, buffers, room)
+        _write_kroneckers(buffer, kroneckers, terms)
         vectors = {name: _store(value, dtype, pin) for name, value in _vectors(entries, base).items()}
         if not (
             ((not mixing and _fits(entries, dtype)) or all_finite(buffer))
@@ -242,20 +288,20 @@ def flatten(
         ):
             names = " + ".join(f"'{entry.weights.name}' × {entry.strength:g}" for entry in entries)
             raise LoraError(f"LoRA {names} overflows {dtype}: lower the strength, or choose another dtype.")
-    return FlatLora(buffer, placed, mixing, vectors)
+    return FlatLora(buffer, placed, mixing, vectors, kroneckers)
 
 
 def flat_buffer(
-    by_module: Mapping[str, Layers], dtype: torch.dtype, pin: bool, buffers: HostBuffers | None = None
+    by_module: Mapping[str, Layers], dtype: torch.dtype, pin: bool, buffers: HostBuffers | None, room: Room
 ) -> tuple[Tensor, dict[str, Placed]]:
-    """Write low-rank layers, module by module, into one buffer; see `flatten`."""
-    placed, elements, gaps = _place(by_module, dtype)
+    """Write low-rank layers, module by module, into one buffer, behind what `room` has handed out; see `flatten`."""
+    placed = _place(by_module, room)
     if pin or buffers is None:
-        buffer = torch.empty(elements, dtype=dtype, pin_memory=pin)
+        buffer = torch.empty(room.end, dtype=dtype, pin_memory=pin)
     else:
-        buffer = buffers.take(elements * dtype.itemsize).view(dtype)
+        buffer = buffers.take(room.end * dtype.itemsize).view(dtype)
     with ThreadPoolExecutor(1) as thread:
-        copied = thread.submit(_write_lora_A, buffer, gaps, placed, by_module)
+        copied = thread.submit(_write_lora_A, buffer, room.gaps, placed, by_module)
         _write_lora_B(buffer, placed, by_module)
         copied.result()
     return buffer, placed
@@ -295,6 +341,44 @@ def _write_lora_B(buffer: Tensor, placed: Mapping[str, Placed], by_module: Mappi
             buffer[start:end].mul_(factor)
 
 
+def _place_kroneckers(terms: Mapping[str, Sequence[KroneckerTerm]], room: Room) -> dict[str, tuple[Term, ...]]:
+    """Right matrices and mixings, then every left matrix: another strength is then one product over these."""
+    rights: dict[int, int] = {}
+    mixings: list[int] = []
+    for term in (term for of_module in terms.values() for term in of_module):
+        right = term.layer.right
+        if id(right) not in rights:
+            rights[id(right)] = room.take(right.numel())
+        mixings.append(0 if term.mixing is None else room.take(term.mixing.numel()))
+    mixing = iter(mixings)
+    placed: dict[str, tuple[Term, ...]] = {}
+    for module, of_module in terms.items():
+        found = []
+        for term in of_module:
+            layer, width = term.layer, 0 if term.mixing is None else term.mixing.shape[1]
+            sides = (room.take(layer.left.numel()), *layer.left.shape, rights[id(layer.right)], *layer.right.shape)
+            found.append(Term(*sides, layer.first, next(mixing), width))
+        placed[module] = tuple(found)
+    return placed
+
+
+def _write_kroneckers(
+    buffer: Tensor, placed: Mapping[str, Sequence[Term]], terms: Mapping[str, Sequence[KroneckerTerm]]
+) -> None:
+    """Write factor · left, rounded once, and the others as they are."""
+    filled = set()
+    for module, places in placed.items():
+        for place, term in zip(places, terms[module], strict=True):
+            left, right = place.matrices(buffer)
+            torch.mul(_multipliable(term.layer.left, buffer.dtype), term.factor, out=left)
+            if place.right not in filled:
+                filled.add(place.right)
+                if not _moved(buffer, place.right, right.shape, [term.layer.right]):
+                    right.copy_(term.layer.right)
+            if term.mixing is not None:
+                place.blocks(buffer, term.layer.rows).copy_(term.mixing.flatten())
+
+
 def _moved(buffer: Tensor, start: int, shape: tuple[int, int], matrices: Sequence[Tensor]) -> bool:
     """Move a matrix to its place if it is there byte for byte as it will be; False: it must be converted or joined.
 
@@ -308,16 +392,38 @@ def _moved(buffer: Tensor, start: int, shape: tuple[int, int], matrices: Sequenc
     return True
 
 
+def _divide(
+    module: str, layers: Layers, base: BaseWeights | None
+) -> tuple[Layers, Sequence[KroneckerTerm], Tensor | None]:
+    """What layers become: low-rank ones, Kronecker products, and what the base's output is mixed with."""
+    if is_plain(layers):
+        low_rank = [(layer, strength) for layer, strength in layers if isinstance(layer, LoraLayer)]
+        kroneckers = [
+            KroneckerTerm(layer, strength * layer.scale)
+            for layer, strength in layers
+            if isinstance(layer, KroneckerLayer)
+        ]
+        return low_rank, kroneckers, None
+    result = _compose(module, layers, base)
+    before = [layer for layer, _ in layers if isinstance(layer, LoraLayer)]
+    # lora_A is what it was, so that the linears of a fused layer go on sharing it.
+    columns = result.lora_B.split([layer.rank for layer in before], dim=1) if before else ()
+    low_rank = [
+        (LoraLayer(module, layer.lora_A, lora_B, 1.0), 1.0) for layer, lora_B in zip(before, columns, strict=True)
+    ]
+    return low_rank, result.kroneckers, result.mixing
+
+
 def _compose(module: str, layers: Layers, base: BaseWeights | None) -> Composed:
-    if base is None and any(isinstance(layer, LoraLayer) and layer.magnitude is not None for layer, _ in layers):
+    if base is None and any(getattr(layer, "magnitude", None) is not None for layer, _ in layers):
         raise ValueError(f"'{module}' has a DoRA, which needs the base weights.")
     first = layers[0][0]
+    low_rank = [layer for layer, _ in layers if isinstance(layer, LoraLayer)]
     if isinstance(first, LoraLayer):
-        shape = (first.lora_B.shape[0], first.lora_A.shape[1])
+        rows = first.lora_B.shape[0]
     else:
-        low_rank = [layer for layer, _ in layers if isinstance(layer, LoraLayer)]
-        shape = (first.turn.shape[0] * first.turn.shape[1], low_rank[0].lora_A.shape[1] if low_rank else 0)
-    return compose(module, layers, base, shape)
+        rows = first.rows if isinstance(first, KroneckerLayer) else first.turn.shape[0] * first.turn.shape[1]
+    return compose(module, layers, base, (rows, low_rank[0].lora_A.shape[1] if low_rank else 0))
 
 
 def _vectors(entries: Sequence[StackEntry], base: BaseWeights | None) -> dict[str, Tensor]:
@@ -359,23 +465,10 @@ def aligned_rank(rank: int) -> int:
     return -(-rank // RANK_ALIGNMENT) * RANK_ALIGNMENT
 
 
-def _place(
-    by_module: Mapping[str, Layers], dtype: torch.dtype
-) -> tuple[dict[str, Placed], int, list[tuple[int, int]]]:
-    """Where the matrices lie, the buffer's elements, and the elements between matrices."""
-    step = BYTES_ALIGNMENT // dtype.itemsize
+def _place(by_module: Mapping[str, Layers], room: Room) -> dict[str, Placed]:
+    """Where the low-rank matrices lie."""
     placed: dict[str, Placed] = {}
     shared: dict[tuple[int, ...], int] = {}
-    end = HEAD_BYTES // dtype.itemsize
-    gaps = [(0, end)]
-
-    def take(elements: int) -> int:
-        nonlocal end
-        start, end = end, end + -(-elements // step) * step
-        if start + elements < end:
-            gaps.append((start + elements, end))
-        return start
-
     for module, layers in by_module.items():
         rank = aligned_rank(sum(layer.rank for layer, _ in layers))
         first = layers[0][0]
@@ -383,12 +476,12 @@ def _place(
         same = tuple(id(layer.lora_A) for layer, _ in layers)
         a_shape = (rank, first.lora_A.shape[1])
         if same not in shared:
-            shared[same] = take(math.prod(a_shape))
+            shared[same] = room.take(math.prod(a_shape))
         placed[module] = Placed(shared[same], a_shape, 0, (first.lora_B.shape[0], rank))
     # Every lora_B behind every lora_A: another strength is one product over one stretch of memory, see rescale.py.
     for module, place in placed.items():
-        placed[module] = replace(place, b_start=take(math.prod(place.b_shape)))
-    return placed, end, gaps
+        placed[module] = replace(place, b_start=room.take(math.prod(place.b_shape)))
+    return placed
 
 
 def _fill(target: Tensor, layers: Layers) -> None:
@@ -405,14 +498,17 @@ def _fill_scaled(target: Tensor, layers: Layers) -> None:
     """Write strength · scale · B, rounded once, without a temporary where the kernel computes in float32 by itself."""
     start = 0
     for layer, strength in layers:
-        lora_B = layer.lora_B
-        if lora_B.dtype not in (target.dtype, torch.float32):
-            lora_B = lora_B.float()
+        lora_B = _multipliable(layer.lora_B, target.dtype)
         for part, values in _serial(target.narrow(1, start, layer.rank), lora_B):
             torch.mul(values, strength * layer.scale, out=part)
         start += layer.rank
     if start < target.shape[1]:
         target[:, start:].zero_()
+
+
+def _multipliable(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same values, of a dtype whose product with a number torch writes into this one without rounding before."""
+    return values if values.dtype in (dtype, torch.float32) else values.float()
 
 
 def _serial(target: Tensor, source: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .lowrank import Factors, compress
 from .report import overall_error
-from .stack import FlatLora, Layers, flat_buffer
+from .stack import FlatLora, Layers, Room, flat_buffer
 from .weights import LoraLayer
 
 
@@ -30,7 +30,7 @@ class Truncated:
 
 
 def truncate(flat: FlatLora, max_rank: int) -> Truncated:
-    """Keep the largest singular values of every change; mixing and vectors stay as they are.
+    """Keep the largest singular values of every low-rank change; all others stay as they are, and do not count.
 
     Takes QR of both sides and the SVD of the small core between them, in float32. Linears of a fused layer, which share
     their lora_A, are cut together and go on sharing it.
@@ -64,7 +64,11 @@ def truncate(flat: FlatLora, max_rank: int) -> Truncated:
                 lora_A, sides = cut.lora_A, list(cut.lora_B.split([place.b_shape[0] for place in places]))
             for module, lora_B in zip(modules, sides, strict=True):
                 layers[module] = [(LoraLayer(module, lora_A, lora_B, 1.0), 1.0)]
-        buffer, placed = flat_buffer(layers, flat.buffer.dtype, flat.buffer.is_pinned())
+        # Where Kronecker products lie, before every lora_A.
+        start = min((place.a_start for place in flat.placed.values()), default=len(flat.buffer))
+        room = Room(flat.buffer.dtype, start)
+        buffer, placed = flat_buffer(layers, flat.buffer.dtype, flat.buffer.is_pinned(), None, room)
+        buffer[:start] = flat.buffer[:start]
     return Truncated(replace(flat, buffer=buffer, placed=placed), *overall_error(errors))
 
 

@@ -54,6 +54,34 @@ class LoraLayer:
 
 
 @dataclass(frozen=True)
+class KroneckerLayer:
+    """A Kronecker product beside one linear (LoKr): weight + scale · rows of kron(left, right).
+
+    Attributes:
+        module: the diffusers linear.
+        left: (a, b) on the CPU, in the file's dtype; of a fused linear only the rows that this part of it needs.
+        right: (m, n), likewise; b · n is in_features. Parts of a fused linear share it.
+        scale: what the product is multiplied with, besides the strength.
+        rows: out_features of the linear.
+        first: its row i is row (first + i) mod (a · m) of the product.
+        magnitude: see `LoraLayer`.
+    """
+
+    module: str
+    left: Tensor
+    right: Tensor
+    scale: float
+    rows: int
+    first: int = 0
+    magnitude: Magnitude | None = None
+
+    def product(self) -> Tensor:
+        """The rows of kron(left, right), unscaled: (rows, in_features) float32. As large as the weight."""
+        product = torch.kron(to_float(self.left), to_float(self.right))
+        return product.roll(-self.first, 0)[: self.rows]
+
+
+@dataclass(frozen=True)
 class RotationLayer:
     """A block-diagonal rotation of one linear's output (OFT): weight + s² · turn @ weight at strength s.
 
@@ -64,6 +92,9 @@ class RotationLayer:
 
     module: str
     turn: Tensor
+
+
+Layer = LoraLayer | KroneckerLayer | RotationLayer
 
 
 @dataclass(frozen=True)
@@ -97,7 +128,7 @@ class LoraWeights:
     """
 
     identity: FileIdentity
-    layers: tuple[LoraLayer | RotationLayer, ...]
+    layers: tuple[Layer, ...]
     text_encoder_keys: tuple[str, ...]
     vectors: tuple[VectorLayer, ...] = ()
     peak: float = math.inf
@@ -115,11 +146,13 @@ class LoraWeights:
 
     @property
     def bytes(self) -> int:
-        """Memory that the weights hold; lora_A of a fused linear serves several layers and counts once."""
+        """Memory that the weights hold; what serves several layers of a fused linear counts once."""
         tensors = [vector.value for vector in self.vectors]
         for layer in self.layers:
             if isinstance(layer, RotationLayer):
                 tensors.append(layer.turn)
+            elif isinstance(layer, KroneckerLayer):
+                tensors += [layer.left, layer.right]
             else:
                 tensors += [layer.lora_A, layer.lora_B]
         return sum({id(tensor): tensor.numel() * tensor.element_size() for tensor in tensors}.values())
@@ -135,13 +168,42 @@ def split(
     """Give each linear of a target its rows of lora_B; lora_A serves them all."""
     if target.swap_halves:
         lora_B = swap_halves(lora_B)
-        magnitude = magnitude and Magnitude(swap_halves(magnitude.rows), magnitude.after)
+    magnitudes = _split_magnitude(target, magnitude)
+    return [
+        LoraLayer(part.module, lora_A, lora_B[part.start : part.start + part.rows], scale, own)
+        for part, own in zip(target.parts, magnitudes, strict=True)
+    ]
+
+
+def split_kronecker(
+    target: LoraTarget, left: Tensor, right: Tensor, scale: float, magnitude: Magnitude | None = None
+) -> list[KroneckerLayer]:
+    """Give each linear of a target its rows of a Kronecker product, which may begin and end inside a block of right's.
+
+    Args:
+        target: has a · m rows and b · n columns.
+        left: (a, b).
+        right: (m, n).
+        scale: of the product.
+        magnitude: for DoRA.
+    """
+    size, shift = len(right), target.out_features // 2 if target.swap_halves else 0
     layers = []
-    for part in target.parts:
-        rows = slice(part.start, part.start + part.rows)
-        own = magnitude and Magnitude(magnitude.rows[rows], magnitude.after)
-        layers.append(LoraLayer(part.module, lora_A, lora_B[rows], scale, own))
+    for part, own in zip(target.parts, _split_magnitude(target, magnitude), strict=True):
+        first = (part.start + shift) % target.out_features
+        end = first + part.rows
+        # Blocks of `size` rows that the part touches; all where it goes on at the beginning.
+        begin = first // size if end <= target.out_features else 0
+        blocks = left[begin : -(-end // size)] if end <= target.out_features else left
+        layers.append(KroneckerLayer(part.module, blocks, right, scale, part.rows, first - begin * size, own))
     return layers
+
+
+def _split_magnitude(target: LoraTarget, magnitude: Magnitude | None) -> list[Magnitude | None]:
+    if magnitude is None:
+        return [None] * len(target.parts)
+    rows = swap_halves(magnitude.rows) if target.swap_halves else magnitude.rows
+    return [Magnitude(rows[part.start : part.start + part.rows], magnitude.after) for part in target.parts]
 
 
 def split_rotation(name: str, target: LoraTarget, turn: Tensor) -> list[RotationLayer]:

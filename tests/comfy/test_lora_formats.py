@@ -28,7 +28,7 @@ def test_formats(comfy, format):
 
 KINDS = {
     "LoCon": {}, "LoHa": {"alpha": 2.0}, "LoKr": {"alpha": 2.0}, "LoRA 1x1": {}, "DoRA": {"alpha": 4.0, "rms": 0.01},
-    "LoKr DoRA": {"rms": 0.01}, "OFT": {}, "bias": {},
+    "LoKr DoRA": {"rms": 0.01}, "LoKr full": {}, "LoKr full DoRA": {"rms": 0.01}, "OFT": {}, "bias": {},
 }
 
 
@@ -45,7 +45,7 @@ def test_norms(comfy):
     assert_equal(comfy, [(name, 1.0)])
 
 
-STACK = (("DoRA", 0.8), ("OFT", 0.6), ("LoRA", -0.7), ("bias", 0.5), ("DoRA", 0.4))
+STACK = (("DoRA", 0.8), ("LoKr full", 0.5), ("OFT", 0.6), ("LoRA", -0.7), ("bias", 0.5), ("DoRA", 0.4))
 
 
 def stack_of(comfy):
@@ -74,7 +74,7 @@ def test_after_any_kind_the_base_is_bit_identical(comfy):
     plain = comfy.lora("plain.safetensors", "kohya", rank=8)
     with_plain = comfy.sample(replace(DEV, loras=[(plain, 0.8)]))
     engine = comfy.engine()
-    for kind in ("DoRA", "OFT", "bias"):
+    for kind in ("DoRA", "OFT", "bias", "LoKr full"):
         name = comfy.tensors("loras", f"kind-{kind}.safetensors", kind_state_dict(kind))
         assert not torch.equal(comfy.sample(replace(DEV, loras=[(name, 1.0)])), before)
         assert torch.equal(comfy.sample(replace(DEV, loras=[(plain, 0.8)])), with_plain)

@@ -91,7 +91,8 @@ def test_text_encoder_keys_go_to_the_clip(comfy):
 
 # Kinds of change that ComfyUI's loader hands over as adapters of their own.
 KINDS = {
-    "LoCon": {}, "LoHa": {}, "LoKr": {}, "LoKr products": {}, "DoRA": {"rms": 0.01}, "OFT": {}, "bias": {},
+    "LoCon": {}, "LoHa": {}, "LoKr": {}, "LoKr products": {}, "LoKr full": {}, "LoKr full DoRA": {"rms": 0.01},
+    "DoRA": {"rms": 0.01}, "OFT": {}, "bias": {},
 }
 
 

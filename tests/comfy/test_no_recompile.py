@@ -5,6 +5,7 @@ import random
 import pytest
 
 from harness.graphs import Picture, graph, latents, node, relative_distance
+from harness.lora_files import kind_state_dict
 
 WORDS = "a red circle on a blue square beside two green stars under the yellow moon"
 LORAS = {
@@ -14,10 +15,11 @@ LORAS = {
     "rank64.safetensors": {"format": "native", "rank": 64, "seed": 3},
     "mixed.safetensors": {"format": "diffusers", "rank": lambda module: 4 + len(module) % 9, "seed": 4},
 }
+KRONECKER = "lokr.safetensors"
 
 
 def random_picture(rng: random.Random, stock: bool = False) -> Picture:
-    stack = rng.sample(sorted(LORAS), rng.randint(0, 3))
+    stack = rng.sample(sorted([*LORAS, KRONECKER]), rng.randint(0, 3))
     return Picture(
         loras=[(name, rng.choice([-0.8, 0.0, 0.35, 0.7, 1.0, 1.6])) for name in stack],
         prompt=" ".join(rng.choices(WORDS.split(), k=rng.choice([3, 30, 90, 200]))),
@@ -39,6 +41,7 @@ def warm(start_comfy):
     with start_comfy() as comfy:
         for name, options in LORAS.items():
             comfy.lora(name, **options)
+        comfy.tensors("loras", KRONECKER, kind_state_dict("LoKr full"))
         comfy.run({"probe": node("ProbeRecompile", size=3)})
         comfy.sample(Picture(compile="regional"))
         assert comfy.engine()["compile_count"] == 2
