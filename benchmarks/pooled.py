@@ -69,18 +69,17 @@ class Pooled:
         return Variant(name, lambda: self._switch(stack), before, lambda: self._check(name, expected))
 
     def _strength(self) -> Variant:
-        lora, turns = self._loras[0], itertools.cycle(STRENGTHS)
-        strength = STRENGTHS[-1]
+        lora = self._loras[0]
+        other, strength = (self._stack((lora, each)) for each in STRENGTHS)
 
         def before() -> None:
-            nonlocal strength
-            self._switch(self._stack((lora, strength)))
-            strength = next(turns)
+            # Of another strength than what `run` left there the last time: so this writes lora_B too.
+            self._switch(other)
 
         def run() -> None:
-            self._switch(self._stack((lora, strength)))
+            self._switch(strength)
 
-        return Variant("strength", run, before, lambda: self._check("strength", lora.scaled_by(strength)))
+        return Variant("strength", run, before, lambda: self._check("strength", lora.scaled_by(STRENGTHS[1])))
 
     def _prefetched(self) -> Variant:
         lora = self._loras[1]

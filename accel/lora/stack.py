@@ -467,7 +467,7 @@ def aligned_rank(rank: int) -> int:
 
 def _place(by_module: Mapping[str, Layers], room: Room) -> dict[str, Placed]:
     """Where the low-rank matrices lie."""
-    placed: dict[str, Placed] = {}
+    downs: dict[str, tuple[int, tuple[int, int]]] = {}
     shared: dict[tuple[int, ...], int] = {}
     for module, layers in by_module.items():
         rank = aligned_rank(sum(layer.rank for layer, _ in layers))
@@ -477,10 +477,12 @@ def _place(by_module: Mapping[str, Layers], room: Room) -> dict[str, Placed]:
         a_shape = (rank, first.lora_A.shape[1])
         if same not in shared:
             shared[same] = room.take(math.prod(a_shape))
-        placed[module] = Placed(shared[same], a_shape, 0, (first.lora_B.shape[0], rank))
+        downs[module] = shared[same], a_shape
     # Every lora_B behind every lora_A: another strength is one product over one stretch of memory, see rescale.py.
-    for module, place in placed.items():
-        placed[module] = replace(place, b_start=room.take(math.prod(place.b_shape)))
+    placed: dict[str, Placed] = {}
+    for module, (a_start, a_shape) in downs.items():
+        b_shape = by_module[module][0][0].lora_B.shape[0], a_shape[0]
+        placed[module] = Placed(a_start, a_shape, room.take(math.prod(b_shape)), b_shape)
     return placed
 
 
