@@ -22,6 +22,7 @@ CPU = torch.device("cpu")
 BUDGETS = PoolBudgets(1, 16 * GIB, 16 * GIB)
 RANKS = (64, 128)
 STRENGTHS = (STRENGTH, -0.6)
+BETWEEN = 0.3
 # Variant -> the remark in the table.
 POOLED = {
     "stack3": "a stack of three on the device: bind",
@@ -69,17 +70,19 @@ class Pooled:
         return Variant(name, lambda: self._switch(stack), before, lambda: self._check(name, expected))
 
     def _strength(self) -> Variant:
-        lora = self._loras[0]
-        other, strength = (self._stack((lora, each)) for each in STRENGTHS)
+        lora, turns = self._loras[0], itertools.cycle(STRENGTHS)
+        strength = STRENGTHS[-1]
 
         def before() -> None:
-            # Of another strength than what `run` left there the last time: so this writes lora_B too.
-            self._switch(other)
+            nonlocal strength
+            strength = next(turns)
+            # Another one than `run` leaves there: so this writes lora_B too, over the same memory.
+            self._switch(self._stack((lora, BETWEEN)))
 
         def run() -> None:
-            self._switch(strength)
+            self._switch(self._stack((lora, strength)))
 
-        return Variant("strength", run, before, lambda: self._check("strength", lora.scaled_by(STRENGTHS[1])))
+        return Variant("strength", run, before, lambda: self._check("strength", lora.scaled_by(strength)))
 
     def _prefetched(self) -> Variant:
         lora = self._loras[1]
