@@ -330,7 +330,7 @@ class Engine:
             raise
         mark_weights_static(model)
         modules = family.layout(config).modules
-        self._slots = LoraSlots(model, modules, self.dtype, self.device, weights.own)
+        self._slots = LoraSlots(model, modules, self.device, weights.own)
         self._model, self._weights = model, weights
         self.load_count += 1
 

@@ -103,7 +103,7 @@ class Steps:
         bare = _random_model(config)
         mark_weights_static(bare)
         ours = _sharing_weights(bare, config)
-        self._slots = LoraSlots(ours, block_modules(config), DTYPE, CPU)
+        self._slots = LoraSlots(ours, block_modules(config), CPU)
         loras = [_random_lora(config, 16, seed) for seed in range(STACK)]
         stacks = {"rank16": loras[:1], "rank128": [_random_lora(config, 128, STACK)], "stack4": loras}
         self._bindings = {"empty": self._slots.empty, **{name: self._bound(each) for name, each in stacks.items()}}

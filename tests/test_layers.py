@@ -17,6 +17,7 @@ from accel.compile import RegionCompiler, mark_weights_static
 from accel.engine import Silent
 from accel.lora import kernels, layers
 from accel.lora.inputs import Columns, modulated
+from accel.lora.bound import NOTHING, Bound, bind, make_slot
 from accel.lora.kronecker import Term, add_, multiplications
 from accel.lora.layers import LoraLinear, linears
 from accel.lora.slots import LoraSlots
@@ -190,7 +191,7 @@ def wrapped(request):
 
 def wrap(model):
     dtype = dtype_of(model)
-    slots = LoraSlots(model, list(OUT_FEATURES), dtype, CPU)
+    slots = LoraSlots(model, list(OUT_FEATURES), CPU)
     slots.bind(slots.empty)
     compiler = RegionCompiler("regional", Silent())
     return model, slots, compiler.region(block), compiler
@@ -317,7 +318,7 @@ def operators(run):
 def down(rows, lora_A):
     names, hidden = operators(lambda: layers._down(lambda matrix: rows @ matrix.t(), lora_A))
     for low, matrix in zip(hidden, lora_A, strict=True):
-        if matrix.shape[0]:
+        if matrix is not None:
             torch.testing.assert_close(low, rows @ matrix.t(), atol=1e-5, rtol=1e-5)
         else:
             assert low is None
@@ -332,14 +333,14 @@ def side_by_side(*ranks):
 @pytest.mark.parametrize(
     ("products", "make"),
     [
-        (0, lambda: [torch.empty(0, 64)] * 3),
+        (0, lambda: [None] * 3),
         (1, lambda: side_by_side(16, 32, 16)),
         (1, lambda: side_by_side(16) * 3),
         # q, k, v share one, the MLP's lies behind it.
         (1, lambda: (lambda a, b: [a, a, a, b])(*side_by_side(16, 32))),
         (3, lambda: [torch.randn(16, 64) for _ in range(3)]),
         (2, lambda: [*side_by_side(16, 16), torch.randn(1, 64)]),
-        (2, lambda: (lambda a, b: [a, torch.empty(0, 64), b])(*side_by_side(16, 16))),
+        (2, lambda: (lambda a, b: [a, None, b])(*side_by_side(16, 16))),
         # In the other order they do not adjoin.
         (2, lambda: side_by_side(16, 16)[::-1]),
     ],
@@ -348,10 +349,10 @@ def test_lora_a_products_that_can_be_one_are_one(products, make):
     assert down(torch.randn(10, 64), make()) == ["mm"] * products
 
 
-def run_linears(x, linear, lora_A, lora_B):
-    empty, terms = torch.empty(0), torch.empty(0, dtype=torch.int64)
-    weight, slots = ([linear.weight], [], [linear.bias]), ([lora_A], [lora_B], [empty], [empty], [terms])
-    return operators(lambda: layers._linears("plain", [x], [], *weight, *slots, False))
+def run_linears(x, linear, lora):
+    slot = make_slot(CPU)
+    bind(slot, lora)
+    return operators(lambda: layers._linears("plain", [x], [], [linear.weight], [], [linear.bias], [slot], False))
 
 
 @pytest.mark.parametrize("sizes", [((16, 16), (12, 4)), ((4, 32), (12, 4)), ((32, 4), (4, 12)), ((1, 8), (6, 5))])
@@ -370,9 +371,9 @@ def test_a_kronecker_product_is_two_small_ones_and_no_other_pass(sizes):
 
 def test_nothing_bound_runs_what_a_linear_runs():
     linear = nn.Linear(64, 32).requires_grad_(False)
-    x, empty, no_A = torch.randn(2, 5, 64), torch.empty(0), torch.empty(0, 64)
+    x = torch.randn(2, 5, 64)
     expected, output = operators(lambda: F.linear(x, linear.weight, linear.bias))
-    names, (ours,) = run_linears(x, linear, no_A, empty)
+    names, (ours,) = run_linears(x, linear, NOTHING)
     assert names == expected == ["addmm"]
     assert torch.equal(ours, output)
 
@@ -380,14 +381,13 @@ def test_nothing_bound_runs_what_a_linear_runs():
 def test_a_lora_is_two_more_products_and_no_other_pass():
     linear = nn.Linear(64, 32).requires_grad_(False)
     x = torch.randn(2, 5, 64)
-    lora_A, lora_B = torch.randn(16, 64), torch.randn(32 * 16)
-    names, _ = run_linears(x, linear, lora_A, lora_B)
+    names, _ = run_linears(x, linear, Bound(torch.randn(16, 64), torch.randn(32, 16)))
     assert names == ["mm", "addmm", "addmm_"]
 
 
 def test_a_linear_by_itself_is_linears_of_one():
     model = make_base("bf16")
-    slots = LoraSlots(model, list(OUT_FEATURES), torch.bfloat16, CPU)
+    slots = LoraSlots(model, list(OUT_FEATURES), CPU)
     slots.bind(slots.bindings(make_lora((16, 16, 16))))
     assert isinstance(model["q"], LoraLinear)
     x = inputs(model, 1, 4)
@@ -410,7 +410,7 @@ def make_feed_forward(kind):
         for linear in model.values():
             quantize_float8(linear)
     mark_weights_static(model)
-    slots = LoraSlots(model, list(FEED_FORWARD), torch.bfloat16, CPU)
+    slots = LoraSlots(model, list(FEED_FORWARD), CPU)
     slots.bind(slots.empty)
     return model, slots
 
@@ -526,7 +526,7 @@ def test_as_on_a_gpu_what_a_lora_adds_survives_float8(name, with_kronecker, monk
 def test_joint_and_split_linears_are_those_of_each_stream(kind, on_gpu, monkeypatch):
     monkeypatch.setattr(layers, "fuses", lambda x: on_gpu)
     model = make_base(kind)
-    slots = LoraSlots(model, list(OUT_FEATURES), torch.bfloat16, CPU)
+    slots = LoraSlots(model, list(OUT_FEATURES), CPU)
     flat = make_lora((16, 0, 32))
     text, image = inputs(model, 2, 5), inputs(model, 2, 9) * 2
     mixed = make_lora((16, 0, 0), mixing=32, bias=True)
@@ -584,7 +584,7 @@ def interrupted_after(lines: int, run) -> bool:
 def test_after_a_bind_that_was_interrupted_anywhere_the_next_one_is_right(then):
     model = make_base("bf16")
     originals = {name: linear.bias for name, linear in model.items()}
-    slots = LoraSlots(model, list(OUT_FEATURES), torch.bfloat16, CPU)
+    slots = LoraSlots(model, list(OUT_FEATURES), CPU)
     flats = {
         "empty": make_lora(),
         "first": make_lora((16, 0, 16), mixing=1, bias=True, seed=1),

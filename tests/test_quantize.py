@@ -390,7 +390,8 @@ def test_the_effect_of_a_lora_is_preserved(engines, effects, mode):
 @pytest.mark.parametrize("scale", [0.3, 0.03])
 def test_fp8_loses_at_most_half_of_what_merging_loses(scale):
     """Linear by linear, where the rounding of activations is the same with and without the LoRA."""
-    from accel.lora.layers import SLOTS, LoraLinear
+    from accel.lora.bound import NOTHING, Bound, bind, make_slot
+    from accel.lora.layers import LoraLinear
 
     rounding, worst = comfy_float(), 0.0
     base = tiny_flux_state_dict(TinyFluxConfig(), 0)
@@ -401,12 +402,10 @@ def test_fp8_loses_at_most_half_of_what_merging_loses(scale):
         weight = base[key.removeprefix("diffusion_model.").removesuffix("lora_A.weight") + "weight"].bfloat16()
         x = normal(64, weight.shape[1], seed=number).bfloat16()
         layer = LoraLinear(find_mode("fp8").convert(weight, torch.zeros(len(weight), dtype=torch.bfloat16), False))
+        layer.lora = make_slot(CPU)
         outputs = []
-        for a, b in ((down[:0], up[:, :0]), (down, up)):
-            empty, terms = torch.empty(0, dtype=torch.bfloat16), torch.empty(0, dtype=torch.int64)
-            values = a.contiguous(), b.reshape(-1).contiguous(), empty, empty, terms
-            for slot, tensor in zip(SLOTS, values, strict=True):
-                setattr(layer, slot, torch.nn.Parameter(tensor, requires_grad=False))
+        for a, b in ((down[:0], up[:, :0]), (down.contiguous(), up.contiguous())):
+            bind(layer.lora, Bound(a, b) if len(a) else NOTHING)
             outputs.append(layer(x).float())
         wanted = F.linear(x.float(), up.float() @ down.float())
         eight = weight.to(torch.float8_e4m3fn).float()
