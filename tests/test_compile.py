@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import accel.compile_cache
-from accel.compile import INDUCTOR_OPTIONS, RegionCompiler, mark_weights_static
+from accel.compile import INDUCTOR_OPTIONS, RegionCompiler
 from accel.compile_cache import SUFFIX, CompileCache, chosen_by_user, make_room
 from accel.lora.bound import Bound, bind
 from accel.lora.layers import LoraLinear, linears
@@ -59,7 +59,6 @@ def small(block: nn.Module, hidden_states: Tensor, mask: Tensor | None) -> Tenso
 
 def make_block() -> nn.Module:
     block = Block().requires_grad_(False)
-    mark_weights_static(block)
     slots = LoraSlots(block, ["linear"], torch.device("cpu"))
     slots.bind(slots.empty)
     return block

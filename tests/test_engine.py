@@ -399,19 +399,19 @@ def test_a_machine_without_a_compiler_goes_on_eagerly_and_is_told_what_to_do(spe
 
 def test_process_wide_settings_are_left_alone(compiled):
     before = (
-        torch._dynamo.config.force_parameter_static_shapes,
+        torch._dynamo.config.specialize_float,
         torch._dynamo.config.recompile_limit,
         torch.fx.experimental._config.use_duck_shape,
         torch.is_grad_enabled(),
     )
     compiled(make_inputs())
     after = (
-        torch._dynamo.config.force_parameter_static_shapes,
+        torch._dynamo.config.specialize_float,
         torch._dynamo.config.recompile_limit,
         torch.fx.experimental._config.use_duck_shape,
         torch.is_grad_enabled(),
     )
-    assert before == after == (True, before[1], True, True)
+    assert before == after == (False, before[1], True, True)
 
 
 # What changes between two calls

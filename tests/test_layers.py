@@ -1,10 +1,12 @@
 """The pack's own LoRA layers: right over every kind of base, at any rank, eager and compiled once; free where empty."""
 
+import copy
 import itertools
 import json
 import os
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -13,11 +15,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from accel.compile import RegionCompiler, mark_weights_static
+from accel.compile import RegionCompiler
 from accel.engine import Silent
 from accel.lora import kernels, layers
+from accel.lora.bound import NOTHING, Bound, bind, bound_to, make_slot
 from accel.lora.inputs import Columns, modulated
-from accel.lora.bound import NOTHING, Bound, bind, make_slot
 from accel.lora.kronecker import Term, add_, multiplications
 from accel.lora.layers import LoraLinear, linears
 from accel.lora.slots import LoraSlots
@@ -54,7 +56,6 @@ def make_base(kind: str) -> nn.ModuleDict:
             "int8_weight_only": ao.Int8WeightOnlyConfig,
         }
         ao.quantize_(model, configs[kind](set_inductor_config=False))
-    mark_weights_static(model)
     return model
 
 
@@ -190,7 +191,6 @@ def wrapped(request):
 
 
 def wrap(model):
-    dtype = dtype_of(model)
     slots = LoraSlots(model, list(OUT_FEATURES), CPU)
     slots.bind(slots.empty)
     compiler = RegionCompiler("regional", Silent())
@@ -276,17 +276,111 @@ def test_compiled_first_with_a_lora_it_runs_without_one():
     assert compiler.count == 1
 
 
-def test_control_ranks_that_are_not_marked_recompile(monkeypatch):
-    import accel.lora.slots
+def graph_of(model, given, compiler_scope):
+    """Inputs of the block's graph, and what they are."""
+    graphs = []
 
-    monkeypatch.setattr(accel.lora.slots, "_of_any_rank", lambda tensor: nn.Parameter(tensor, requires_grad=False))
-    model, slots, compiled, compiler = wrap(make_base("bf16"))
+    def backend(graph, example_inputs):
+        graphs.append([node.meta["example_value"] for node in graph.graph.nodes if node.op == "placeholder"])
+        return graph.forward
+
+    torch._dynamo.reset()
+    with torch.inference_mode(), compiler_scope:
+        torch.compile(block, backend=backend, fullgraph=True, dynamic=True)(model, given)
+    (found,) = graphs
+    return found
+
+
+@pytest.mark.parametrize("options", [LORAS["equal ranks"], LORAS["everything"]], ids=["equal ranks", "everything"])
+def test_a_compiled_block_knows_nothing_of_what_is_bound(options):
+    """Its inputs are x and its sizes, weights, biases, and one empty slot for each linear."""
+    model, slots, _, compiler = wrap(make_base("bf16"))
+    given = inputs(model, 2, 20)
+    seen = []
+    for flat in (make_lora(), make_lora(**options)):
+        slots.bind(slots.bindings(flat))
+        seen.append(graph_of(model, given, compiler.scope()))
+    kinds = [[tuple(map(str, getattr(value, "shape", ("size",)))) for value in values] for values in seen]
+    assert kinds[0] == kinds[1]
+    sizes = [value for value in seen[0] if not isinstance(value, torch.Tensor)]
+    x = [value for value in seen[0] if isinstance(value, torch.Tensor) and value.dim() == 3]
+    assert len(x) == 1
+    assert {str(size) for size in sizes} == {str(size) for size in x[0].shape if isinstance(size, torch.SymInt)}
+    assert kinds[0].count(("0",)) == len(model)
+    assert len(kinds[0]) == len(sizes) + 1 + 3 * len(model)
+
+
+class VisibleLora(nn.Module):
+    """A linear with a LoRA beside it in the graph, as it would be without operators and slots."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.lora_A, self.lora_B = base, None, None
+
+    def forward(self, x):
+        return self.base(x) + x @ self.lora_A.t() @ self.lora_B.t()
+
+
+def test_control_ranks_that_the_graph_knows_recompile():
+    model = make_base("bf16")
+    layer, compiler = VisibleLora(model["q"]), RegionCompiler("regional", Silent())
+    compiled = compiler.region(lambda layer, x: layer(x))
+    with torch.inference_mode(), compiler.scope(), torch._dynamo.config.patch(error_on_recompile=True):
+        x = inputs(model, 1, 20)
+        for rank, recompiles in ((16, False), (16, False), (32, True)):
+            with torch.inference_mode(False):
+                shapes = (rank, IN_FEATURES), (OUT_FEATURES["q"], rank)
+                layer.lora_A, layer.lora_B = (
+                    nn.Parameter(torch.randn(shape, dtype=torch.bfloat16), requires_grad=False) for shape in shapes
+                )
+            if recompiles:
+                with pytest.raises(torch._dynamo.exc.RecompileError):
+                    compiled(layer, x)
+            else:
+                compiled(layer, x)
+
+
+@pytest.mark.parametrize("kind", ["bf16", "int8_weight_only"])
+@pytest.mark.parametrize("flaw", ["a copy", "a new Parameter", "emptied", "after unbind"])
+def test_a_slot_to_which_nothing_is_bound_is_refused(kind, flaw):
+    """Eager and compiled; never taken for no LoRA. Both operators: that with plain weights, and `add_loras_`."""
+    model, slots, compiled, compiler = wrap(make_base(kind))
     with torch.inference_mode(), compiler.scope():
         x = inputs(model, 1, 20)
-        compiled(model, x)
-        slots.bind(slots.bindings(make_lora((16, 16, 16))))
-        with torch._dynamo.config.patch(error_on_recompile=True), pytest.raises(torch._dynamo.exc.RecompileError):
-            compiled(model, x)
+        expected = compiled(model, x)
+        slot = model["k"].lora
+        if flaw == "a copy":
+            with torch.inference_mode(False):
+                model["k"]._parameters["lora"] = copy.deepcopy(slot)
+        elif flaw == "a new Parameter":
+            model["k"]._parameters["lora"] = make_slot(CPU)
+        elif flaw == "emptied":
+            bind(slot, None)
+        else:
+            slots.unbind()
+            model["k"]._parameters["lora"] = slot
+            for other in ("q", "mlp"):
+                model[other]._parameters["lora"] = make_slot(CPU)
+                bind(model[other].lora, NOTHING)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for run in (block, compiled):
+                with pytest.raises(RuntimeError, match=r"LoRA slot of a linear.*shape \(0,\).*LoraSlots"):
+                    run(model, x)
+            model["k"]._parameters["lora"] = slot
+            bind(slot, NOTHING)
+            for output, wanted in zip(compiled(model, x), expected, strict=True):
+                assert torch.equal(output, wanted)
+    assert compiler.failure is None
+
+
+def test_unbinding_lets_go_of_everything():
+    model, slots, _, _ = wrap(make_base("bf16"))
+    flat = make_lora(**LORAS["everything"])
+    slots.bind(slots.bindings(flat))
+    held = weakref.ref(bound_to(model["q"].lora).lora_A)
+    slots.unbind()
+    assert all(layer.lora is None for layer in model.values())
+    assert held() is None
 
 
 class Operators(TorchDispatchMode):
@@ -409,7 +503,6 @@ def make_feed_forward(kind):
     if kind == "fp8":
         for linear in model.values():
             quantize_float8(linear)
-    mark_weights_static(model)
     slots = LoraSlots(model, list(FEED_FORWARD), CPU)
     slots.bind(slots.empty)
     return model, slots

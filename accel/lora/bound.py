@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch._dynamo
 from torch import Tensor, nn
 
 from .kronecker import Term
@@ -46,9 +45,7 @@ NOTHING = Bound()
 def make_slot(device: torch.device) -> nn.Parameter:
     """A slot for one linear. Dynamo guards on two inputs being the same object, so each linear has its own."""
     with torch.inference_mode(False), torch.no_grad():
-        slot = nn.Parameter(torch.empty(0, device=device), requires_grad=False)
-    torch._dynamo.mark_static(slot)
-    return slot
+        return nn.Parameter(torch.empty(0, device=device), requires_grad=False)
 
 
 def bind(slot: Tensor, bound: Bound | None) -> None:

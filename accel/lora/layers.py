@@ -20,6 +20,7 @@ from . import kernels, kronecker
 from .bound import Bound, bound_to
 from .inputs import PLAIN, Columns, Input, as_input, down, written_out
 
+
 class LoraLinear(nn.Module):
     """y = M (x Wᵀ) + bias + (x Aᵀ) Bᵀ + Σ Mᵢ (x kron(Lᵢ, Rᵢ)ᵀ).
 
@@ -329,9 +330,7 @@ def _run(
     return outputs
 
 
-def _add_loras_(
-    outputs: Sequence[Tensor], x: Tensor, biases: Sequence[Tensor], loras: Sequence[Tensor]
-) -> None:
+def _add_loras_(outputs: Sequence[Tensor], x: Tensor, biases: Sequence[Tensor], loras: Sequence[Tensor]) -> None:
     bound = [bound_to(slot) for slot in loras]
     rows = x.reshape(-1, x.shape[-1])
     hidden = _down(lambda matrix: rows @ matrix.t(), [lora.lora_A for lora in bound])
@@ -446,7 +445,12 @@ def _register() -> torch.library.Library | None:
             _split_linears,
             _like_split_linears,
         ),
-        ("add_loras_", "(Tensor(a!)[] outputs, Tensor x, Tensor[] biases, Tensor[] loras) -> ()", _add_loras_, lambda *_: None),
+        (
+            "add_loras_",
+            "(Tensor(a!)[] outputs, Tensor x, Tensor[] biases, Tensor[] loras) -> ()",
+            _add_loras_,
+            lambda *_: None,
+        ),
     ):
         library.define(name + schema)
         library.impl(name, function, "CompositeExplicitAutograd")

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch._dynamo
 from torch import Tensor, nn
 
 from ..quantize.linears import dequantize
@@ -112,7 +111,7 @@ class LoraSlots:
                 module, _, last = name.rpartition(".")
                 layer = self._layers.get(module)
                 owner = (layer.base if layer else self._model.get_submodule(module))._parameters
-                vectors.append((owner, last, _constant_size(vector)))
+                vectors.append((owner, last, nn.Parameter(vector, requires_grad=False)))
         return Bindings(loras, tuple(vectors))
 
     def weight(self, module: str) -> Tensor:
@@ -151,9 +150,3 @@ def _lora_of(flat: FlatLora, module: str) -> Bound:
             for start, shape in ((place.a_start, place.a_shape), (place.b_start, place.b_shape))
         )
     return Bound(lora_A, lora_B, None if mixing is None else mixing.flatten(), flat.buffer if terms else None, terms)
-
-
-def _constant_size(tensor: Tensor) -> nn.Parameter:
-    parameter = nn.Parameter(tensor, requires_grad=False)
-    torch._dynamo.mark_static(parameter)
-    return parameter

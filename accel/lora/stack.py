@@ -29,9 +29,6 @@ from .weights import KroneckerLayer, Layer, LoraLayer, LoraWeights, RotationLaye
 RANK_ALIGNMENT = 16
 # Compiled kernels assume the alignment of the pointers that they saw first.
 BYTES_ALIGNMENT = 64
-# No matrix starts at the very beginning of a buffer: dynamo makes a storage offset of 0 a constant and every other one
-# a symbol, so a matrix at offset 0 would recompile what a matrix elsewhere compiled.
-HEAD_BYTES = BYTES_ALIGNMENT
 # at::internal::GRAIN_SIZE: elementwise operations on fewer elements take one thread (ATen/Parallel.h, torch 2.14).
 SERIAL_ELEMENTS = 32768
 
@@ -220,11 +217,11 @@ class Room:
         gaps: (first, behind the last) of elements that belong to nothing.
     """
 
-    def __init__(self, dtype: torch.dtype, start: int | None = None) -> None:
-        """Begin at an element, by default behind the buffer's head."""
+    def __init__(self, dtype: torch.dtype, start: int = 0) -> None:
+        """Begin at an element; what lies before it belongs to nothing."""
         self._step = BYTES_ALIGNMENT // dtype.itemsize
-        self.end = HEAD_BYTES // dtype.itemsize if start is None else start
-        self.gaps = [(0, self.end)]
+        self.end = start
+        self.gaps = [(0, start)]
 
     def take(self, elements: int) -> int:
         """The first element of a new place."""
