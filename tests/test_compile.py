@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import accel.compile_cache
 from accel.compile import INDUCTOR_OPTIONS, RegionCompiler
 from accel.compile_cache import SUFFIX, CompileCache, chosen_by_user, make_room
-from accel.lora.bound import Bound, bind
+from accel.lora.bound import Bound
 from accel.lora.layers import LoraLinear, linears
 from accel.lora.slots import LoraSlots
 from accel.settings import COMPILE_MODES
@@ -69,7 +69,7 @@ def bind_lora(block: nn.Module, rank: int) -> None:
     layer = block.linear
     assert isinstance(layer, LoraLinear)
     lora_A, lora_B = (torch.randn(size, generator=generator) for size in ((rank, WIDTH), (WIDTH, rank)))
-    bind(layer.lora, Bound(lora_A, lora_B))
+    layer.lora.bound_lora = Bound(lora_A, lora_B)
 
 
 def make_input(*shape: int) -> Tensor:

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from accel.compile import RegionCompiler
 from accel.engine import Silent
 from accel.lora import kernels, layers
-from accel.lora.bound import NOTHING, Bound, bind, bound_to, make_slot
+from accel.lora.bound import NOTHING, Bound, bound_to, make_slot
 from accel.lora.inputs import Columns, modulated
 from accel.lora.kronecker import Term, add_, multiplications
 from accel.lora.layers import LoraLinear, linears
@@ -355,19 +355,19 @@ def test_a_slot_to_which_nothing_is_bound_is_refused(kind, flaw):
         elif flaw == "a new Parameter":
             model["k"]._parameters["lora"] = make_slot(CPU)
         elif flaw == "emptied":
-            bind(slot, None)
+            slot.bound_lora = None
         else:
             slots.unbind()
             model["k"]._parameters["lora"] = slot
             for other in ("q", "mlp"):
                 model[other]._parameters["lora"] = make_slot(CPU)
-                bind(model[other].lora, NOTHING)
+                model[other].lora.bound_lora = NOTHING
         with torch._dynamo.config.patch(error_on_recompile=True):
             for run in (block, compiled):
                 with pytest.raises(RuntimeError, match=r"LoRA slot of a linear.*shape \(0,\).*LoraSlots"):
                     run(model, x)
             model["k"]._parameters["lora"] = slot
-            bind(slot, NOTHING)
+            slot.bound_lora = NOTHING
             for output, wanted in zip(compiled(model, x), expected, strict=True):
                 assert torch.equal(output, wanted)
     assert compiler.failure is None
@@ -445,7 +445,7 @@ def test_lora_a_products_that_can_be_one_are_one(products, make):
 
 def run_linears(x, linear, lora):
     slot = make_slot(CPU)
-    bind(slot, lora)
+    slot.bound_lora = lora
     return operators(lambda: layers._linears("plain", [x], [], [linear.weight], [], [linear.bias], [slot], False))
 
 

@@ -390,7 +390,7 @@ def test_the_effect_of_a_lora_is_preserved(engines, effects, mode):
 @pytest.mark.parametrize("scale", [0.3, 0.03])
 def test_fp8_loses_at_most_half_of_what_merging_loses(scale):
     """Linear by linear, where the rounding of activations is the same with and without the LoRA."""
-    from accel.lora.bound import NOTHING, Bound, bind, make_slot
+    from accel.lora.bound import NOTHING, Bound, make_slot
     from accel.lora.layers import LoraLinear
 
     rounding, worst = comfy_float(), 0.0
@@ -405,7 +405,7 @@ def test_fp8_loses_at_most_half_of_what_merging_loses(scale):
         layer.lora = make_slot(CPU)
         outputs = []
         for a, b in ((down[:0], up[:, :0]), (down.contiguous(), up.contiguous())):
-            bind(layer.lora, Bound(a, b) if len(a) else NOTHING)
+            layer.lora.bound_lora = Bound(a, b) if len(a) else NOTHING
             outputs.append(layer(x).float())
         wanted = F.linear(x.float(), up.float() @ down.float())
         eight = weight.to(torch.float8_e4m3fn).float()

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..quantize.linears import dequantize
-from . import bound
-from .bound import NOTHING, Bound
+from .bound import NOTHING, Bound, make_slot
 from .layers import LoraLinear
 from .stack import FlatLora
 
@@ -64,7 +63,7 @@ class LoraSlots:
             setattr(model.get_submodule(parent), child, layer)
         model.eval()
         self._owners = [layer._parameters for layer in self._layers.values()]
-        self._slots = [bound.make_slot(device) for _ in modules]
+        self._slots = [make_slot(device) for _ in modules]
         # (owner, name, the model's own Parameter) of everything that a LoRA's `vectors` stand in for now.
         self._replaced: list[tuple[Owner, str, nn.Parameter]] = []
         self._unbound = True
@@ -82,7 +81,7 @@ class LoraSlots:
                 owner["lora"] = slot
             self._unbound = False
         for slot, lora in zip(self._slots, bindings.loras, strict=True):
-            bound.bind(slot, lora)
+            slot.bound_lora = lora
         for owner, name, parameter in bindings.vectors:
             # Noted before it is replaced: an interrupt may come between any two lines.
             self._replaced.append((owner, name, owner[name]))
@@ -96,7 +95,7 @@ class LoraSlots:
         self._unbound = True
         for owner, slot in zip(self._owners, self._slots, strict=True):
             owner["lora"] = None
-            bound.bind(slot, None)
+            slot.bound_lora = None
 
     def bindings(self, flat: FlatLora) -> Bindings:
         """What to bind of a stack: views of its tensors.
