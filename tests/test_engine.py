@@ -191,18 +191,6 @@ def test_two_engines_do_not_share_compiled_code(spec, compiled):
     assert compiled.compile_count == 2
 
 
-def test_control_constant_parameter_sizes_recompile(spec, loras, monkeypatch):
-    """What the tests above would see if parameters' sizes, and so ranks, were constants as by default."""
-    monkeypatch.setattr(accel.compile, "DYNAMO_OPTIONS", {"recompile_limit": 64})
-    engine = Engine(spec, EngineSettings(compile="regional"))
-    engine.load()
-    engine.swap(stack_of(engine, loras, ("rank16", 1.0)))
-    engine(make_inputs())
-    engine.swap(stack_of(engine, loras, ("rank128", 1.0)))
-    with torch._dynamo.config.patch(error_on_recompile=True), pytest.raises(torch._dynamo.exc.RecompileError):
-        engine(make_inputs())
-
-
 def test_control_ordinary_peft_recompiles(spec):
     """The same sequence of LoRAs, added the ordinary way to the same model, does recompile."""
     from diffusers import FluxTransformer2DModel

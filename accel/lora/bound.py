@@ -3,8 +3,9 @@
 The operators look at the bound tensors when they run; compiled code around them has no use for these, and each tensor
 that it takes costs guards and symbolic sizes at every call. So a linear's slot is an empty Parameter of constant shape,
 whose attribute is what is bound. PyTorch hands an operator the very object that the model has, compiled or not, as it
-does with the weights of `packed`. With a forward of FLUX.1's depth and tiny width, five visible tensors for each linear
-took 11 ms more of one core: 48 and 67 ms, nothing bound and rank 16, now 37 and 57 (AMD EPYC, torch 2.14.1, 2026-11-25).
+does with the weights of `packed`. A forward of FLUX.1's depth and tiny width took 11 ms more of one core when compiled
+code saw five tensors for each linear: 48 ms with nothing bound and 67 with rank 16, now 37 and 57 (AMD EPYC, torch
+2.14.1, 2026-11-25).
 """
 
 from __future__ import annotations
