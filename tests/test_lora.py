@@ -10,7 +10,7 @@ from accel.checkpoint import inspect_checkpoint
 from accel.errors import FileError, LoraError
 from accel.lora.file import read_lora
 from accel.lora.pool import ByteLru
-from accel.lora.stack import BYTES_ALIGNMENT, LoraStack, aligned_rank, flatten
+from accel.lora.stack import BYTES_ALIGNMENT, HEAD_BYTES, LoraStack, aligned_rank, flatten
 from harness import broken_files
 from harness.lora_files import ALL_FORMATS, clip_l_lora_state_dict, lora_state_dict, write_lora
 from harness.tiny_models import TinyFluxConfig
@@ -199,6 +199,7 @@ def test_a_stack_is_exact(tmp_path, spec, dtype):
     for module, place in flat.placed.items():
         assert place.a_shape[0] == place.b_shape[1] == aligned_rank(5 + 16 + 5) == 32
         assert all(start * dtype.itemsize % BYTES_ALIGNMENT == 0 for start in (place.a_start, place.b_start))
+        assert min(place.a_start, place.b_start) * dtype.itemsize >= HEAD_BYTES
         lora_A = flat.buffer.as_strided(place.a_shape, (place.a_shape[1], 1), place.a_start)
         lora_B = flat.buffer.as_strided(place.b_shape, (place.b_shape[1], 1), place.b_start)
         assert not lora_A[26:].any()

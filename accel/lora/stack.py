@@ -29,6 +29,8 @@ from .weights import KroneckerLayer, Layer, LoraLayer, LoraWeights, RotationLaye
 RANK_ALIGNMENT = 16
 # Compiled kernels assume the alignment of the pointers that they saw first.
 BYTES_ALIGNMENT = 64
+# What every buffer begins with, zeros: a stack of biases alone has no matrix, and not every memory gives 0 bytes.
+HEAD_BYTES = BYTES_ALIGNMENT
 # at::internal::GRAIN_SIZE: elementwise operations on fewer elements take one thread (ATen/Parallel.h, torch 2.14).
 SERIAL_ELEMENTS = 32768
 
@@ -217,11 +219,11 @@ class Room:
         gaps: (first, behind the last) of elements that belong to nothing.
     """
 
-    def __init__(self, dtype: torch.dtype, start: int = 0) -> None:
-        """Begin at an element; what lies before it belongs to nothing."""
+    def __init__(self, dtype: torch.dtype, start: int | None = None) -> None:
+        """Begin at an element, by default behind the buffer's head."""
         self._step = BYTES_ALIGNMENT // dtype.itemsize
-        self.end = start
-        self.gaps = [(0, start)]
+        self.end = HEAD_BYTES // dtype.itemsize if start is None else start
+        self.gaps = [(0, self.end)]
 
     def take(self, elements: int) -> int:
         """The first element of a new place."""
