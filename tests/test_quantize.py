@@ -305,12 +305,16 @@ def test_compiled_swaps_equal_eager_and_do_not_recompile(spec, engines, loras, m
 
 @pytest.mark.parametrize("mode", ON_CPU)
 def test_lora_matrices_keep_their_dtype(engines, loras, mode):
+    from accel.lora.bound import bound_to
+
     engine = engines[mode]
     engine.swap(LoraStack().with_lora(engine.read_lora(loras[7]), 1.0))
+    slots = (slot for name, slot in engine._model.named_parameters() if name.endswith(".lora"))
     bound = {
-        name: parameter
-        for name, parameter in engine._model.named_parameters()
-        if name.endswith(("lora_A", "lora_B")) and parameter.numel()
+        (number, half): matrix
+        for number, lora in enumerate(map(bound_to, slots))
+        for half, matrix in (("lora_A", lora.lora_A), ("lora_B", lora.lora_B))
+        if matrix is not None
     }
     assert len(bound) == 100
     assert {type(parameter.data) for parameter in bound.values()} == {torch.Tensor}
