@@ -26,13 +26,10 @@ from .compile_cache import CompiledFiles
 from .compile_region import CompilerError, JustInTime, Precompiled
 
 # Private names, in force only around our own calls, all checked by tests/test_engine.py:
-# a LoRA's rank is a parameter's size, and parameters' sizes are constants unless the first two say otherwise. With duck
-# shapes, a prompt length that equals another size (3072 tokens, hidden 3072) would become it. One region serves every
-# block of its type and every variant of its inputs, so the default limit of 8 is near. Floats (a norm's epsilon) are
-# constants: as inputs they are traced, found to be of no use, and everything is traced a second time.
+# One region serves every block of its type and every variant of its inputs, so the default limit of 8 is near. Floats
+# (a norm's epsilon) are constants: as inputs they are traced, found to be of no use, and everything is traced a second
+# time. With duck shapes, a prompt length that equals another size (3072 tokens, hidden 3072) would become it.
 DYNAMO_OPTIONS = {
-    "force_parameter_static_shapes": False,
-    "force_nn_module_property_static_shapes": False,
     "recompile_limit": 64,
     "specialize_float": True,
 }
@@ -246,15 +243,6 @@ def _chain(exc: BaseException | None) -> Iterator[BaseException]:
 
 def _cause(exc: BaseException, kind: type) -> Any:
     return next((each for each in _chain(exc) if isinstance(each, kind)), None)
-
-
-def mark_weights_static(model: nn.Module) -> None:
-    """Keep the sizes of a model's own weights constant in its compiled regions.
-
-    Call it before LoRA layers are added: their ranks must stay symbols.
-    """
-    for parameter in model.parameters():
-        torch._dynamo.mark_static(parameter)
 
 
 def _reason(exc: BaseException) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .attention import Target, check_attention, choose_attention
 from .build import load_model, model_bytes
-from .compile import CompileObserver, RegionCompiler, mark_weights_static
+from .compile import CompileObserver, RegionCompiler
 from .compile_cache import CompileCache
 from .errors import EngineStateError
 from .hardware import resolve_dtype
@@ -328,9 +328,8 @@ class Engine:
         except BaseException:
             weights.close()
             raise
-        mark_weights_static(model)
         modules = family.layout(config).modules
-        self._slots = LoraSlots(model, modules, self.dtype, self.device, weights.own)
+        self._slots = LoraSlots(model, modules, self.device, weights.own)
         self._model, self._weights = model, weights
         self.load_count += 1
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from accel.families.flux1 import Flux1, Flux1Config
 from accel.files import FileIdentity, TensorFile, TensorInfo
 from accel.layout import Layout
+from accel.lora.bound import bound_to
 from accel.lora.layers import LoraLinear
 from accel.lora.slots import LoraSlots
 from accel.spec import ModelSpec
@@ -87,7 +88,7 @@ def slots_of(config: Flux1Config) -> tuple[nn.Module, LoraSlots]:
     """A model with the pack's LoRA layers on every linear, as `Engine.load` adds them."""
     model = meta_model(config)
     modules = [part.module for linear in Flux1().layout(config).linears for part in linear.parts]
-    return model, LoraSlots(model, modules, DTYPE, torch.device("cpu"))
+    return model, LoraSlots(model, modules, torch.device("cpu"))
 
 
 def random_lora(config: Flux1Config, name: str, seed: int, rank: int = RANK) -> RandomLora:
@@ -172,7 +173,7 @@ def check_bound(variant: str, model: nn.Module, adapter: str | None, expected: P
         expected: what must be bound.
 
     Returns:
-        The Parameters of `expected`'s layers.
+        The tensors of `expected`'s layers.
 
     Raises:
         BenchmarkError: a value differs in one bit, or a layer outside `expected` is not zero.
@@ -182,20 +183,19 @@ def check_bound(variant: str, model: nn.Module, adapter: str | None, expected: P
         if adapter is None:
             if not isinstance(layer, LoraLinear):
                 continue
-            bound = layer.lora_A, layer.lora_B
+            lora = bound_to(layer.lora)
+            bound = lora.lora_A, lora.lora_B
         elif adapter in getattr(layer, "lora_A", ()):
             bound = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
         else:
             continue
         if module not in expected:
-            if any(tensor.any() for tensor in bound):
+            if any(tensor is not None and tensor.any() for tensor in bound):
                 raise BenchmarkError(f"{variant}: {module} is not part of the LoRA, but is not zero after the switch.")
             continue
         seen += bound
         for role, tensor, wanted in zip("AB", bound, expected[module], strict=True):
-            # The pack's lora_B has one dimension, see `LoraLinear`.
-            matrix = tensor.view(wanted.shape) if tensor.numel() == wanted.numel() else tensor
-            if not same_bits(matrix, wanted):
+            if tensor is None or not same_bits(tensor, wanted):
                 raise BenchmarkError(f"{variant}: lora_{role} of {module} is not the tensor that was asked for.")
     if len(seen) != 2 * len(expected):
         raise BenchmarkError(f"{variant}: the model has {len(seen) // 2} of the {len(expected)} layers of the LoRA.")

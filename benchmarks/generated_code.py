@@ -75,7 +75,7 @@ def _variant(
                 # PEFT's layer for torchao's weights has the same forward as its ordinary one, which is there already.
                 quantize_float8(linear.base_layer if kind == "peft" else linear)
         if kind == "ours":
-            slots = LoraSlots(model, block_modules(config), DTYPE, torch.device("cuda"))
+            slots = LoraSlots(model, block_modules(config), torch.device("cuda"))
             slots.bind(slots.empty)
         blocks = {"double": model.transformer_blocks[0], "single": model.single_transformer_blocks[0]}
         inputs = _inputs(config.hidden_size, image_tokens, text_tokens, theirs=kind in ("diffusers", "peft"))

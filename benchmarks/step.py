@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from accel.attention import sdpa
-from accel.compile import RegionCompiler, mark_weights_static
+from accel.compile import RegionCompiler
 from accel.engine import Silent
 from accel.families.flux1 import Flux1, Flux1Config
 from accel.families.flux1.blocks import double_block, single_block
@@ -101,9 +101,8 @@ class Steps:
         config = one_of_each(sizes.hidden)
         self._scope = RegionCompiler("regional", Silent())  # dynamo's options, the same for all
         bare = _random_model(config)
-        mark_weights_static(bare)
         ours = _sharing_weights(bare, config)
-        self._slots = LoraSlots(ours, block_modules(config), DTYPE, CPU)
+        self._slots = LoraSlots(ours, block_modules(config), CPU)
         loras = [_random_lora(config, 16, seed) for seed in range(STACK)]
         stacks = {"rank16": loras[:1], "rank128": [_random_lora(config, 128, STACK)], "stack4": loras}
         self._bindings = {"empty": self._slots.empty, **{name: self._bound(each) for name, each in stacks.items()}}

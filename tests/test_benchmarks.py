@@ -200,7 +200,7 @@ def test_one_wrong_bit_is_noticed(switch, monkeypatch, name):
     bind = LoraSlots.bind
 
     def bind_wrong(self, bindings):
-        lora_B = bindings.matrices[2 * self.modules.index("single_transformer_blocks.3.proj_out") + 1]
+        lora_B = bindings.loras[self.modules.index("single_transformer_blocks.3.proj_out")].lora_B
         lora_B.view(torch.int16)[5] ^= 1
         bind(self, bindings)
 

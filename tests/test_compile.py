@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 import accel.compile_cache
-from accel.compile import INDUCTOR_OPTIONS, RegionCompiler, mark_weights_static
+from accel.compile import INDUCTOR_OPTIONS, RegionCompiler
 from accel.compile_cache import SUFFIX, CompileCache, chosen_by_user, make_room
+from accel.lora.bound import Bound
 from accel.lora.layers import LoraLinear, linears
-from accel.lora.slots import LoraSlots, _of_any_rank, _with_head
+from accel.lora.slots import LoraSlots
 from accel.settings import COMPILE_MODES
 from harness.paths import REPO
 
@@ -58,8 +59,7 @@ def small(block: nn.Module, hidden_states: Tensor, mask: Tensor | None) -> Tenso
 
 def make_block() -> nn.Module:
     block = Block().requires_grad_(False)
-    mark_weights_static(block)
-    slots = LoraSlots(block, ["linear"], torch.float32, torch.device("cpu"))
+    slots = LoraSlots(block, ["linear"], torch.device("cpu"))
     slots.bind(slots.empty)
     return block
 
@@ -68,8 +68,8 @@ def bind_lora(block: nn.Module, rank: int) -> None:
     generator = torch.Generator().manual_seed(rank)
     layer = block.linear
     assert isinstance(layer, LoraLinear)
-    layer._parameters["lora_A"] = _of_any_rank(_with_head(torch.randn(rank, WIDTH, generator=generator)))
-    layer._parameters["lora_B"] = _of_any_rank(_with_head(torch.randn(WIDTH * rank, generator=generator)))
+    lora_A, lora_B = (torch.randn(size, generator=generator) for size in ((rank, WIDTH), (WIDTH, rank)))
+    layer.lora.bound_lora = Bound(lora_A, lora_B)
 
 
 def make_input(*shape: int) -> Tensor:

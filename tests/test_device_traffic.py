@@ -17,7 +17,8 @@ from torch.utils._pytree import tree_leaves
 from accel.families.flux1 import Flux1, Flux1Inputs
 from accel.families.flux1.forward import BlockState, Hooks, Residuals
 from accel.lora import kernels, layers
-from accel.lora.slots import LoraSlots
+from accel.lora.bound import Bound
+from accel.lora.slots import Bindings, LoraSlots
 from benchmarks.block_variants import block_modules, one_of_each, quantize_float8
 
 CUDA = torch.device("cuda")
@@ -93,12 +94,12 @@ def forward(request, skeleton, fake, monkeypatch):
         for module in block_modules(config):
             quantize_float8(model.get_submodule(module))
     modules = [part.module for linear in Flux1().layout(config).linears for part in linear.parts]
-    slots = LoraSlots(model, modules, DTYPE, CUDA)
-    slots.bind(slots.empty)
-    for module in modules:
-        layer = model.get_submodule(module)
-        for slot, size in (("lora_A", (RANK, layer.in_features)), ("lora_B", (layer.out_features * RANK,))):
-            layer._parameters[slot] = on_device(*size)
+    slots = LoraSlots(model, modules, CUDA)
+    linears = (model.get_submodule(module) for module in modules)
+    loras = (
+        Bound(on_device(RANK, layer.in_features), on_device(layer.out_features, RANK)) for layer in linears
+    )
+    slots.bind(Bindings(tuple(loras)))
     for name in ("linears", "joint_linears", "split_linears"):
         monkeypatch.setattr(torch.ops.flux_hotswap, name, getattr(layers, f"_{name}"))
     # A fake Parameter is not of Parameter's type.

@@ -200,7 +200,7 @@ def test_an_operator_without_a_count_is_an_error():
 
     operator = torch.ops.flux_hotswap.add_loras_.default
     node = SimpleNamespace(
-        op_overload=operator, inputs=[], constant_args=[], unflatten_args=lambda inputs, constants: ([None] * 6, {})
+        op_overload=operator, inputs=[], constant_args=[], unflatten_args=lambda inputs, constants: ([None] * 4, {})
     )
     with pytest.raises(ValueError, match="add_loras_"):
         _own_operator(node)

@@ -1,10 +1,12 @@
 """The pack's own LoRA layers: right over every kind of base, at any rank, eager and compiled once; free where empty."""
 
+import copy
 import itertools
 import json
 import os
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -13,9 +15,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from accel.compile import RegionCompiler, mark_weights_static
+from accel.compile import RegionCompiler
 from accel.engine import Silent
 from accel.lora import kernels, layers
+from accel.lora.bound import NOTHING, Bound, bound_to, make_slot
 from accel.lora.inputs import Columns, modulated
 from accel.lora.kronecker import Term, add_, multiplications
 from accel.lora.layers import LoraLinear, linears
@@ -53,7 +56,6 @@ def make_base(kind: str) -> nn.ModuleDict:
             "int8_weight_only": ao.Int8WeightOnlyConfig,
         }
         ao.quantize_(model, configs[kind](set_inductor_config=False))
-    mark_weights_static(model)
     return model
 
 
@@ -189,8 +191,7 @@ def wrapped(request):
 
 
 def wrap(model):
-    dtype = dtype_of(model)
-    slots = LoraSlots(model, list(OUT_FEATURES), dtype, CPU)
+    slots = LoraSlots(model, list(OUT_FEATURES), CPU)
     slots.bind(slots.empty)
     compiler = RegionCompiler("regional", Silent())
     return model, slots, compiler.region(block), compiler
@@ -275,17 +276,111 @@ def test_compiled_first_with_a_lora_it_runs_without_one():
     assert compiler.count == 1
 
 
-def test_control_ranks_that_are_not_marked_recompile(monkeypatch):
-    import accel.lora.slots
+def graph_of(model, given, compiler_scope):
+    """Inputs of the block's graph, and what they are."""
+    graphs = []
 
-    monkeypatch.setattr(accel.lora.slots, "_of_any_rank", lambda tensor: nn.Parameter(tensor, requires_grad=False))
-    model, slots, compiled, compiler = wrap(make_base("bf16"))
+    def backend(graph, example_inputs):
+        graphs.append([node.meta["example_value"] for node in graph.graph.nodes if node.op == "placeholder"])
+        return graph.forward
+
+    torch._dynamo.reset()
+    with torch.inference_mode(), compiler_scope:
+        torch.compile(block, backend=backend, fullgraph=True, dynamic=True)(model, given)
+    (found,) = graphs
+    return found
+
+
+@pytest.mark.parametrize("options", [LORAS["equal ranks"], LORAS["everything"]], ids=["equal ranks", "everything"])
+def test_a_compiled_block_knows_nothing_of_what_is_bound(options):
+    """Its inputs are x and its sizes, weights, biases, and one empty slot for each linear."""
+    model, slots, _, compiler = wrap(make_base("bf16"))
+    given = inputs(model, 2, 20)
+    seen = []
+    for flat in (make_lora(), make_lora(**options)):
+        slots.bind(slots.bindings(flat))
+        seen.append(graph_of(model, given, compiler.scope()))
+    kinds = [[tuple(map(str, getattr(value, "shape", ("size",)))) for value in values] for values in seen]
+    assert kinds[0] == kinds[1]
+    sizes = [value for value in seen[0] if not isinstance(value, torch.Tensor)]
+    x = [value for value in seen[0] if isinstance(value, torch.Tensor) and value.dim() == 3]
+    assert len(x) == 1
+    assert {str(size) for size in sizes} == {str(size) for size in x[0].shape if isinstance(size, torch.SymInt)}
+    assert kinds[0].count(("0",)) == len(model)
+    assert len(kinds[0]) == len(sizes) + 1 + 3 * len(model)
+
+
+class VisibleLora(nn.Module):
+    """A linear with a LoRA beside it in the graph, as it would be without operators and slots."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.lora_A, self.lora_B = base, None, None
+
+    def forward(self, x):
+        return self.base(x) + x @ self.lora_A.t() @ self.lora_B.t()
+
+
+def test_control_ranks_that_the_graph_knows_recompile():
+    model = make_base("bf16")
+    layer, compiler = VisibleLora(model["q"]), RegionCompiler("regional", Silent())
+    compiled = compiler.region(lambda layer, x: layer(x))
+    with torch.inference_mode(), compiler.scope(), torch._dynamo.config.patch(error_on_recompile=True):
+        x = inputs(model, 1, 20)
+        for rank, recompiles in ((16, False), (16, False), (32, True)):
+            with torch.inference_mode(False):
+                shapes = (rank, IN_FEATURES), (OUT_FEATURES["q"], rank)
+                layer.lora_A, layer.lora_B = (
+                    nn.Parameter(torch.randn(shape, dtype=torch.bfloat16), requires_grad=False) for shape in shapes
+                )
+            if recompiles:
+                with pytest.raises(torch._dynamo.exc.RecompileError):
+                    compiled(layer, x)
+            else:
+                compiled(layer, x)
+
+
+@pytest.mark.parametrize("kind", ["bf16", "int8_weight_only"])
+@pytest.mark.parametrize("flaw", ["a copy", "a new Parameter", "emptied", "after unbind"])
+def test_a_slot_to_which_nothing_is_bound_is_refused(kind, flaw):
+    """Eager and compiled; never taken for no LoRA. Both operators: that with plain weights, and `add_loras_`."""
+    model, slots, compiled, compiler = wrap(make_base(kind))
     with torch.inference_mode(), compiler.scope():
         x = inputs(model, 1, 20)
-        compiled(model, x)
-        slots.bind(slots.bindings(make_lora((16, 16, 16))))
-        with torch._dynamo.config.patch(error_on_recompile=True), pytest.raises(torch._dynamo.exc.RecompileError):
-            compiled(model, x)
+        expected = compiled(model, x)
+        slot = model["k"].lora
+        if flaw == "a copy":
+            with torch.inference_mode(False):
+                model["k"]._parameters["lora"] = copy.deepcopy(slot)
+        elif flaw == "a new Parameter":
+            model["k"]._parameters["lora"] = make_slot(CPU)
+        elif flaw == "emptied":
+            slot.bound_lora = None
+        else:
+            slots.unbind()
+            model["k"]._parameters["lora"] = slot
+            for other in ("q", "mlp"):
+                model[other]._parameters["lora"] = make_slot(CPU)
+                model[other].lora.bound_lora = NOTHING
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for run in (block, compiled):
+                with pytest.raises(RuntimeError, match=r"LoRA slot of a linear.*shape \(0,\).*LoraSlots"):
+                    run(model, x)
+            model["k"]._parameters["lora"] = slot
+            slot.bound_lora = NOTHING
+            for output, wanted in zip(compiled(model, x), expected, strict=True):
+                assert torch.equal(output, wanted)
+    assert compiler.failure is None
+
+
+def test_unbinding_lets_go_of_everything():
+    model, slots, _, _ = wrap(make_base("bf16"))
+    flat = make_lora(**LORAS["everything"])
+    slots.bind(slots.bindings(flat))
+    held = weakref.ref(bound_to(model["q"].lora).lora_A)
+    slots.unbind()
+    assert all(layer.lora is None for layer in model.values())
+    assert held() is None
 
 
 class Operators(TorchDispatchMode):
@@ -317,7 +412,7 @@ def operators(run):
 def down(rows, lora_A):
     names, hidden = operators(lambda: layers._down(lambda matrix: rows @ matrix.t(), lora_A))
     for low, matrix in zip(hidden, lora_A, strict=True):
-        if matrix.shape[0]:
+        if matrix is not None:
             torch.testing.assert_close(low, rows @ matrix.t(), atol=1e-5, rtol=1e-5)
         else:
             assert low is None
@@ -332,14 +427,14 @@ def side_by_side(*ranks):
 @pytest.mark.parametrize(
     ("products", "make"),
     [
-        (0, lambda: [torch.empty(0, 64)] * 3),
+        (0, lambda: [None] * 3),
         (1, lambda: side_by_side(16, 32, 16)),
         (1, lambda: side_by_side(16) * 3),
         # q, k, v share one, the MLP's lies behind it.
         (1, lambda: (lambda a, b: [a, a, a, b])(*side_by_side(16, 32))),
         (3, lambda: [torch.randn(16, 64) for _ in range(3)]),
         (2, lambda: [*side_by_side(16, 16), torch.randn(1, 64)]),
-        (2, lambda: (lambda a, b: [a, torch.empty(0, 64), b])(*side_by_side(16, 16))),
+        (2, lambda: (lambda a, b: [a, None, b])(*side_by_side(16, 16))),
         # In the other order they do not adjoin.
         (2, lambda: side_by_side(16, 16)[::-1]),
     ],
@@ -348,10 +443,10 @@ def test_lora_a_products_that_can_be_one_are_one(products, make):
     assert down(torch.randn(10, 64), make()) == ["mm"] * products
 
 
-def run_linears(x, linear, lora_A, lora_B):
-    empty, terms = torch.empty(0), torch.empty(0, dtype=torch.int64)
-    weight, slots = ([linear.weight], [], [linear.bias]), ([lora_A], [lora_B], [empty], [empty], [terms])
-    return operators(lambda: layers._linears("plain", [x], [], *weight, *slots, False))
+def run_linears(x, linear, lora):
+    slot = make_slot(CPU)
+    slot.bound_lora = lora
+    return operators(lambda: layers._linears("plain", [x], [], [linear.weight], [], [linear.bias], [slot], False))
 
 
 @pytest.mark.parametrize("sizes", [((16, 16), (12, 4)), ((4, 32), (12, 4)), ((32, 4), (4, 12)), ((1, 8), (6, 5))])
@@ -370,9 +465,9 @@ def test_a_kronecker_product_is_two_small_ones_and_no_other_pass(sizes):
 
 def test_nothing_bound_runs_what_a_linear_runs():
     linear = nn.Linear(64, 32).requires_grad_(False)
-    x, empty, no_A = torch.randn(2, 5, 64), torch.empty(0), torch.empty(0, 64)
+    x = torch.randn(2, 5, 64)
     expected, output = operators(lambda: F.linear(x, linear.weight, linear.bias))
-    names, (ours,) = run_linears(x, linear, no_A, empty)
+    names, (ours,) = run_linears(x, linear, NOTHING)
     assert names == expected == ["addmm"]
     assert torch.equal(ours, output)
 
@@ -380,14 +475,13 @@ def test_nothing_bound_runs_what_a_linear_runs():
 def test_a_lora_is_two_more_products_and_no_other_pass():
     linear = nn.Linear(64, 32).requires_grad_(False)
     x = torch.randn(2, 5, 64)
-    lora_A, lora_B = torch.randn(16, 64), torch.randn(32 * 16)
-    names, _ = run_linears(x, linear, lora_A, lora_B)
+    names, _ = run_linears(x, linear, Bound(torch.randn(16, 64), torch.randn(32, 16)))
     assert names == ["mm", "addmm", "addmm_"]
 
 
 def test_a_linear_by_itself_is_linears_of_one():
     model = make_base("bf16")
-    slots = LoraSlots(model, list(OUT_FEATURES), torch.bfloat16, CPU)
+    slots = LoraSlots(model, list(OUT_FEATURES), CPU)
     slots.bind(slots.bindings(make_lora((16, 16, 16))))
     assert isinstance(model["q"], LoraLinear)
     x = inputs(model, 1, 4)
@@ -409,8 +503,7 @@ def make_feed_forward(kind):
     if kind == "fp8":
         for linear in model.values():
             quantize_float8(linear)
-    mark_weights_static(model)
-    slots = LoraSlots(model, list(FEED_FORWARD), torch.bfloat16, CPU)
+    slots = LoraSlots(model, list(FEED_FORWARD), CPU)
     slots.bind(slots.empty)
     return model, slots
 
@@ -526,7 +619,7 @@ def test_as_on_a_gpu_what_a_lora_adds_survives_float8(name, with_kronecker, monk
 def test_joint_and_split_linears_are_those_of_each_stream(kind, on_gpu, monkeypatch):
     monkeypatch.setattr(layers, "fuses", lambda x: on_gpu)
     model = make_base(kind)
-    slots = LoraSlots(model, list(OUT_FEATURES), torch.bfloat16, CPU)
+    slots = LoraSlots(model, list(OUT_FEATURES), CPU)
     flat = make_lora((16, 0, 32))
     text, image = inputs(model, 2, 5), inputs(model, 2, 9) * 2
     mixed = make_lora((16, 0, 0), mixing=32, bias=True)
@@ -584,7 +677,7 @@ def interrupted_after(lines: int, run) -> bool:
 def test_after_a_bind_that_was_interrupted_anywhere_the_next_one_is_right(then):
     model = make_base("bf16")
     originals = {name: linear.bias for name, linear in model.items()}
-    slots = LoraSlots(model, list(OUT_FEATURES), torch.bfloat16, CPU)
+    slots = LoraSlots(model, list(OUT_FEATURES), CPU)
     flats = {
         "empty": make_lora(),
         "first": make_lora((16, 0, 16), mixing=1, bias=True, seed=1),

@@ -359,7 +359,7 @@ def test_slots_give_the_weights_that_the_model_computes_with(kind):
     elif kind == "nf4":
         packed = find_mode("nf4").convert(linear.weight.detach(), linear.bias.detach(), False)
         model, tolerance = torch.nn.Sequential(packed), 0.02
-    slots = LoraSlots(model.requires_grad_(False), ["0"], torch.float32, torch.device("cpu"))
+    slots = LoraSlots(model.requires_grad_(False), ["0"], torch.device("cpu"))
     slots.bind(slots.empty)
     weight = slots.weight("0")
     assert (weight.dtype, tuple(weight.shape)) == (torch.float32, (96, 64))

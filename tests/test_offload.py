@@ -732,7 +732,7 @@ def trace_of(spec, resident_blocks, steps, skipped=()):
             if any(True for _ in module.parameters(recurse=False)):
                 weights.placed(name)
         weights.complete()
-        slots = LoraSlots(model, family.layout(config).modules, torch.bfloat16, memory.device, weights.own)
+        slots = LoraSlots(model, family.layout(config).modules, memory.device, weights.own)
         weights.place(plan)
         slots.bind(slots.empty)
         sources = weights.ring._sources

@@ -407,7 +407,7 @@ def test_pinned_memory_is_counted_as_torch_takes_it():
 def test_a_buffer_is_used_again_only_where_it_is_large_enough():
     """A stack with large vectors beside a small buffer makes room for one with a larger buffer."""
     model = torch.nn.Sequential(torch.nn.Linear(64, 96)).requires_grad_(False)
-    slots = LoraSlots(model, ["0"], torch.float32, torch.device("cpu"))
+    slots = LoraSlots(model, ["0"], torch.device("cpu"))
     slots.bind(slots.empty)
     loras = DeviceLoras(slots, torch.device("cpu"), 0, share_host=False)
     loras.put("first", FlatLora(torch.zeros(64), {}, {}, {"0.bias": torch.zeros(96)}))

@@ -305,12 +305,16 @@ def test_compiled_swaps_equal_eager_and_do_not_recompile(spec, engines, loras, m
 
 @pytest.mark.parametrize("mode", ON_CPU)
 def test_lora_matrices_keep_their_dtype(engines, loras, mode):
+    from accel.lora.bound import bound_to
+
     engine = engines[mode]
     engine.swap(LoraStack().with_lora(engine.read_lora(loras[7]), 1.0))
+    slots = (slot for name, slot in engine._model.named_parameters() if name.endswith(".lora"))
     bound = {
-        name: parameter
-        for name, parameter in engine._model.named_parameters()
-        if name.endswith(("lora_A", "lora_B")) and parameter.numel()
+        (number, half): matrix
+        for number, lora in enumerate(map(bound_to, slots))
+        for half, matrix in (("lora_A", lora.lora_A), ("lora_B", lora.lora_B))
+        if matrix is not None
     }
     assert len(bound) == 100
     assert {type(parameter.data) for parameter in bound.values()} == {torch.Tensor}
@@ -390,7 +394,8 @@ def test_the_effect_of_a_lora_is_preserved(engines, effects, mode):
 @pytest.mark.parametrize("scale", [0.3, 0.03])
 def test_fp8_loses_at_most_half_of_what_merging_loses(scale):
     """Linear by linear, where the rounding of activations is the same with and without the LoRA."""
-    from accel.lora.layers import SLOTS, LoraLinear
+    from accel.lora.bound import NOTHING, Bound, make_slot
+    from accel.lora.layers import LoraLinear
 
     rounding, worst = comfy_float(), 0.0
     base = tiny_flux_state_dict(TinyFluxConfig(), 0)
@@ -401,12 +406,10 @@ def test_fp8_loses_at_most_half_of_what_merging_loses(scale):
         weight = base[key.removeprefix("diffusion_model.").removesuffix("lora_A.weight") + "weight"].bfloat16()
         x = normal(64, weight.shape[1], seed=number).bfloat16()
         layer = LoraLinear(find_mode("fp8").convert(weight, torch.zeros(len(weight), dtype=torch.bfloat16), False))
+        layer.lora = make_slot(CPU)
         outputs = []
-        for a, b in ((down[:0], up[:, :0]), (down, up)):
-            empty, terms = torch.empty(0, dtype=torch.bfloat16), torch.empty(0, dtype=torch.int64)
-            values = a.contiguous(), b.reshape(-1).contiguous(), empty, empty, terms
-            for slot, tensor in zip(SLOTS, values, strict=True):
-                setattr(layer, slot, torch.nn.Parameter(tensor, requires_grad=False))
+        for a, b in ((down[:0], up[:, :0]), (down.contiguous(), up.contiguous())):
+            layer.lora.bound_lora = Bound(a, b) if len(a) else NOTHING
             outputs.append(layer(x).float())
         wanted = F.linear(x.float(), up.float() @ down.float())
         eight = weight.to(torch.float8_e4m3fn).float()

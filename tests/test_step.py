@@ -106,7 +106,7 @@ def test_all_variants_share_their_base_weights_and_peft_holds_the_lora_of_rank_1
     config = one_of_each(step.QUICK.hidden)
     bare = step._random_model(config)
     ours = step._sharing_weights(bare, config)
-    LoraSlots(ours, ["transformer_blocks.0.attn.to_q"], step.DTYPE, step.CPU)
+    LoraSlots(ours, ["transformer_blocks.0.attn.to_q"], step.CPU)
     assert ours.transformer_blocks[0].attn.to_q.base.weight is bare.transformer_blocks[0].attn.to_q.weight
     peft = step._sharing_weights(bare, config)
     step.add_peft(peft, config, 16)

@@ -15,7 +15,7 @@ from .stack import FlatLora
 
 @dataclass(frozen=True)
 class _Resident:
-    """A stack in a device buffer, which may be larger than the stack, and its Parameters."""
+    """A stack in a device buffer, which may be larger than the stack, and what is bound of it."""
 
     flat: FlatLora
     bindings: Bindings
@@ -28,7 +28,7 @@ class _Resident:
 class DeviceLoras:
     """Prepared stacks on the device, least recently used out first.
 
-    Buffers are reused, and so are the Parameters over them when the next stack has the same layout (LoRAs from one
+    Buffers are reused, and so are the views of them when the next stack has the same layout (LoRAs from one
     trainer usually have): then switching costs one copy and no allocation. The buffer that is bound is never
     overwritten, so a copy that fails leaves the model as it was.
     """
@@ -78,7 +78,7 @@ class DeviceLoras:
             self._residents[key] = _Resident(flat, self._slots.bindings(flat))
             return
         with torch.inference_mode(False), torch.no_grad():
-            # On a GPU the copy runs while the Parameters are made; what binds them runs behind it in the stream.
+            # On a GPU the copy runs while the views are made; what binds them runs behind it in the stream.
             if victim is None:
                 buffer = self._upload(flat.buffer)
             else:

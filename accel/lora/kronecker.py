@@ -6,7 +6,6 @@ either order, (a, b) and (m, n), in the place of one with (a · m, b · n).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -37,10 +36,6 @@ class Term(NamedTuple):
     mixing: int
     width: int
 
-    def relative_to(self, start: int) -> Term:
-        """The same in a buffer that begins later, by `start` elements."""
-        return self._replace(left=self.left - start, right=self.right - start, mixing=self.mixing - start)
-
     def matrices(self, buffer: Tensor) -> tuple[Tensor, Tensor]:
         """Left and right, views of the buffer."""
         left = buffer[self.left : self.left + self.a * self.b].view(self.a, self.b)
@@ -49,16 +44,6 @@ class Term(NamedTuple):
     def blocks(self, buffer: Tensor, rows: int) -> Tensor:
         """What `rows` rows are mixed with: (rows · width,), a view; empty for the identity."""
         return buffer[self.mixing : self.mixing + rows * self.width]
-
-
-def write_terms(terms: Sequence[Term]) -> Tensor:
-    """Terms as numbers, (terms · 9,) int64 on the CPU, where reading them waits for no device."""
-    return torch.tensor([number for term in terms for number in term], dtype=torch.int64)
-
-
-def read_terms(numbers: Tensor) -> list[Term]:
-    """What `write_terms` wrote."""
-    return [Term(*row) for row in numbers.view(-1, len(Term._fields)).tolist()]
 
 
 def multiplications(left: Shape, right: Shape) -> int:

@@ -17,35 +17,25 @@ from torch import Tensor, nn
 from .. import packed
 from ..dynamic import int8_linears, quantize_rows, quantized_dtype
 from . import kernels, kronecker
+from .bound import Bound, bound_to
 from .inputs import PLAIN, Columns, Input, as_input, down, written_out
-
-# The Parameters of a `LoraLinear` that a LoRA binds.
-SLOTS = ("lora_A", "lora_B", "mixing", "kron", "kron_terms")
 
 
 class LoraLinear(nn.Module):
     """y = M (x Wᵀ) + bias + (x Aᵀ) Bᵀ + Σ Mᵢ (x kron(Lᵢ, Rᵢ)ᵀ).
 
-    Each slot is a Parameter; one without elements takes no part. Parameters are replaced, never written.
-
     Attributes:
         base: the linear: a `torch.nn.Linear`, plain or with a quantized weight, or any module with its interface.
-        lora_A: (rank, in_features).
-        lora_B: (out_features · rank,), the rows of an (out_features, rank) matrix. One-dimensional, because the strides
-            of a matrix of 0 or 1 columns differ from those of wider ones, and compiled code is bound to strides.
-        mixing: (blocks · b · b,), the blocks of a block-diagonal M, or empty for the identity.
-        kron: (elements,), a buffer in which the Lᵢ, Rᵢ and Mᵢ lie, among other things.
-        kron_terms: (terms · 9,) int64 on the CPU: where in it, see `kronecker.Term`.
+        lora: the slot of everything but W and the bias, see `bound`; None while nothing may run.
     """
 
     def __init__(self, base: nn.Module) -> None:
-        """Wrap a linear. It runs after tensors were bound, see `slots.LoraSlots`."""
+        """Wrap a linear. It runs after something was bound, see `slots.LoraSlots`."""
         super().__init__()
         self.base = base
         self.in_features = base.in_features
         self.out_features = base.out_features
-        for slot in SLOTS:
-            self.register_parameter(slot, None)
+        self.register_parameter("lora", None)
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, in_features) -> (…, out_features)."""
@@ -68,12 +58,12 @@ def linears(x: Tensor | Input, *layers: LoraLinear, gelu_last: bool = False) -> 
     in_product = gelu_last and fuses(x.sources[0]) and all(is_plain(base) for base in bases)
     operands = _operands(x, bases)
     if operands is not None:
-        outputs = torch.ops.flux_hotswap.linears(*operands, *_weights(bases), *_slots(layers), in_product)
+        outputs = torch.ops.flux_hotswap.linears(*operands, *_weights(bases), _loras(layers), in_product)
     else:
         value = x.value()
         int8 = {quantized_dtype(base) for base in bases} == {torch.int8}
         outputs = int8_linears(value, bases) if int8 else [base(value) for base in bases]
-        torch.ops.flux_hotswap.add_loras_(outputs, value, [base.bias for base in bases], *_slots(layers))
+        torch.ops.flux_hotswap.add_loras_(outputs, value, [base.bias for base in bases], _loras(layers))
     if gelu_last:
         return [*outputs[:-1], Columns((outputs[-1],), gelu=not in_product)]
     return outputs
@@ -99,7 +89,7 @@ def joint_linears(
     streams = _operands(text, bases), _operands(image, bases)
     if None not in streams:
         operands = [operand for stream in streams for operand in stream]
-        return torch.ops.flux_hotswap.joint_linears(*operands, *_weights(bases), *_slots(layers))
+        return torch.ops.flux_hotswap.joint_linears(*operands, *_weights(bases), _loras(layers))
     pairs = zip(linears(text, *text_layers), linears(image, *image_layers), strict=True)
     return [torch.cat(pair, dim=1) for pair in pairs]
 
@@ -121,7 +111,7 @@ def split_linears(joint: Tensor, text_tokens: int, text_layer: LoraLinear, image
     operands = _operands(as_input(joint), bases)
     if operands is not None:
         _, _, quantized = operands
-        return torch.ops.flux_hotswap.split_linears(joint, quantized, *_weights(bases), *_slots(layers), text_tokens)
+        return torch.ops.flux_hotswap.split_linears(joint, quantized, *_weights(bases), _loras(layers), text_tokens)
     return [*linears(joint[:, :text_tokens], text_layer), *linears(joint[:, text_tokens:], image_layer)]
 
 
@@ -163,8 +153,8 @@ def _weights(bases: Sequence[nn.Module]) -> tuple[list[Tensor], list[Tensor], li
     return [base.weight.qdata for base in bases], [base.weight.scale for base in bases], biases
 
 
-def _slots(layers: Sequence[LoraLinear]) -> list[list[Tensor]]:
-    return [[getattr(layer, slot) for layer in layers] for slot in SLOTS]
+def _loras(layers: Sequence[LoraLinear]) -> list[Tensor]:
+    return [layer.lora for layer in layers]
 
 
 @dataclass(frozen=True)
@@ -248,13 +238,14 @@ def _linears(
     weights: Sequence[Tensor],
     weight_scales: Sequence[Tensor],
     biases: Sequence[Tensor],
-    *parameters: Sequence[Tensor] | bool,
+    loras: Sequence[Tensor],
+    gelu_last: bool,
 ) -> list[Tensor]:
-    x, (*slots, gelu_last) = sources[0], parameters
+    x = sources[0]
     products = _products(sources, quantized, weights, weight_scales)
     if gelu_last:
         products[-1] = replace(products[-1], gelu=True)
-    outputs = _run(products, recipe, sources, biases, *slots)
+    outputs = _run(products, recipe, sources, biases, loras)
     return [output.view(*x.shape[:-1], output.shape[-1]) for output in outputs]
 
 
@@ -275,7 +266,7 @@ def _joint_linears(
         (image_recipe, image_sources, image_quantized, slice(text_tokens, None), slice(count, None)),
     )
     for recipe, sources, quantized, tokens, layers in streams:
-        weights, scales, biases, *slots = (each[layers] for each in parameters)
+        weights, scales, biases, loras = (each[layers] for each in parameters)
         length = sources[0].shape[1]
         # One picture at a time: only then are the rows of an output that a stream fills next to each other.
         for picture in range(image.shape[0]):
@@ -285,7 +276,7 @@ def _joint_linears(
             placed = [
                 replace(product, out=each[picture, tokens]) for product, each in zip(products, outputs, strict=True)
             ]
-            _run(placed, recipe, of_picture, biases, *slots)
+            _run(placed, recipe, of_picture, biases, loras)
     return outputs
 
 
@@ -317,92 +308,80 @@ def _run(
     recipe: str,
     sources: Sequence[Tensor],
     biases: Sequence[Tensor],
-    lora_A: Sequence[Tensor],
-    lora_B: Sequence[Tensor],
-    mixing: Sequence[Tensor],
-    kron: Sequence[Tensor],
-    kron_terms: Sequence[Tensor],
+    loras: Sequence[Tensor],
 ) -> list[Tensor]:
-    hidden = _down(lambda matrix: down(recipe, sources, matrix), lora_A)
-    x = written_out(recipe, sources) if any(terms.numel() for terms in kron_terms) else None
+    bound = [bound_to(slot) for slot in loras]
+    hidden = _down(lambda matrix: down(recipe, sources, matrix), [lora.lora_A for lora in bound])
+    x = written_out(recipe, sources) if any(lora.terms for lora in bound) else None
     outputs = []
-    for product, bias, up, mix, low, buffer, terms in zip(
-        products, biases, lora_B, mixing, hidden, kron, kron_terms, strict=True
-    ):
-        matrix = up.view(product.weight.shape[0], -1)
-        if mix.numel() or terms.numel():
-            output = _mix(product.linear(None), mix).add_(bias) if mix.numel() else product.linear(bias)
+    for product, bias, lora, low in zip(products, biases, bound, hidden, strict=True):
+        if lora.mixing is not None or lora.terms:
+            mixed = lora.mixing is not None
+            output = _mix(product.linear(None), lora.mixing).add_(bias) if mixed else product.linear(bias)
             if low is not None:
-                output.addmm_(low, matrix.t())
-            if terms.numel():
-                _add_kroneckers_(output, x, buffer, terms)
+                output.addmm_(low, lora.lora_B.t())
+            _add_kroneckers_(output, x, lora)
             output = product.finish(output)
             outputs.append(output if product.out is None else product.out.copy_(output))
         elif low is not None:
-            outputs.append(product.with_lora(bias, low, matrix))
+            outputs.append(product.with_lora(bias, low, lora.lora_B))
         else:
             outputs.append(product.alone(bias))
     return outputs
 
 
-def _add_loras_(
-    outputs: Sequence[Tensor],
-    x: Tensor,
-    biases: Sequence[Tensor],
-    lora_A: Sequence[Tensor],
-    lora_B: Sequence[Tensor],
-    mixing: Sequence[Tensor],
-    kron: Sequence[Tensor],
-    kron_terms: Sequence[Tensor],
-) -> None:
+def _add_loras_(outputs: Sequence[Tensor], x: Tensor, biases: Sequence[Tensor], loras: Sequence[Tensor]) -> None:
+    bound = [bound_to(slot) for slot in loras]
     rows = x.reshape(-1, x.shape[-1])
-    hidden = _down(lambda matrix: rows @ matrix.t(), lora_A)
-    for output, bias, up, mix, low, buffer, terms in zip(
-        outputs, biases, lora_B, mixing, hidden, kron, kron_terms, strict=True
-    ):
+    hidden = _down(lambda matrix: rows @ matrix.t(), [lora.lora_A for lora in bound])
+    for output, bias, lora, low in zip(outputs, biases, bound, hidden, strict=True):
         out_features = output.shape[-1]
-        if mix.numel():
-            mixed = _mix((output.float() - bias).view(-1, out_features), mix.float()).add_(bias)
+        if lora.mixing is not None:
+            mixed = _mix((output.float() - bias).view(-1, out_features), lora.mixing.float()).add_(bias)
             output.copy_(mixed.view(output.shape))
         if low is not None:
-            output.view(-1, out_features).addmm_(low, up.view(out_features, -1).t())
-        if terms.numel():
-            _add_kroneckers_(output.view(-1, out_features), rows, buffer, terms)
+            output.view(-1, out_features).addmm_(low, lora.lora_B.t())
+        if lora.terms:
+            _add_kroneckers_(output.view(-1, out_features), rows, lora)
 
 
-def _add_kroneckers_(output: Tensor, x: Tensor, buffer: Tensor, terms: Tensor) -> None:
+def _add_kroneckers_(output: Tensor, x: Tensor, lora: Bound) -> None:
     """Add the Kronecker products of x, (N, in_features), to a linear's output, (N, out_features), in place."""
     rows = output.shape[1]
-    for term in kronecker.read_terms(terms):
+    for term in lora.terms:
         if (term.first, term.a * term.m, term.width) == (0, rows, 0):
-            kronecker.add_(output, x, *term.matrices(buffer))
+            kronecker.add_(output, x, *term.matrices(lora.buffer))
             continue
-        added = kronecker.rows_of(x, term, buffer, rows)
-        output.add_(_mix(added, term.blocks(buffer, rows)) if term.width else added)
+        added = kronecker.rows_of(x, term, lora.buffer, rows)
+        output.add_(_mix(added, term.blocks(lora.buffer, rows)) if term.width else added)
 
 
-def _down(multiply: Callable[[Tensor], Tensor], lora_A: Sequence[Tensor]) -> list[Tensor | None]:
-    """The products with each lora_A, None where it is empty; one product for matrices that are the same or adjoin."""
+def _down(multiply: Callable[[Tensor], Tensor], lora_A: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The products with each lora_A, None where there is none; one product for matrices that are the same or adjoin."""
     hidden: list[Tensor | None] = [None] * len(lora_A)
     start = 0
     while start < len(lora_A):
         first = lora_A[start]
+        if first is None:
+            start += 1
+            continue
         rank, end = first.shape[0], first.data_ptr() + first.nbytes
         columns = [(0, rank)]
-        for matrix in lora_A[start + 1 :] if rank else ():
+        for matrix in lora_A[start + 1 :]:
+            if matrix is None:
+                break
             size = matrix.shape[0]
             if matrix.data_ptr() == first.data_ptr() and size == first.shape[0]:
                 columns.append((0, size))
-            elif matrix.data_ptr() == end and size:
+            elif matrix.data_ptr() == end:
                 columns.append((rank, size))
                 rank, end = rank + size, end + matrix.nbytes
             else:
                 break
-        if rank:
-            whole = first if rank == first.shape[0] else first.as_strided((rank, first.shape[1]), (first.shape[1], 1))
-            product = multiply(whole)
-            for index, (column, size) in enumerate(columns, start):
-                hidden[index] = product[:, column : column + size]
+        whole = first if rank == first.shape[0] else first.as_strided((rank, first.shape[1]), (first.shape[1], 1))
+        product = multiply(whole)
+        for index, (column, size) in enumerate(columns, start):
+            hidden[index] = product[:, column : column + size]
         start += len(columns)
     return hidden
 
@@ -453,8 +432,7 @@ def _register() -> torch.library.Library | None:
     if hasattr(getattr(torch.ops, namespace), "linears"):
         return None  # this file was imported under another package name before: the operators are the same
     library = torch.library.Library(namespace, "FRAGMENT")
-    slots = ", ".join(f"Tensor[] {name}" for name in ("biases", *SLOTS))
-    parameters = f"Tensor[] weights, Tensor[] weight_scales, {slots}"
+    parameters = "Tensor[] weights, Tensor[] weight_scales, Tensor[] biases, Tensor[] loras"
     x, text, image = (
         f"str {name}recipe, Tensor[] {name}sources, Tensor[] {name}quantized" for name in ("", "text_", "image_")
     )
@@ -467,7 +445,12 @@ def _register() -> torch.library.Library | None:
             _split_linears,
             _like_split_linears,
         ),
-        ("add_loras_", f"(Tensor(a!)[] outputs, Tensor x, {slots}) -> ()", _add_loras_, lambda *_: None),
+        (
+            "add_loras_",
+            "(Tensor(a!)[] outputs, Tensor x, Tensor[] biases, Tensor[] loras) -> ()",
+            _add_loras_,
+            lambda *_: None,
+        ),
     ):
         library.define(name + schema)
         library.impl(name, function, "CompositeExplicitAutograd")

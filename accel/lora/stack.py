@@ -29,8 +29,7 @@ from .weights import KroneckerLayer, Layer, LoraLayer, LoraWeights, RotationLaye
 RANK_ALIGNMENT = 16
 # Compiled kernels assume the alignment of the pointers that they saw first.
 BYTES_ALIGNMENT = 64
-# No matrix starts at the very beginning of a buffer: dynamo makes a storage offset of 0 a constant and every other one
-# a symbol, so a matrix at offset 0 would recompile what a matrix elsewhere compiled.
+# What every buffer begins with, zeros: a stack of biases alone has no matrix, and not every memory gives 0 bytes.
 HEAD_BYTES = BYTES_ALIGNMENT
 # at::internal::GRAIN_SIZE: elementwise operations on fewer elements take one thread (ATen/Parallel.h, torch 2.14).
 SERIAL_ELEMENTS = 32768

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch._dynamo
 from torch import Tensor, nn
 
 from ..quantize.linears import is_quantized, stored_tensors
@@ -121,9 +120,7 @@ class FlatLayout:
         """Parameters that are views of a buffer of `bytes` or more, whatever is in it."""
         parameters = []
         for form, row in zip(self._forms, self._stored, strict=True):
-            parameter = nn.Parameter(form.build(stored.view(buffer) for stored in row), requires_grad=False)
-            torch._dynamo.mark_static(parameter)
-            parameters.append(parameter)
+            parameters.append(nn.Parameter(form.build(stored.view(buffer) for stored in row), requires_grad=False))
         return Home(tuple(parameters), ((0, buffer[: self.bytes]),), buffer)
 
     def bind(self, home: Home) -> None:
