@@ -364,7 +364,7 @@ class Engine:
         does not change.
 
         Raises:
-            LoraError: see `lora.stack.flatten`.
+            LoraError: see `lora.flatten.flatten`.
         """
         if stack.active and (self.loaded or not stack.needs_base):
             self._library.prepare(stack)  # takes long, so outside the lock: a swap must not wait for it
@@ -382,7 +382,7 @@ class Engine:
 
         Raises:
             EngineStateError: the weights are not loaded.
-            LoraError: see `lora.stack.flatten`.
+            LoraError: see `lora.flatten.flatten`.
         """
         with self._lock:
             if not self.loaded:

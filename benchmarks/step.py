@@ -20,8 +20,9 @@ from accel.families.flux1 import Flux1, Flux1Config
 from accel.families.flux1.blocks import double_block, single_block
 from accel.families.flux1.positions import rotary_table
 from accel.files import FileIdentity
+from accel.lora.flatten import flatten
 from accel.lora.slots import Bindings, LoraSlots
-from accel.lora.stack import LoraStack, flatten
+from accel.lora.stack import LoraStack
 from accel.lora.weights import LoraLayer, LoraWeights
 
 from .block_variants import PEFT_ADAPTER, add_peft, block_modules, one_of_each, without_lora_layers

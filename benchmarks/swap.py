@@ -23,8 +23,9 @@ from accel.files import FileIdentity
 from accel.lora.buffers import HostBuffers
 from accel.lora.device import DeviceLoras
 from accel.lora.file import read_lora
+from accel.lora.flatten import FlatLora, flatten
 from accel.lora.library import BUFFERS_BYTES
-from accel.lora.stack import FlatLora, LoraStack, flatten
+from accel.lora.stack import LoraStack
 from accel.lora.weights import LoraLayer, LoraWeights
 from harness.paths import CACHE
 

@@ -15,7 +15,8 @@ from accel.engine import Engine, Silent
 from accel.errors import EngineStateError, LoraError, SettingsError
 from accel.families.flux1 import Flux1Inputs
 from accel.families.flux1.forward import Residuals
-from accel.lora.stack import LoraStack, flatten
+from accel.lora.flatten import flatten
+from accel.lora.stack import LoraStack
 from accel.settings import EngineSettings
 from harness.lora_files import in_attention, write_lora
 

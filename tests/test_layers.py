@@ -19,11 +19,11 @@ from accel.compile import RegionCompiler
 from accel.engine import Silent
 from accel.lora import kernels, layers
 from accel.lora.bound import NOTHING, Bound, bound_to, make_slot
+from accel.lora.flatten import FlatLora, Placed
 from accel.lora.inputs import Columns, modulated
 from accel.lora.kronecker import Term, add_, multiplications
 from accel.lora.layers import LoraLinear, linears
 from accel.lora.slots import LoraSlots
-from accel.lora.stack import FlatLora, Placed
 from benchmarks.block_variants import quantize_float8
 from harness.paths import REPO
 

@@ -9,8 +9,9 @@ from safetensors.torch import load_file, save_file
 from accel.checkpoint import inspect_checkpoint
 from accel.errors import FileError, LoraError
 from accel.lora.file import read_lora
+from accel.lora.flatten import BYTES_ALIGNMENT, HEAD_BYTES, aligned_rank, flatten
 from accel.lora.pool import ByteLru
-from accel.lora.stack import BYTES_ALIGNMENT, HEAD_BYTES, LoraStack, aligned_rank, flatten
+from accel.lora.stack import LoraStack
 from harness import broken_files
 from harness.lora_files import ALL_FORMATS, clip_l_lora_state_dict, lora_state_dict, write_lora
 from harness.tiny_models import TinyFluxConfig

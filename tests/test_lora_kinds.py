@@ -15,10 +15,11 @@ from accel.lora.buffers import HostBuffers
 from accel.lora.bulk import max_magnitude
 from accel.lora.compose import mix
 from accel.lora.file import read_lora
+from accel.lora.flatten import FlatLora, flatten
 from accel.lora.kronecker import multiplications
 from accel.lora.lowrank import Tolerance
 from accel.lora.slots import LoraSlots
-from accel.lora.stack import FlatLora, LoraStack, flatten
+from accel.lora.stack import LoraStack
 from accel.lora.truncate import truncate
 from accel.lora.weights import KroneckerLayer
 from accel.quantize import find_mode

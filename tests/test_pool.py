@@ -17,9 +17,10 @@ from accel.errors import LoraError
 from accel.families.flux1 import Flux1Inputs
 from accel.lora.device import DeviceLoras
 from accel.lora.file import read_lora
+from accel.lora.flatten import FlatLora, flatten
 from accel.lora.rescale import UnscaledB
 from accel.lora.slots import LoraSlots
-from accel.lora.stack import FlatLora, LoraStack, flatten
+from accel.lora.stack import LoraStack
 from accel.lora.truncate import truncate
 from accel.memory import GIB, MIB, PoolBudgets, available_host_bytes, pinned_bytes
 from accel.settings import EngineSettings

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .flatten import FlatLora
 from .slots import Bindings, LoraSlots
-from .stack import FlatLora
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,11 @@ from ..spec import ModelSpec
 from .buffers import HostBuffers
 from .device import DeviceLoras
 from .file import read_lora
+from .flatten import FlatLora, flatten
 from .pool import ByteLru
 from .rescale import UnscaledB, rescalable
 from .slots import LoraSlots
-from .stack import FlatLora, LoraStack, flatten
+from .stack import LoraStack
 from .truncate import truncate
 from .weights import LoraWeights
 
@@ -172,7 +173,7 @@ class LoraLibrary:
             The stack, and whether it was there.
 
         Raises:
-            LoraError: see `stack.flatten`.
+            LoraError: see `flatten.flatten`.
         """
         prepared = self._host.get(self._key(stack))
         if prepared is not None:
@@ -203,7 +204,7 @@ class LoraLibrary:
             "hot", "strength" (there, with another lora_B), "warm" or "cold", see `engine.SwapReport`.
 
         Raises:
-            LoraError: see `stack.flatten`.
+            LoraError: see `flatten.flatten`.
         """
         key, loras = self._key(stack), self._loras
         resident = self._on_device.get(key) if key in loras else None

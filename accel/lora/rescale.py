@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from ..errors import LoraError
-from .stack import FlatLora, StackEntry
+from .flatten import FlatLora
+from .stack import StackEntry
 from .weights import KroneckerLayer
 
 

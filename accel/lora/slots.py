@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from ..quantize.linears import dequantize
 from .bound import NOTHING, Bound, make_slot
+from .flatten import FlatLora
 from .layers import LoraLinear
-from .stack import FlatLora
 
 Owner = dict[str, nn.Parameter]
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .flatten import FlatLora, Layers, Room, flat_buffer
 from .lowrank import Factors, compress
 from .report import overall_error
-from .stack import FlatLora, Layers, Room, flat_buffer
 from .weights import LoraLayer
 
 
