@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .checkpoint import LinearWeights, read_weights
 from .errors import CheckpointError
-from .memory import free_device_bytes
+from .memory import free_device_bytes, give_back_freed
 from .quantize import Mode
 from .quantize.cache import CacheWriter
 from .spec import ModelSpec
@@ -20,6 +20,8 @@ Progress = Callable[[int, int], None]
 
 # What converting one weight on a GPU takes at most: it in float32 and two intermediates.
 CONVERSION_BYTES_PER_WEIGHT = 12
+# After so many elements that were read, what was freed of them goes back to the system.
+GIVE_BACK_ELEMENTS = 2**28
 
 
 class Placement(Protocol):
@@ -115,10 +117,12 @@ def load_model(
         model = empty_model(spec)
         placement.begin(model)
         read_to = device if mode is None else torch.device("cpu")
+        read = 0
         for done, weights in enumerate(read_weights(spec, dtype, read_to), start=1):
             if isinstance(weights, LinearWeights):
                 module = weights.module
                 names = _place_linear(model, spec, weights, mode, device, placement.device_of(module))
+                read += weights.weight.numel()
             else:
                 module = weights.parameter.rpartition(".")[0]
                 assign(model, weights.parameter, weights.value.to(placement.device_of(module)))
@@ -127,6 +131,9 @@ def load_model(
                 for name in names:
                     writer.add(name, model.get_parameter(name))
             placement.placed(module)
+            if read > GIVE_BACK_ELEMENTS:
+                read = 0
+                give_back_freed()
             on_progress(done, total)
         check_complete(model, spec)
         placement.complete()

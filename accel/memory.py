@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,6 +69,25 @@ def free_device_bytes(device: torch.device) -> int:
     """Memory of a CUDA device that nothing uses, with what torch keeps in reserve."""
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def give_back_freed() -> None:
+    """Give the system the pages that were freed, but lie between others on the C library's heap. Takes milliseconds.
+
+    glibc keeps them for itself otherwise: what a load frees of tensors that it has converted adds up to a GB.
+    """
+    trim = _malloc_trim()
+    if trim is not None:
+        trim(0)
+
+
+@functools.cache
+def _malloc_trim() -> Callable[[int], int] | None:
+    """malloc_trim(3); None where the C library is not glibc."""
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):  # musl and macOS; no such library; Windows
+        return None
 
 
 def pinned_bytes(size: int) -> int:
