@@ -22,6 +22,11 @@ ROWS = 512
 _PACKED = "packed_for_onednn"
 
 
+def cpu_multiplies_bf16() -> bool:
+    """Whether this CPU has bfloat16 products (AVX512-BF16, AMX, ARM's BF16), and this PyTorch oneDNN to use them."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def packs(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether linears of a dtype should be packed on a device."""
     return device.type == "cpu" and dtype == torch.bfloat16 and _works()
@@ -62,7 +67,7 @@ def _replace(linear: nn.Linear, weight: Tensor) -> nn.Parameter:
 @functools.cache
 def _works() -> bool:
     """Whether this CPU multiplies bfloat16, and this torch has the operators, which are not public, as used here."""
-    if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if not cpu_multiplies_bf16():
         return False
     with torch.inference_mode(False), torch.no_grad():
         linear = nn.Linear(64, 96, dtype=torch.bfloat16)

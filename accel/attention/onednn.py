@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..packed import cpu_multiplies_bf16
 from .backend import EXACT, Attention, Backend, Target, installed_with_torch
 from .native import sdpa
 from .operator import opaque, register
@@ -58,7 +59,7 @@ def _onednn(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 def _hardware(target: Target) -> str | None:
     if target.device.type != "cpu":
         return f"runs on CPUs; this is the device {target.device}"
-    if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if not cpu_multiplies_bf16():
         return "needs a CPU that multiplies bfloat16 (AVX512-BF16, AMX or ARM's BF16) and a PyTorch with oneDNN"
     return None
 
