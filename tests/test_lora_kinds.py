@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+import accel.lora.bulk
 from accel.checkpoint import inspect_checkpoint
 from accel.errors import LoraError
 from accel.lora.buffers import HostBuffers
@@ -658,6 +660,32 @@ def test_the_largest_magnitude_is_found_among_the_bits(dtype):
         tensor = torch.tensor([1.0, value, -2.0]).to(dtype)
         found = max_magnitude(tensor.view(torch.uint8).numpy(), [(dtype, 0, tensor.nbytes)], 0, tensor.nbytes)
         assert not math.isfinite(found)
+
+
+@pytest.mark.parametrize("chunk_bytes", [64, 2**12, 2**23])
+def test_a_value_that_is_not_finite_is_named_wherever_it_is(tmp_path, spec, monkeypatch, chunk_bytes):
+    """A file is checked piece by piece while it comes, and converted meanwhile."""
+    monkeypatch.setattr(accel.lora.bulk, "CHUNK_BYTES", chunk_bytes)
+    one = {
+        kind: kind_state_dict(kind, targets=lambda name, module=module: name == module, alpha=2.0)
+        for kind, module in (
+            ("LoRA", "double_blocks.0.img_attn.qkv"),
+            ("DoRA", "double_blocks.1.txt_attn.proj"),
+            ("OFT", "double_blocks.1.img_attn.proj"),
+            ("LoHa", "single_blocks.0.linear2"),
+            ("LoKr full", "single_blocks.1.linear2"),
+        )
+    }
+    file = {key: value for kind in one.values() for key, value in kind.items()}
+    file |= {"diffusion_model.single_blocks.0.norm.key_norm.diff": torch.zeros(128)}
+    read_lora(write(tmp_path, "whole", file), spec)
+    for key, tensor in file.items():
+        if key == "diffusion_model.single_blocks.1.linear2.alpha":
+            continue  # has no meaning beside whole matrices
+        bad = {**file, key: tensor.clone()}
+        bad[key].view(-1)[-1] = math.inf
+        with pytest.raises(LoraError, match=f"'{re.escape(key)}' holds NaN or infinity"):
+            read_lora(write(tmp_path, "bad", bad), spec)
 
 
 # Properties.

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections import deque
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
 from io import RawIOBase
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,39 +17,22 @@ from ..files import FileIdentity, TensorFile
 from .buffers import HostBuffers
 
 # Pieces that are checked while the next one is read: small enough to be in the cache still.
-CHUNK_BYTES = 2**22
+CHUNK_BYTES = 2**23
 # Bytes that nobody asked for are read along when they are fewer than this: one long read is faster than two.
 GAP_BYTES = 2**16
 ALIGNMENT = 64
 
 
-@dataclass(frozen=True)
-class BulkRead:
-    """What one pass over a file gave.
+class _Place(NamedTuple):
+    """A tensor's bytes in the buffer."""
 
-    Attributes:
-        tensors: key -> CPU tensor; they share one buffer, which changes no more when the file does.
-        peak: no element is larger; NaN or infinity where one is not finite.
-    """
-
-    tensors: Mapping[str, Tensor]
-    peak: float
-
-
-@dataclass(frozen=True)
-class _Place:
-    """A tensor's bytes in the file and in the buffer."""
-
-    key: str
     dtype: torch.dtype
     shape: tuple[int, ...]
-    file_start: int
-    length: int
-    start: int = 0
+    start: int
+    end: int
 
 
-@dataclass(frozen=True)
-class _Piece:
+class _Piece(NamedTuple):
     """Bytes that are read at once."""
 
     file_start: int
@@ -62,12 +46,13 @@ class _Piece:
 
 
 class BulkReader:
-    """Reads tensors on a thread from the moment when it is made, so that their names can be looked at meanwhile.
+    """Reads tensors on a thread from the moment when it is made, so that they can be named and used meanwhile.
 
     A context manager: when the block ends early, what is not read yet is left.
 
     Attributes:
         keys: of the tensors that it reads.
+        peak: no float element of a tensor that `tensor` has given is larger; NaN or infinity where one is not finite.
     """
 
     def __init__(self, file: TensorFile, keys: Iterable[str], buffers: HostBuffers | None = None) -> None:
@@ -84,14 +69,17 @@ class BulkReader:
         now = FileIdentity.of(file.identity.path)
         if now != file.identity:
             raise FileError(f"'{file.name}' was changed after it was read. Queue the prompt again to use the new file.")
-        self.keys = frozenset(keys)
-        self._places, self._pieces, size = _plan(_places(file, self.keys))
+        self._places, self._pieces, size = _plan(file, frozenset(keys))
+        self.keys = self._places.keys()
+        self.peak = 0.0
         self._buffer = torch.empty(size, dtype=torch.uint8) if buffers is None else buffers.take(size)
         self._memory = self._buffer.numpy()
         self._stream = open(file.identity.path, "rb", buffering=0)  # noqa: SIM115 - closed by __exit__
         self._thread = ThreadPoolExecutor(1)
         # One after the other, by one handle: the system then reads ahead of them.
-        self._reads = [self._thread.submit(_read, file, self._stream, piece, self._memory) for piece in self._pieces]
+        reads = [self._thread.submit(_read, file, self._stream, piece, self._memory) for piece in self._pieces]
+        self._coming = deque(zip(self._pieces, reads, strict=True))
+        self._spans = _spans(self._places.values())
 
     def __enter__(self) -> BulkReader:
         return self
@@ -100,18 +88,20 @@ class BulkReader:
         self._thread.shutdown(cancel_futures=True)
         self._stream.close()
 
-    def result(self) -> BulkRead:
-        """The tensors, as soon as they are read and their elements' size is known.
+    def tensor(self, key: str) -> Tensor:
+        """One tensor on the CPU, as soon as it is read; all share one buffer, which no change of the file reaches.
 
         Raises:
-            FileError: the file became shorter.
+            FileError: the file became shorter, or the tensor begins where its dtype cannot.
         """
-        views = {place.key: _view(self._buffer, place) for place in self._places}
-        spans, peak = _spans(self._places), 0.0
-        for piece, read in zip(self._pieces, self._reads, strict=True):
+        place = self._places[key]
+        while self._coming and self._coming[0][0].start < place.end:
+            piece, read = self._coming.popleft()
             read.result()
-            peak = float(np.max([peak, max_magnitude(self._memory, spans, piece.start, piece.end)]))
-        return BulkRead(views, peak)
+            self.peak = float(np.max([self.peak, max_magnitude(self._memory, self._spans, piece.start, piece.end)]))
+        if place.start % place.dtype.itemsize:
+            raise FileError(f"'{key}' does not begin at a multiple of its dtype's size. Save the file again.")
+        return self._buffer[place.start : place.end].view(place.dtype).view(place.shape)
 
 
 # Size of an element -> the integers that order magnitudes as their bits do.
@@ -154,40 +144,33 @@ def _spans(places: Iterable[_Place]) -> list[tuple[torch.dtype, int, int]]:
     spans: list[tuple[torch.dtype, int, int]] = []
     for place in places:
         if spans and spans[-1][0] is place.dtype and spans[-1][2] == place.start:
-            spans[-1] = (place.dtype, spans[-1][1], place.start + place.length)
+            spans[-1] = (place.dtype, spans[-1][1], place.end)
         else:
-            spans.append((place.dtype, place.start, place.start + place.length))
+            spans.append((place.dtype, place.start, place.end))
     return spans
 
 
-def _places(file: TensorFile, keys: Iterable[str]) -> list[_Place]:
-    """Where the tensors lie in the file, in its order; the header was checked when it was read."""
-    places = []
-    for key in keys:
-        info = file.tensors[key]
-        places.append(_Place(key, info.dtype, info.shape, file.starts[key], info.bytes))
-    return sorted(places, key=lambda place: place.file_start)
-
-
-def _plan(places: list[_Place]) -> tuple[list[_Place], list[_Piece], int]:
-    """Give every tensor its place in the buffer; say what is read where; the buffer's size."""
+def _plan(file: TensorFile, keys: Iterable[str]) -> tuple[dict[str, _Place], list[_Piece], int]:
+    """Give every tensor its place in the buffer, in the file's order; say what is read where; the buffer's size."""
     runs: list[list[int]] = []  # [first byte in the file, behind the last, first byte in the buffer]
-    placed, size = [], 0
-    for place in places:
-        end = place.file_start + place.length
-        if not runs or place.file_start > runs[-1][1] + GAP_BYTES:
+    places, size = {}, 0
+    for key in sorted(keys, key=file.starts.__getitem__):
+        info, first = file.tensors[key], file.starts[key]
+        end = first + info.bytes
+        if not runs or first > runs[-1][1] + GAP_BYTES:
             # As aligned in the buffer as the first tensor of the run may need.
-            runs.append([place.file_start, end, -(-size // ALIGNMENT) * ALIGNMENT])
-        first, last, start = runs[-1]
-        runs[-1][1] = max(last, end)
-        size = start + runs[-1][1] - first
-        placed.append(replace(place, start=start + place.file_start - first))
+            runs.append([first, end, -(-size // ALIGNMENT) * ALIGNMENT])
+        run = runs[-1]
+        run[1] = max(run[1], end)
+        size = run[2] + run[1] - run[0]
+        start = run[2] + first - run[0]
+        places[key] = _Place(info.dtype, info.shape, start, start + end - first)
     pieces = [
         _Piece(first + offset, min(CHUNK_BYTES, last - first - offset), start + offset)
         for first, last, start in runs
         for offset in range(0, last - first, CHUNK_BYTES)
     ]
-    return placed, pieces, size
+    return places, pieces, size
 
 
 def _read(file: TensorFile, stream: RawIOBase, piece: _Piece, memory: np.ndarray) -> None:
@@ -199,10 +182,3 @@ def _read(file: TensorFile, stream: RawIOBase, piece: _Piece, memory: np.ndarray
         if not count:
             raise FileError(f"'{file.name}' became shorter while it was read. Get it again, and queue once more.")
         done += count
-
-
-def _view(buffer: Tensor, place: _Place) -> Tensor:
-    part = buffer[place.start : place.start + place.length]
-    if place.start % place.dtype.itemsize:
-        raise FileError(f"'{place.key}' does not begin at a multiple of its dtype's size. Save the file again.")
-    return part.view(place.dtype).view(place.shape)

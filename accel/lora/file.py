@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -13,9 +13,9 @@ from torch import Tensor
 from ..files import TensorFile, read_header
 from ..spec import ModelSpec
 from .buffers import HostBuffers
-from .bulk import BulkRead, BulkReader
+from .bulk import BulkReader
 from .factor_cache import FactorCache
-from .keys import FileKeys, account, name_format, plain_keys
+from .keys import FileKeys, VectorChange, account, name_format, plain_keys
 from .kinds import Change, convert, product_factors
 from .lowrank import Factors, Tolerance
 from .metadata import adapter_config
@@ -53,33 +53,35 @@ def read_lora(
         config = adapter_config(file)
         cut = [change for change in keys.changes if change.approximated(tolerance)]
         cache = FactorCache(cache_dir, file.identity, tolerance) if cut and cache_dir is not None else None
-        factors = cache.load(cut) if cache is not None else None
-        values, peak = _read(file, keys, factors or {}, ahead, buffers)
-        if factors is None:
-            factors = {change.name: product_factors(change, values[change.name], tolerance) for change in cut}
-            if cache is not None:
-                cache.store(factors)
-        errors = {name: (value.error, value.norm) for name, value in factors.items()}
-        layers: list[Layer] = []
-        vectors = [
-            VectorLayer(vector.parameter, to_float(values[""][vector.key]).flatten(), 1.0, vector.replaces)
-            for vector in keys.vectors
-        ]
-        for change in keys.changes:
-            tensors = values[change.name]
-            if change.kind == "LoHa" and change.name not in factors:
-                factors[change.name] = product_factors(change, tensors, tolerance)
-            scale = None
-            if config is not None and change.kind == "LoRA" and "alpha" not in change.pieces:
-                scale = config.scale(change.name, change.rank)
-            converted = convert(change, tensors, scale, factors.get(change.name), tolerance)
-            layers += converted.layers
-            vectors += converted.vectors
+        known = cache.load(cut) if cache is not None else None
+        factors = known or {}
+        wanted = _wanted(keys, factors)
+        with BulkReader(file, wanted - ahead.keys, buffers) as rest:
+            values = _Values(file, keys, wanted, (ahead, rest))
+            vectors = [
+                VectorLayer(vector.parameter, to_float(values.of_norm(vector)).flatten(), 1.0, vector.replaces)
+                for vector in keys.vectors
+            ]
+            layers: list[Layer] = []
+            # Each as soon as it is read, while the next ones come.
+            for change in keys.changes:
+                tensors = values.of(change)
+                if change.kind == "LoHa" and change.name not in factors:
+                    factors[change.name] = product_factors(change, tensors, tolerance)
+                scale = None
+                if config is not None and change.kind == "LoRA" and "alpha" not in change.pieces:
+                    scale = config.scale(change.name, change.rank)
+                converted = convert(change, tensors, scale, factors.get(change.name), tolerance)
+                layers += converted.layers
+                vectors += converted.vectors
+        if cache is not None and known is None:
+            cache.store({change.name: factors[change.name] for change in cut})
+    errors = {change.name: (factors[change.name].error, factors[change.name].norm) for change in cut}
     # What was computed may be larger than what was read.
     computed = any(change.kind != "LoRA" or "mid" in change.pieces for change in keys.changes)
     report = make_report(name_format(file), keys.changes, layers, vectors, errors, len(keys.text_encoder))
     return LoraWeights(
-        file.identity, tuple(layers), keys.text_encoder, tuple(vectors), math.inf if computed else peak, report
+        file.identity, tuple(layers), keys.text_encoder, tuple(vectors), math.inf if computed else values.peak, report
     )
 
 
@@ -128,34 +130,58 @@ def make_report(
     )
 
 
-def _read(
-    file: TensorFile, keys: FileKeys, known: Mapping[str, Factors], ahead: BulkReader, buffers: HostBuffers | None
-) -> tuple[dict[str, dict[str, Tensor]], float]:
-    """Name of a change -> role -> values; those of norms by their key under the name "". And the largest element.
-
-    What `ahead` does not read is read now, but for matrices that a known product stands for.
-    """
-    wanted = [vector.key for vector in keys.vectors]
+def _wanted(keys: FileKeys, known: Mapping[str, Factors]) -> set[str]:
+    """Keys of all tensors that are needed: not those of matrices that a known product stands for."""
+    wanted = {vector.key for vector in keys.vectors}
     for change in keys.changes:
         for role, piece in change.pieces.items():
             if change.name not in known or role in ("alpha", "dora_scale", "diff_b"):
-                wanted.append(piece.key)
-    with BulkReader(file, set(wanted) - ahead.keys, buffers) as rest:
-        reads = [ahead.result(), rest.result()]
-    ignored = frozenset().union(*(change.ignored for change in keys.changes))
-    for read in reads:
-        _check_finite(file, read, ignored)
-    tensors = {**reads[0].tensors, **reads[1].tensors}
-    values = {
-        change.name: {role: tensors[piece.key] for role, piece in change.pieces.items() if piece.key in tensors}
-        for change in keys.changes
-    }
-    values[""] = {vector.key: tensors[vector.key] for vector in keys.vectors}
-    return values, max(read.peak for read in reads)
+                wanted.add(piece.key)
+    return wanted
 
 
-def _check_finite(file: TensorFile, read: BulkRead, ignored: frozenset[str]) -> None:
-    if not math.isfinite(read.peak):
-        for key, tensor in read.tensors.items():
-            if tensor.dtype.is_floating_point and key not in ignored:
-                check_finite(f"'{file.name}': '{key}'", tensor)
+class _Values:
+    """The values of a file's tensors as they come, all of them finite.
+
+    Its methods raise LoraError where a tensor holds NaN or infinity, and what `BulkReader.tensor` raises.
+    """
+
+    def __init__(
+        self, file: TensorFile, keys: FileKeys, wanted: Collection[str], readers: Sequence[BulkReader]
+    ) -> None:
+        self._file = file
+        self._wanted = wanted
+        self._ignored = frozenset().union(*(change.ignored for change in keys.changes))
+        self._readers = readers
+        self._checked = False
+
+    @property
+    def peak(self) -> float:
+        """No element of what was given is larger; NaN or infinity where only ignored ones are not finite."""
+        return max(reader.peak for reader in self._readers)
+
+    def of(self, change: Change) -> dict[str, Tensor]:
+        """Role -> values, of those that are wanted."""
+        tensors = {
+            role: self._tensor(piece.key) for role, piece in change.pieces.items() if piece.key in self._wanted
+        }
+        self._check()
+        return tensors
+
+    def of_norm(self, vector: VectorChange) -> Tensor:
+        """The scale of a norm, or its difference."""
+        tensor = self._tensor(vector.key)
+        self._check()
+        return tensor
+
+    def _tensor(self, key: str) -> Tensor:
+        return next(reader for reader in self._readers if key in reader.keys).tensor(key)
+
+    def _check(self) -> None:
+        if self._checked or all(math.isfinite(reader.peak) for reader in self._readers):
+            return
+        for key in self._wanted:
+            tensor = self._tensor(key)
+            if tensor.dtype.is_floating_point and key not in self._ignored:
+                check_finite(f"'{self._file.name}': '{key}'", tensor)
+        self._checked = True

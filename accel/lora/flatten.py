@@ -11,7 +11,6 @@ import ctypes
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import torch
@@ -33,6 +32,8 @@ BYTES_ALIGNMENT = 64
 HEAD_BYTES = BYTES_ALIGNMENT
 # at::internal::GRAIN_SIZE: elementwise operations on fewer elements take one thread (ATen/Parallel.h, torch 2.14).
 SERIAL_ELEMENTS = 32768
+# Few enough to be in a core's cache still when they are multiplied after they were moved; many enough for few calls.
+SCALED_ELEMENTS = 2**19
 
 
 @dataclass(frozen=True)
@@ -162,45 +163,45 @@ def flat_buffer(
         buffer = torch.empty(room.end, dtype=dtype, pin_memory=pin)
     else:
         buffer = buffers.take(room.end * dtype.itemsize).view(dtype)
-    with ThreadPoolExecutor(1) as thread:
-        copied = thread.submit(_write_lora_A, buffer, room.gaps, placed, by_module)
-        _write_lora_B(buffer, placed, by_module)
-        copied.result()
+    _write_lora_A(buffer, room.gaps, placed, by_module)
+    _write_lora_B(buffer, placed, by_module)
     return buffer, placed
 
 
 def _write_lora_A(
     buffer: Tensor, gaps: Sequence[tuple[int, int]], placed: Mapping[str, Placed], by_module: Mapping[str, Layers]
 ) -> None:
-    """Write what is not scaled, on a thread of its own."""
-    with torch.no_grad():
-        for start, end in gaps:
-            buffer[start:end].zero_()
-        filled = set()
-        for module, layers in by_module.items():
-            place = placed[module]
-            if place.a_start not in filled:
-                filled.add(place.a_start)
-                if not _moved(buffer, place.a_start, place.a_shape, [layer.lora_A for layer, _ in layers]):
-                    _fill(buffer.as_strided(place.a_shape, (place.a_shape[1], 1), place.a_start), layers)
+    """Write what is not scaled."""
+    for start, end in gaps:
+        buffer[start:end].zero_()
+    filled = set()
+    for module, layers in by_module.items():
+        place = placed[module]
+        if place.a_start not in filled:
+            filled.add(place.a_start)
+            if not _moved(buffer, place.a_start, place.a_shape, [layer.lora_A for layer, _ in layers]):
+                _fill(buffer.as_strided(place.a_shape, (place.a_shape[1], 1), place.a_start), layers)
 
 
 def _write_lora_B(buffer: Tensor, placed: Mapping[str, Placed], by_module: Mapping[str, Layers]) -> None:
     """Write strength · scale · B, rounded once: neighbours that only have to be moved are multiplied together."""
-    runs: list[tuple[int, int, float]] = []  # first element, behind the last, factor
+    start, end, factor = 0, 0, 1.0  # what was moved and is not multiplied yet
     for module, layers in by_module.items():
         place, (layer, strength) = placed[module], layers[0]
-        if not _moved(buffer, place.b_start, place.b_shape, [layer.lora_B for layer, _ in layers]):
-            _fill_scaled(buffer.as_strided(place.b_shape, (place.b_shape[1], 1), place.b_start), layers)
-            continue
-        end, factor = place.b_start + math.prod(place.b_shape), strength * layer.scale
-        if runs and runs[-1][1:] == (place.b_start, factor):
-            runs[-1] = (runs[-1][0], end, factor)
+        own = strength * layer.scale
+        if (place.b_start, own) != (end, factor) or end - start >= SCALED_ELEMENTS:
+            _scale(buffer[start:end], factor)
+            start, end, factor = place.b_start, place.b_start, own
+        if _moved(buffer, place.b_start, place.b_shape, [layer.lora_B for layer, _ in layers]):
+            end += math.prod(place.b_shape)
         else:
-            runs.append((place.b_start, end, factor))
-    for start, end, factor in runs:
-        if factor != 1.0:
-            buffer[start:end].mul_(factor)
+            _fill_scaled(buffer.as_strided(place.b_shape, (place.b_shape[1], 1), place.b_start), layers)
+    _scale(buffer[start:end], factor)
+
+
+def _scale(values: Tensor, factor: float) -> None:
+    if factor != 1.0:
+        values.mul_(factor)
 
 
 def _place_kroneckers(terms: Mapping[str, Sequence[KroneckerTerm]], room: Room) -> dict[str, tuple[Term, ...]]:

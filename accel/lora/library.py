@@ -256,7 +256,7 @@ class LoraLibrary:
     def _unscaled_of(self, key: StackKey, stack: LoraStack, resident: Prepared) -> UnscaledB:
         unscaled = self._unscaled.get(key)
         if unscaled is None:
-            unscaled = UnscaledB(stack.active, resident.flat, self._memory.upload)
+            unscaled = UnscaledB(stack.active, resident.flat, self._memory.upload, self._buffers)
             self._unscaled.put(key, unscaled)
         return unscaled
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LoraError
+from .buffers import HostBuffers
 from .flatten import FlatLora
 from .stack import StackEntry
 from .weights import KroneckerLayer
@@ -57,7 +58,11 @@ class UnscaledB:
     """The lora_B and left matrices of a stack before strength and alpha, in their places in its flat buffers."""
 
     def __init__(
-        self, entries: Sequence[StackEntry], flat: FlatLora, upload: Callable[[Tensor], Tensor] | None = None
+        self,
+        entries: Sequence[StackEntry],
+        flat: FlatLora,
+        upload: Callable[[Tensor], Tensor] | None = None,
+        buffers: HostBuffers | None = None,
     ) -> None:
         """Copy the matrices beside a flat buffer; about the time of one copy of them.
 
@@ -65,13 +70,15 @@ class UnscaledB:
             entries: the active entries that `flat` was made of, or the same files at other strengths.
             flat: on the device where the products are wanted.
             upload: brings a host tensor there.
+            buffers: where host memory comes from; None takes it from the system, which is slower.
         """
         with torch.inference_mode(False), torch.no_grad():
             matrices = _matrices(entries, flat)
             dtype = flat.buffer.dtype
             if any(tensor.dtype != dtype for matrix in matrices for tensor in matrix.tensors):
                 dtype = torch.float32  # holds every LoRA dtype exactly
-            host = torch.zeros(sum(matrix.rows * matrix.rank for matrix in matrices), dtype=dtype)
+            elements = sum(matrix.rows * matrix.rank for matrix in matrices)
+            host = (buffers or HostBuffers(0)).take(elements * dtype.itemsize).view(dtype)
             self._runs = tuple(_fill(host, _neighbours(matrices)))
             self._values = host.to(flat.buffer.device) if upload is None else upload(host)
 
@@ -86,10 +93,11 @@ class UnscaledB:
         Raises:
             LoraError: a matrix would overflow the dtype.
         """
+        surely = torch.finfo(dtype).max
         for run in self._runs:
             for strip, largest in zip(run.strips, run.largest, strict=True):
                 factor = entries[strip.entry].strength * strip.scale
-                if not torch.isfinite((torch.tensor(largest) * factor).to(dtype)):
+                if largest * abs(factor) > surely and not torch.isfinite((torch.tensor(largest) * factor).to(dtype)):
                     names = " + ".join(f"'{entry.weights.name}' × {entry.strength:g}" for entry in entries)
                     raise LoraError(f"LoRA {names} overflows {dtype}: lower the strength, or choose another dtype.")
 
@@ -176,6 +184,7 @@ def _fill(host: Tensor, groups: Sequence[Sequence[_Matrix]]) -> list[_Run]:
                 whole[row : row + tensor.shape[0], column : column + tensor.shape[1]].copy_(tensor)
                 column += tensor.shape[1]
             row += matrix.rows
+        whole[:, sum(strip.columns for strip in first.strips) :].zero_()
         largest, column = [], 0
         for strip in first.strips:
             low, high = torch.aminmax(whole[:, column : column + strip.columns])
