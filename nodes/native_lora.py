@@ -16,10 +16,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ..accel.errors import LoraError
 from ..accel.layout import FusedLinear, Layout, LinearPart, LoraTarget, VectorWeight
 from ..accel.lora.patches import LinearPatch, NormPatch, from_patches, tensor_digest
+from ..accel.lora.shapes import INSTEAD
 from ..accel.lora.weights import LoraWeights
 
 PREFIX = "diffusion_model."
-INSTEAD = "Choose a LoRA without it, or use ComfyUI's Load Diffusion Model for this one."
 
 # Adapter -> what the entries of its `weights` are; see the `load` of each in comfy/weight_adapter.
 ROLES: Mapping[type, tuple[str, ...]] = {

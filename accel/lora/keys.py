@@ -10,7 +10,8 @@ from ..errors import LoraError
 from ..files import FLOAT_DTYPES, TensorFile
 from ..layout import LoraTarget, VectorWeight
 from ..spec import ModelSpec
-from .kinds import INSTEAD, Change, Piece, check_change
+from .kinds import Change, check_change
+from .shapes import INSTEAD, Piece
 
 # The end of a key, from one of its last dots on -> role, see `kinds`.
 ROLES: Mapping[str, str] = {

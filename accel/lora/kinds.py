@@ -24,6 +24,7 @@ from ..layout import LoraTarget
 from . import lowrank
 from .kronecker import multiplications
 from .lowrank import Factors, Tolerance
+from .shapes import CHECKS, INSTEAD, LOHA, Piece, Shapes, check_companions
 from .weights import (
     KroneckerLayer,
     Layer,
@@ -37,14 +38,11 @@ from .weights import (
     to_float,
 )
 
-INSTEAD = "Choose a LoRA without it, or use ComfyUI's Load Diffusion Model for this one."
-
 # Kind -> the roles that make it, and those that may come with it. A factor of LoKr is one matrix or a product of two.
-_LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 _LOKR = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")
 COMPANIONS: Mapping[str, tuple[str, ...]] = {
     "LoRA": ("A", "B", "mid", "alpha", "dora_scale", "magnitude", "up_bias"),
-    "LoHa": (*_LOHA, "hada_t1", "hada_t2", "alpha", "dora_scale"),
+    "LoHa": (*LOHA, "hada_t1", "hada_t2", "alpha", "dora_scale"),
     "LoKr": (*_LOKR, "lokr_t2", "alpha", "dora_scale"),
     "OFT": ("oft_blocks", "rescale", "alpha"),
     "bias": (),
@@ -60,14 +58,6 @@ REFUSED: Mapping[str, str] = {
     "w_norm": "a norm's difference on a linear layer",
     "b_norm": "a norm's bias, which FLUX.1 does not have",
 }
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A tensor of a change before its values are read."""
-
-    key: str
-    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -133,11 +123,9 @@ def check_change(source: str, name: str, target: LoraTarget, pieces: Mapping[str
     for role, piece in pieces.items():
         if role not in COMPANIONS[kind] and role != "diff_b":
             raise LoraError(f"{source}: '{piece.key}' does not belong with the {kind} on '{name}'. {INSTEAD}")
-    shapes = _Shapes(source, name, target, pieces)
-    rank = {"LoRA": _check_lora, "LoHa": _check_loha, "LoKr": _check_lokr, "OFT": _check_oft, "bias": _check_bias}[
-        kind
-    ](shapes)
-    _check_companions(shapes, kind)
+    shapes = Shapes(source, name, target, pieces)
+    rank = CHECKS[kind](shapes)
+    check_companions(shapes)
     return Change(source, name, target, kind, pieces, rank)
 
 
@@ -191,7 +179,7 @@ def product_factors(change: Change, tensors: Mapping[str, Tensor], tolerance: To
         LoraError: even the largest allowed rank leaves too large an error.
     """
     values = {role: to_float(tensor) for role, tensor in tensors.items() if role not in ("alpha", "dora_scale")}
-    sides = [values[role] for role in _LOHA]
+    sides = [values[role] for role in LOHA]
     if "hada_t1" in values:
         sides = [
             sides[0].T,
@@ -230,168 +218,6 @@ def _kind(source: str, name: str, pieces: Mapping[str, Piece]) -> str:
     raise LoraError(
         f"{source}: {keys} of '{name}' scale a change that is not there. The file is incomplete: get it again."
     )
-
-
-class _Shapes:
-    """Checks the shapes of one change and words what is wrong with one."""
-
-    def __init__(self, source: str, name: str, target: LoraTarget, pieces: Mapping[str, Piece]) -> None:
-        self.source, self.name, self.target, self.pieces = source, name, target, pieces
-
-    def __contains__(self, role: str) -> bool:
-        return role in self.pieces
-
-    def matrix(self, role: str) -> tuple[int, int]:
-        """Rows and columns of a matrix, which may be stored as a 1x1 convolution."""
-        shape = self._shape(role)
-        if len(shape) < 2 or any(size != 1 for size in shape[2:]) or 0 in shape:
-            raise LoraError(
-                f"{self.source}: '{self.pieces[role].key}' is {shape}, expected a matrix (or a 1x1 convolution): this "
-                "file is for a model of another size or kind."
-            )
-        return shape[0], shape[1]
-
-    def expect(self, role: str, good: bool, expected: str) -> None:
-        """Raise unless a shape is as expected."""
-        if not good:
-            raise LoraError(
-                f"{self.source}: '{self.pieces[role].key}' is {self._shape(role)}, expected {expected}: this file is "
-                "for a model of another size or kind."
-            )
-
-    def vector(self, role: str, size: int) -> None:
-        """Raise unless a tensor has so many elements in one dimension."""
-        shape = self._shape(role)
-        self.expect(role, size in shape and _numel(shape) == size, f"({size},)")
-
-    def need(self, role: str, word: str) -> None:
-        """Raise unless a role is there."""
-        if role not in self.pieces:
-            keys = ", ".join(piece.key for piece in self.pieces.values())
-            raise LoraError(
-                f"{self.source}: '{self.name}' has {keys} but no {word} matrix. The file is incomplete: get it again."
-            )
-
-    def _shape(self, role: str) -> tuple[int, ...]:
-        return self.pieces[role].shape
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
-
-
-def _check_lora(shapes: _Shapes) -> int:
-    target = shapes.target
-    shapes.need("A", "lora_down / lora_A")
-    shapes.need("B", "lora_up / lora_B")
-    rank, columns = shapes.matrix("A")
-    rows, other = shapes.matrix("B")
-    shapes.expect("A", columns == target.in_features, f"(rank, {target.in_features})")
-    shapes.expect("B", rows == target.out_features, f"({target.out_features}, rank)")
-    if rank != other:
-        raise LoraError(
-            f"{shapes.source}: '{shapes.pieces['A'].key}' has rank {rank}, '{shapes.pieces['B'].key}' has rank "
-            f"{other}; they must be equal and at least 1. The file is damaged: get it again."
-        )
-    if "mid" in shapes:
-        shapes.expect("mid", shapes.matrix("mid") == (rank, rank), f"({rank}, {rank}, 1, 1)")
-    return rank
-
-
-def _check_loha(shapes: _Shapes) -> int:
-    target, ranks = shapes.target, []
-    for role in _LOHA:
-        shapes.need(role, role)
-    if ("hada_t1" in shapes) != ("hada_t2" in shapes):
-        shapes.need("hada_t1", "hada_t1")
-        shapes.need("hada_t2", "hada_t2")
-    for number in "12":
-        left, right, middle = f"hada_w{number}_a", f"hada_w{number}_b", f"hada_t{number}"
-        rank, columns = shapes.matrix(right)
-        expected = (rank, target.out_features) if middle in shapes else (target.out_features, rank)
-        shapes.expect(right, columns == target.in_features, f"(rank, {target.in_features})")
-        shapes.expect(left, shapes.matrix(left) == expected, str(expected))
-        if middle in shapes:
-            shapes.expect(middle, shapes.matrix(middle) == (rank, rank), f"({rank}, {rank}, 1, 1)")
-        ranks.append(rank)
-    return ranks[0] * ranks[1]
-
-
-def _check_lokr(shapes: _Shapes) -> int:
-    target = shapes.target
-    if "lokr_t2" in shapes and ("lokr_w2" in shapes or "lokr_w2_b" not in shapes):
-        shapes.expect("lokr_t2", False, "no middle matrix beside a whole lokr_w2")
-    sizes = [_check_kron_side(shapes, role) for role in ("lokr_w1", "lokr_w2")]
-    (rows1, columns1, rank1), (rows2, columns2, rank2) = sizes
-    role = "lokr_w1" if "lokr_w1" in shapes else "lokr_w1_a"
-    shapes.expect(
-        role,
-        rows1 * rows2 == target.out_features and columns1 * columns2 == target.in_features,
-        f"a factor of ({target.out_features}, {target.in_features}) beside one of ({rows2}, {columns2})",
-    )
-    return rank1 * rank2
-
-
-def _check_kron_side(shapes: _Shapes, role: str) -> tuple[int, int, int]:
-    """Rows, columns and rank of one factor."""
-    if role in shapes:
-        for half in (f"{role}_a", f"{role}_b"):
-            if half in shapes:
-                shapes.expect(half, False, f"no such matrix beside {role}")
-        rows, columns = shapes.matrix(role)
-        return rows, columns, min(rows, columns)
-    left, right = f"{role}_a", f"{role}_b"
-    shapes.need(left, role)
-    shapes.need(right, right)
-    rank, columns = shapes.matrix(right)
-    tucker = role == "lokr_w2" and "lokr_t2" in shapes
-    shape = shapes.matrix(left)
-    rows, other = (shape[1], shape[0]) if tucker else shape
-    shapes.expect(left, other == rank, f"(rows, {rank})")
-    if tucker:
-        shapes.expect("lokr_t2", shapes.matrix("lokr_t2") == (rank, rank), f"({rank}, {rank}, 1, 1)")
-    return rows, columns, rank
-
-
-def _check_oft(shapes: _Shapes) -> int:
-    shapes.need("oft_blocks", "oft_blocks")
-    shape, out_features = shapes.pieces["oft_blocks"].shape, shapes.target.out_features
-    if len(shape) == 4:
-        raise LoraError(
-            f"{shapes.source}: '{shapes.pieces['oft_blocks'].key}' is BOFT, whose butterfly mixes all rows of the "
-            f"weight: beside the weights it would cost another one of its size. {INSTEAD}"
-        )
-    good = len(shape) == 3 and shape[1] == shape[2] and shape[0] * shape[1] == out_features and shape[1] > 1
-    shapes.expect("oft_blocks", good, f"(blocks, b, b) with blocks · b = {out_features}")
-    return 0
-
-
-def _check_bias(shapes: _Shapes) -> int:
-    return 0
-
-
-def _check_companions(shapes: _Shapes, kind: str) -> None:
-    out_features = shapes.target.out_features
-    for role in ("diff_b", "up_bias", "magnitude"):
-        if role in shapes:
-            shapes.vector(role, out_features)
-    if "alpha" in shapes:
-        shapes.expect("alpha", _numel(shapes.pieces["alpha"].shape) == 1, "one number")
-    if "dora_scale" in shapes:
-        piece = shapes.pieces["dora_scale"]
-        if piece.shape == (1, shapes.target.in_features):
-            raise LoraError(
-                f"{shapes.source}: '{piece.key}' is a DoRA over the input's columns, which scales the weight from "
-                f"the right; only one over the output's rows can be carried. {INSTEAD}"
-            )
-        shapes.expect("dora_scale", piece.shape == (out_features, 1), f"({out_features}, 1)")
-        if "magnitude" in shapes:
-            shapes.expect("magnitude", False, "no second magnitude beside dora_scale")
-    if "magnitude" in shapes and "up_bias" in shapes:
-        shapes.expect("up_bias", False, "no bias beside DoRA")
 
 
 def _alpha_scale(change: Change, tensors: Mapping[str, Tensor]) -> float:

@@ -14,8 +14,9 @@ from ..errors import LoraError
 from ..files import FLOAT_DTYPES, FileIdentity
 from ..layout import LoraTarget, VectorWeight
 from .file import make_report
-from .kinds import Piece, check_change, convert, product_factors
+from .kinds import check_change, convert, product_factors
 from .lowrank import Tolerance
+from .shapes import Piece
 from .weights import Layer, LoraWeights, VectorLayer, check_finite, to_float
 
 SOURCE = "LoRA"
