@@ -113,7 +113,7 @@ class Engine:
             settings: how to build the engine.
             observer: hears of what takes long.
             pools: what LoRAs may keep of the memory; by default `PoolBudgets.of_free_memory`, taken at each `load`.
-            lora_cache: folder for LoRA matrices that are slow to compute (LoHa); None computes them each time.
+            lora_cache: folder for LoRA matrices that are slow to compute; None computes them each time.
             compile_cache: keeps compiled code for the next start; None leaves that to torch's own cache.
             plan: what of the weights stays on the device, or what decides it, called at each `load`; None: everything.
             memory: of the device; by default as `offload.memory.memory_of` has it.
@@ -145,6 +145,7 @@ class Engine:
         self._memory = memory or memory_of(self.device)
         self._weights: Weights | None = None
         budgets = self._budgets(reserved_bytes=self.bytes)
+        self.lora_cache = lora_cache
         self._library = LoraLibrary(spec, self.dtype, self.device, budgets, lora_cache, self._memory)
         self._lock = threading.RLock()
         self._model: nn.Module | None = None

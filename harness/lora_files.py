@@ -387,6 +387,13 @@ def kind_tensors(kind: str, shape: tuple[int, int], *, rank: int = 4, alpha: flo
             "lokr_w1": normal(rows1, columns1), "lokr_w2_a": normal(rank, rows2, std=rms / math.sqrt(rank)),
             "lokr_w2_b": normal(rank, columns2), "lokr_t2": normal(rank, rank, 1, 1, std=1.0 / math.sqrt(rank)),
         }
+    elif kind in ("GLoRA", "GLoRA old"):
+        a, b = normal(columns, rank, std=0.3 / math.sqrt(columns)), normal(rank, columns, std=1.0 / math.sqrt(rank))
+        up, down = normal(rows, rank, std=rms / math.sqrt(rank)), normal(rank, columns)
+        order = (a, b, up, down) if kind == "GLoRA" else (b, a, down, up)
+        tensors = {f"{name}.weight": value for name, value in zip(("a1", "a2", "b1", "b2"), order, strict=True)}
+    elif kind == "difference":
+        tensors = {"diff": normal(rows, rank, std=rms / math.sqrt(rank)) @ normal(rank, columns)}
     elif kind == "OFT":
         tensors = {"oft_blocks": normal(rows // 16, 16, 16, std=0.05)}
     elif kind == "bias":
@@ -395,14 +402,15 @@ def kind_tensors(kind: str, shape: tuple[int, int], *, rank: int = 4, alpha: flo
         raise ValueError(f"The kind of change {kind!r} is not known; expected one of {', '.join(KINDS)}.")
     if kind.endswith(" DoRA") and not kind.startswith("PEFT"):
         tensors["dora_scale"] = lengths
-    if alpha is not None and kind != "bias":
+    if alpha is not None and kind not in ("bias", "difference"):
         tensors["alpha"] = torch.tensor(alpha)
     return tensors
 
 
 KINDS = (
     "LoRA", "LoRA 1x1", "LoCon", "DoRA", "PEFT DoRA", "PEFT bias", "LoHa", "LoHa DoRA", "LoHa Tucker", "LoKr",
-    "LoKr DoRA", "LoKr products", "LoKr full", "LoKr full DoRA", "LoKr Tucker", "OFT", "bias",
+    "LoKr DoRA", "LoKr products", "LoKr full", "LoKr full DoRA", "LoKr Tucker", "GLoRA", "GLoRA old", "difference",
+    "OFT", "bias",
 )
 """Kinds of change of a linear. The names of PEFT's own are read by PEFT and diffusers, not by ComfyUI."""
 

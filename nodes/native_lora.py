@@ -6,10 +6,11 @@ the names of ComfyUI's FLUX model. File names are lost on the way, so these LoRA
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
-from comfy.weight_adapter import LoHaAdapter, LoKrAdapter, LoRAAdapter, OFTAdapter
+from comfy.weight_adapter import GLoRAAdapter, LoHaAdapter, LoKrAdapter, LoRAAdapter, OFTAdapter
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -30,6 +31,7 @@ ROLES: Mapping[type, tuple[str, ...]] = {
     LoKrAdapter: (
         "lokr_w1", "lokr_w2", "alpha", "lokr_w1_a", "lokr_w1_b", "lokr_w2_a", "lokr_w2_b", "lokr_t2", "dora_scale",
     ),
+    GLoRAAdapter: ("a1", "a2", "b1", "b2", "alpha", "dora_scale"),
     OFTAdapter: ("oft_blocks", "rescale", "alpha", "dora_scale"),
 }
 
@@ -37,8 +39,14 @@ ROLES: Mapping[type, tuple[str, ...]] = {
 class NativeLoras:
     """Reads patches for one model."""
 
-    def __init__(self, layout: Layout) -> None:
-        """Know the linears and norms by the names that patches use."""
+    def __init__(self, layout: Layout, cache_dir: str | os.PathLike[str] | None) -> None:
+        """Know the linears and norms by the names that patches use.
+
+        Args:
+            layout: of the model.
+            cache_dir: where matrices that are slow to compute are kept on disk; None computes them each time.
+        """
+        self._cache_dir = cache_dir
         self._linears = {f"{PREFIX}{linear.name}": linear for linear in layout.linears}
         # ComfyUI calls a norm's scale `scale` up to 0.18 and `weight` later.
         self._norms = {
@@ -69,7 +77,10 @@ class NativeLoras:
             )
         if not ours:
             return None, []
-        return from_patches([self._patch(key, patches[key]) for key in ours], self._digest), ours
+        return self._weights(patches, ours), ours
+
+    def _weights(self, patches: Mapping[Any, Any], keys: list[Any]) -> LoraWeights:
+        return from_patches([self._patch(key, patches[key]) for key in keys], self._digest, cache_dir=self._cache_dir)
 
     def _patch(self, key: Any, patch: Any) -> LinearPatch | NormPatch:
         name = _name(key)
@@ -77,14 +88,17 @@ class NativeLoras:
             return _norm_patch(name, self._norms[name], patch)
         module, _, end = name.rpartition(".")
         linear = self._linears.get(module)
-        if linear is not None and end == "bias" and isinstance(key, str) and _is_difference(patch):
-            return LinearPatch(name, _target(key, linear), {"diff_b": patch[1][0]})
+        if linear is not None and _is_difference(patch):
+            if end == "weight":
+                return LinearPatch(name, _target(key, linear), {"diff": patch[1][0]})
+            if end == "bias" and isinstance(key, str):
+                return LinearPatch(name, _target(key, linear), {"diff_b": patch[1][0]})
         roles = ROLES.get(type(patch))
         if linear is None or end != "weight" or roles is None:
             kind = type(patch).__name__ if not isinstance(patch, tuple) else f"'{patch[0]}' patch"
             raise LoraError(
-                f"LoRA: '{name}' has a {kind}, expected a low-rank change or a rotation of a linear layer's weight, or "
-                f"a difference of a bias or norm. The accelerated model cannot carry it. {INSTEAD}"
+                f"LoRA: '{name}' has a {kind}, expected a low-rank change, a rotation or a difference of a linear "
+                f"layer's weight, or a difference of a bias or norm. The accelerated model cannot carry it. {INSTEAD}"
             )
         values = {role: value for role, value in zip(roles, patch.weights, strict=True) if value is not None}
         if "reshape_weight" in values:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 import accel.lora.bulk
 from accel.checkpoint import inspect_checkpoint
 from accel.errors import LoraError
+from accel.lora import lowrank
 from accel.lora.buffers import HostBuffers
 from accel.lora.bulk import max_magnitude
 from accel.lora.compose import mix
@@ -175,7 +176,10 @@ def test_every_kind_equals_stock(tmp_path, spec, tensors, base, stock, checkpoin
     assert_same(ours([(path, strength)], spec, base), expected, tensors)
 
 
-@pytest.mark.parametrize("kind", ["LoKr", "LoHa", "DoRA", "OFT", "LoKr products", "LoKr full", "LoKr full DoRA"])
+@pytest.mark.parametrize(
+    "kind",
+    ["LoKr", "LoHa", "DoRA", "OFT", "LoKr products", "LoKr full", "LoKr full DoRA", "GLoRA", "GLoRA old", "difference"],
+)
 def test_kinds_in_split_names_equal_stock(tmp_path, spec, tensors, base, stock, checkpoint, kind):
     # ComfyUI adds a DoRA's or OFT's change to norm_out with its halves exchanged, but not what multiplies them.
     file = kind_state_dict(kind, "lycoris", targets=lambda module: not module.startswith("final_layer.adaLN"))
@@ -193,13 +197,14 @@ def test_norms_equal_stock(tmp_path, spec, tensors, base, stock, checkpoint, for
 
 
 def test_a_stack_of_everything_equals_stock(tmp_path, spec, tensors, base, stock, checkpoint):
-    """DoRA and OFT twice each, among others, in both orders: composition depends on the order."""
-    names = ["DoRA", "LoKr full", "OFT", "LoRA", "LoKr full DoRA", "OFT", "bias", "LoKr DoRA", "LoHa", "DoRA"]
+    """DoRA, OFT and GLoRA twice each, among others, in both orders: composition depends on the order."""
+    names = ["DoRA", "GLoRA", "LoKr full", "OFT", "LoRA", "LoKr full DoRA", "OFT", "bias", "LoKr DoRA", "LoHa", "DoRA"]
+    names.append("GLoRA old")
     files = [
         write(tmp_path, f"{number}", kind_state_dict(kind, seed=number, alpha=2.0))
         for number, kind in enumerate(names)
     ]
-    loras = list(zip(files, (0.8, -0.6, 0.5, -0.7, 0.9, 1.0, 0.9, 0.3, 0.4, 0.6), strict=True))
+    loras = list(zip(files, (0.8, 0.9, -0.6, 0.5, -0.7, 0.9, 1.0, 0.9, 0.3, 0.4, 0.6, -0.5), strict=True))
     for order in (loras, loras[::-1], [loras[0], loras[0], loras[2]]):
         assert_same(ours(order, spec, base), stock.merge(checkpoint, order), tensors, 1e-4)
 
@@ -302,8 +307,13 @@ def test_metadata_that_contradicts_the_matrices_is_refused(tmp_path, spec):
 LAYER = "diffusion_model.double_blocks.0.img_attn.proj"
 REFUSED = {
     "BOFT": ({f"{LAYER}.oft_blocks": torch.zeros(2, 16, 16, 16)}, "BOFT"),
-    "GLoRA": ({f"{LAYER}.a1.weight": torch.zeros(4, 256)}, "GLoRA"),
-    "whole difference": ({f"{LAYER}.diff": torch.zeros(256, 256)}, "difference of a whole weight"),
+    "a quarter of a GLoRA": ({f"{LAYER}.a1.weight": torch.zeros(4, 256)}, "no a2 matrix"),
+    "GLoRA of another size": (
+        {f"{LAYER}.{part}.weight": torch.zeros(4, 256) for part in ("a1", "a2", "b1", "b2")}, "expected (256, 4)"),
+    "DoRA over GLoRA": (
+        {**kind_state_dict("GLoRA", targets=lambda m: m == "double_blocks.0.img_attn.proj"),
+         f"{LAYER}.dora_scale": torch.ones(256, 1)}, "does not belong with the GLoRA"),
+    "difference of another size": ({f"{LAYER}.diff": torch.zeros(256, 512)}, "expected (256, 256)"),
     "whole weight": ({f"{LAYER}.set_weight": torch.zeros(256, 256)}, "whole weight"),
     "PEFT's OFT": ({f"{LAYER}.oft_R.weight": torch.zeros(4, 120)}, "rotates the layer's input"),
     "OFT across q, k and v": (
@@ -401,6 +411,65 @@ def test_a_loha_that_no_rank_fits_is_refused(tmp_path, spec):
         read_lora(str(path), spec, tolerance=Tolerance(max_rank=8))
 
 
+def difference(rank, noise, module="double_blocks.0.img_mlp.0", shape=(1024, 256)):
+    generator = torch.Generator().manual_seed(rank)
+    low_rank = torch.randn(shape[0], rank, generator=generator) @ torch.randn(rank, shape[1], generator=generator)
+    change = 0.02 / rank**0.5 * (low_rank + noise * rank**0.5 * torch.randn(shape, generator=generator))
+    return {f"diffusion_model.{module}.diff": change}
+
+
+def test_a_difference_of_a_whole_weight_is_cut_to_its_rank(tmp_path, spec, tensors, base, stock, checkpoint):
+    """The error that is stated is the one that is there; no noise of a sampler is touched."""
+    file = {**difference(100, 0.003), **difference(5, 0.0, "double_blocks.0.img_attn.proj", (256, 256))}
+    path = write(tmp_path, "difference", file)
+    state = torch.get_rng_state()
+    weights = read_lora(str(path), spec)
+    assert torch.equal(torch.get_rng_state(), state)
+    ranks = {layer.module: layer.rank for layer in weights.layers}
+    assert ranks == {"transformer_blocks.0.ff.net.0.proj": 100, "transformer_blocks.0.attn.to_out.0": 5}
+    expected, actual = stock.merge(checkpoint, [(path, 1.0)]), ours([(path, 1.0)], spec, base)
+    name = "double_blocks.0.img_mlp.0.weight"
+    error = float((actual[name] - expected[name]).norm() / (expected[name] - tensors[name]).norm())
+    assert 0.001 < error < 0.01
+    assert error == pytest.approx(weights.report.max_error, rel=0.02)
+
+
+def test_a_difference_of_an_embedder_is_exact(tmp_path, spec, tensors, base, stock, checkpoint):
+    """Its rank is at most 64, the width of the picture's side."""
+    shapes = {"img_in": (256, 64), "final_layer.linear": (64, 256)}
+    file = {}
+    for module, shape in shapes.items():
+        file |= difference(64, 1.0, module, shape)
+    path = write(tmp_path, "embedders", file)
+    report = read_lora(str(path), spec, cache_dir=tmp_path / "cache").report
+    assert (report.keys_applied, report.keys_approximated) == (2, 0)
+    assert not (tmp_path / "cache").exists()
+    assert_same(ours([(path, 0.7)], spec, base), stock.merge(checkpoint, [(path, 0.7)]), tensors)
+
+
+def test_a_difference_that_no_low_rank_comes_near_is_refused(tmp_path, spec):
+    path = write(tmp_path, "flat", difference(1, 100.0))
+    with pytest.raises(LoraError, match=r"'flat\.safetensors'.*rank 256; the 100 that.*expected at most 10%"):
+        read_lora(str(path), spec, tolerance=Tolerance(max_rank=100))
+
+
+def test_a_sketch_is_as_good_as_the_best():
+    values = torch.logspace(0, -3, 200, dtype=torch.float64).float()
+    u, v = (torch.linalg.qr(torch.randn(size, 200)).Q for size in (700, 500))
+    matrix = (u * values) @ v.T
+    for error, max_rank in ((0.1, 150), (0.01, 150), (0.001, 20), (0.0, 500)):
+        found = lowrank.sketch(matrix, error, max_rank)
+        best = lowrank.compress(lowrank.whole(matrix), error, max_rank)
+        assert found.rank <= best.rank + 1
+        left = float((matrix - found.lora_B @ found.lora_A).norm() / matrix.norm())
+        assert left == pytest.approx(found.error, abs=2e-3 if error == 0.0 else 2e-4)
+        assert found.error <= max(error, 1.02 * best.error + 1e-3)
+        assert found.norm == pytest.approx(best.norm, rel=1e-5)
+    nothing = lowrank.sketch(torch.zeros(300, 200), 0.01, 100)
+    assert (nothing.rank, nothing.error, nothing.norm) == (1, 0.0, 0.0)
+    assert not (nothing.lora_B @ nothing.lora_A).any()
+
+
 def loha(number=0, targets="double_blocks.0"):
     return kind_state_dict("LoHa", rank=12, seed=number, targets=lambda module: module.startswith(targets))
 
@@ -409,7 +478,7 @@ def test_approximations_are_cached_and_rebuilt(tmp_path, spec, monkeypatch):
     path = write(tmp_path, "loha", loha())
     first = read_lora(str(path), spec, cache_dir=tmp_path / "cache")
     (cached,) = (tmp_path / "cache").iterdir()
-    import accel.lora.file as module
+    import accel.lora.factor_cache as module
 
     computed = []
     real = module.product_factors
@@ -691,7 +760,7 @@ def test_a_value_that_is_not_finite_is_named_wherever_it_is(tmp_path, spec, monk
 # Properties.
 
 MODULES = sorted(flux_linears(TINY))
-KINDS = ["LoRA", "DoRA", "LoHa", "LoKr", "LoKr products", "LoKr full", "LoKr full DoRA", "OFT", "bias"]
+KINDS = ["LoRA", "DoRA", "LoHa", "LoKr", "LoKr products", "LoKr full", "LoKr full DoRA", "GLoRA", "OFT", "bias"]
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)

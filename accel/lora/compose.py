@@ -1,8 +1,9 @@
-"""What a stack with DoRA or OFT in it makes of one linear: mixing @ weight + B @ A + Σ mixingᵢ @ kron(leftᵢ, rightᵢ).
+"""What any stack makes of one linear's weight: mixing @ weight + B @ A + Σ mixingᵢ @ kron(leftᵢ, rightᵢ).
 
 Every kind of change keeps this form. A low-rank change adds columns to B, a Kronecker product a term; a rotation T of
-the output gives T @ mixing, T @ B and T @ mixingᵢ; DoRA does the same with a diagonal T, after adding its own. So a
-stack composes exactly, in its order, whatever is in it.
+the output gives T @ mixing, T @ B and T @ mixingᵢ; DoRA does the same with a diagonal T, after adding its own; GLoRA's
+low-rank change of the input adds the columns that the weight so far makes of it. So a stack composes exactly, in its
+order, whatever is in it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LoraError
-from .weights import KroneckerLayer, Layer, LoraLayer, RotationLayer, to_float
+from .weights import InputLayer, KroneckerLayer, Layer, LoraLayer, RotationLayer, reads_weight, to_float
 
 # Rotations with blocks of different sizes share blocks of the least common multiple, up to this size.
 MAX_BLOCK = 2048
@@ -53,7 +54,7 @@ class Composed:
 
     Attributes:
         mixing: (blocks, b, b) float32, a block-diagonal matrix on the rows; None for the identity.
-        lora_A: (rank, in_features) float32: those of the low-rank layers, one below the other.
+        lora_A: (rank, in_features) float32: those of the layers that have one, one below the other.
         lora_B: (out_features, rank) float32, with strength and scale folded in.
         kroneckers: one for each Kronecker layer, in the stack's order.
     """
@@ -66,7 +67,7 @@ class Composed:
 
 def is_plain(layers: Sequence[tuple[Layer, float]]) -> bool:
     """Whether a linear's layers only add to its weight."""
-    return all(not isinstance(layer, RotationLayer) and layer.magnitude is None for layer, _ in layers)
+    return all(not isinstance(layer, RotationLayer) and not reads_weight(layer) for layer, _ in layers)
 
 
 def compose(
@@ -77,7 +78,7 @@ def compose(
     Args:
         name: the module, for `base` and messages.
         layers: in the stack's order, with their strengths.
-        base: asked only where a DoRA is among the layers.
+        base: asked only where a layer depends on the weight.
         shape: (out_features, in_features) of the weight.
 
     Raises:
@@ -90,6 +91,9 @@ def compose(
             # ComfyUI multiplies with the strength twice, see `kinds`.
             turned = torch.eye(layer.turn.shape[1]) + strength**2 * layer.turn
             state = _mix(name, turned, state)
+        elif isinstance(layer, InputLayer):
+            columns = _product(name, state, base, to_float(layer.columns))
+            state = _add(state, LoraLayer(name, layer.lora_A, columns, 1.0), strength * layer.scale)
         elif layer.magnitude is None:
             state = _add(state, layer, strength * layer.scale)
         elif layer.magnitude.after:
@@ -163,6 +167,18 @@ def _diagonal(name: str, gain: Tensor) -> Tensor:
             "for this stack."
         )
     return gain[:, None, None]
+
+
+def _product(name: str, state: Composed, base: BaseWeights, columns: Tensor) -> Tensor:
+    """The changed weight times (in_features, n), without forming it."""
+    product = base.weight(name) @ columns
+    if state.mixing is not None:
+        product = mix(state.mixing, product)
+    product = product + state.lora_B @ (state.lora_A @ columns)
+    for term in state.kroneckers:
+        added = term.layer.product() @ columns
+        product = product.add(added if term.mixing is None else mix(term.mixing, added), alpha=term.factor)
+    return product
 
 
 def _row_lengths(name: str, state: Composed, base: BaseWeights) -> Tensor:

@@ -1,4 +1,4 @@
-"""Low-rank matrices that took seconds to compute, kept on the disk for the next time."""
+"""Low-rank matrices that take seconds to compute, kept on the disk for the next time."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from ..files import FileIdentity
-from .kinds import Change
+from .kinds import Change, product_factors
 from .lowrank import Factors, Tolerance
 
 # Part of every file's name: another way to compute or to store the matrices is another version.
@@ -81,3 +82,63 @@ def _digest(factors: Factors) -> str:
     for matrix in (factors.lora_A, factors.lora_B):
         content.update(memoryview(matrix.contiguous().numpy()).cast("B"))
     return content.hexdigest()
+
+
+class Products:
+    """The low-rank matrices of a LoRA's products: computed when they are asked for, those that were cut once for all.
+
+    Attributes:
+        known: names of changes whose values are not needed, because their matrices were on the disk.
+    """
+
+    def __init__(
+        self,
+        changes: Sequence[Change],
+        identity: FileIdentity,
+        tolerance: Tolerance,
+        cache_dir: str | os.PathLike[str] | None,
+    ) -> None:
+        """Look for what is on the disk.
+
+        Args:
+            changes: all that the LoRA has.
+            identity: of its file or its content.
+            tolerance: how far a product of high rank may be cut.
+            cache_dir: where matrices are kept; None computes them each time.
+        """
+        cut = [change for change in changes if change.approximated(tolerance)]
+        self._tolerance = tolerance
+        self._cache = FactorCache(cache_dir, identity, tolerance) if cut and cache_dir is not None else None
+        found = self._cache.load(cut) if self._cache is not None else None
+        self._names = {change.name for change in cut}
+        self._factors = dict(found or {})
+        self.known = frozenset(self._factors)
+
+    @property
+    def errors(self) -> dict[str, tuple[float, float]]:
+        """Name of a change that was cut -> its relative error and its norm."""
+        return {name: (factors.error, factors.norm) for name, factors in self._factors.items()}
+
+    def of(self, change: Change, tensors: Mapping[str, Tensor]) -> Factors | None:
+        """The matrices of a change; None if it is not a product.
+
+        Args:
+            change: one of those that the LoRA has.
+            tensors: role -> values; only needed if the change is not `known`.
+
+        Raises:
+            LoraError: see `kinds.product_factors`.
+        """
+        if not change.is_product:
+            return None
+        if change.name in self._factors:
+            return self._factors[change.name]
+        factors = product_factors(change, tensors, self._tolerance)
+        if change.name in self._names:
+            self._factors[change.name] = factors
+        return factors
+
+    def store(self) -> None:
+        """Keep what was computed for the next time; call it when all are."""
+        if self._cache is not None and not self.known:
+            self._cache.store(self._factors)

@@ -14,10 +14,10 @@ from ..files import TensorFile, read_header
 from ..spec import ModelSpec
 from .buffers import HostBuffers
 from .bulk import BulkReader
-from .factor_cache import FactorCache
+from .factor_cache import Products
 from .keys import FileKeys, VectorChange, account, name_format, plain_keys
-from .kinds import Change, convert, product_factors
-from .lowrank import Factors, Tolerance
+from .kinds import Change, convert
+from .lowrank import Tolerance
 from .metadata import adapter_config
 from .report import LoraReport, overall_error
 from .weights import Layer, LoraLayer, LoraWeights, VectorLayer, check_finite, to_float
@@ -36,7 +36,7 @@ def read_lora(
         path: a safetensors file.
         spec: the model that it must fit.
         cache_dir: where matrices that are slow to compute are kept; None computes them each time.
-        tolerance: how far a LoHa of high rank may be cut.
+        tolerance: how far a product of high rank may be cut.
         buffers: where memory comes from; None takes it from the system, which is slower.
 
     Returns:
@@ -51,11 +51,8 @@ def read_lora(
     with torch.inference_mode(False), torch.no_grad(), BulkReader(file, plain_keys(file), buffers) as ahead:
         keys = account(file, spec)
         config = adapter_config(file)
-        cut = [change for change in keys.changes if change.approximated(tolerance)]
-        cache = FactorCache(cache_dir, file.identity, tolerance) if cut and cache_dir is not None else None
-        known = cache.load(cut) if cache is not None else None
-        factors = known or {}
-        wanted = _wanted(keys, factors)
+        products = Products(keys.changes, file.identity, tolerance, cache_dir)
+        wanted = _wanted(keys, products.known)
         with BulkReader(file, wanted - ahead.keys, buffers) as rest:
             values = _Values(file, keys, wanted, (ahead, rest))
             vectors = [
@@ -66,20 +63,16 @@ def read_lora(
             # Each as soon as it is read, while the next ones come.
             for change in keys.changes:
                 tensors = values.of(change)
-                if change.kind == "LoHa" and change.name not in factors:
-                    factors[change.name] = product_factors(change, tensors, tolerance)
                 scale = None
                 if config is not None and change.kind == "LoRA" and "alpha" not in change.pieces:
                     scale = config.scale(change.name, change.rank)
-                converted = convert(change, tensors, scale, factors.get(change.name), tolerance)
+                converted = convert(change, tensors, scale, products.of(change, tensors), tolerance)
                 layers += converted.layers
                 vectors += converted.vectors
-        if cache is not None and known is None:
-            cache.store({change.name: factors[change.name] for change in cut})
-    errors = {change.name: (factors[change.name].error, factors[change.name].norm) for change in cut}
+        products.store()
     # What was computed may be larger than what was read.
     computed = any(change.kind != "LoRA" or "mid" in change.pieces for change in keys.changes)
-    report = make_report(name_format(file), keys.changes, layers, vectors, errors, len(keys.text_encoder))
+    report = make_report(name_format(file), keys.changes, layers, vectors, products.errors, len(keys.text_encoder))
     return LoraWeights(
         file.identity, tuple(layers), keys.text_encoder, tuple(vectors), math.inf if computed else values.peak, report
     )
@@ -130,7 +123,7 @@ def make_report(
     )
 
 
-def _wanted(keys: FileKeys, known: Mapping[str, Factors]) -> set[str]:
+def _wanted(keys: FileKeys, known: Collection[str]) -> set[str]:
     """Keys of all tensors that are needed: not those of matrices that a known product stands for."""
     wanted = {vector.key for vector in keys.vectors}
     for change in keys.changes:

@@ -2,7 +2,7 @@
 
 Stacks are exact: the ranks of all LoRAs on a linear are concatenated, A = [A₁; A₂; …], B = [s₁ B₁, s₂ B₂, …], with
 strength · alpha / rank folded into B in float32. Kronecker products stay side by side, with it folded into the left
-matrix. Where DoRA or OFT is among them, see `compose`.
+matrix. Where DoRA, OFT or GLoRA is among them, see `compose`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .buffers import HostBuffers
 from .compose import BaseWeights, Composed, KroneckerTerm, compose, is_plain
 from .kronecker import Term
 from .stack import StackEntry
-from .weights import KroneckerLayer, Layer, LoraLayer, VectorLayer, to_float
+from .weights import InputLayer, KroneckerLayer, Layer, LoraLayer, VectorLayer, reads_weight, to_float
 
 # GEMMs on a GPU want sizes in multiples of 16 bytes; 16 columns serve every dtype down to float8.
 RANK_ALIGNMENT = 16
@@ -268,7 +268,7 @@ def _divide(
         ]
         return low_rank, kroneckers, None
     result = _compose(module, layers, base)
-    before = [layer for layer, _ in layers if isinstance(layer, LoraLayer)]
+    before = [layer for layer, _ in layers if isinstance(layer, (LoraLayer, InputLayer))]
     # lora_A is what it was, so that the linears of a fused layer go on sharing it.
     columns = result.lora_B.split([layer.rank for layer in before], dim=1) if before else ()
     low_rank = [
@@ -278,15 +278,11 @@ def _divide(
 
 
 def _compose(module: str, layers: Layers, base: BaseWeights | None) -> Composed:
-    if base is None and any(getattr(layer, "magnitude", None) is not None for layer, _ in layers):
-        raise ValueError(f"'{module}' has a DoRA, which needs the base weights.")
-    first = layers[0][0]
-    low_rank = [layer for layer, _ in layers if isinstance(layer, LoraLayer)]
-    if isinstance(first, LoraLayer):
-        rows = first.lora_B.shape[0]
-    else:
-        rows = first.rows if isinstance(first, KroneckerLayer) else first.turn.shape[0] * first.turn.shape[1]
-    return compose(module, layers, base, (rows, low_rank[0].lora_A.shape[1] if low_rank else 0))
+    if base is None and any(reads_weight(layer) for layer, _ in layers):
+        raise ValueError(f"'{module}' has a DoRA or GLoRA, which needs the base weights.")
+    low_rank = [layer for layer, _ in layers if isinstance(layer, (LoraLayer, InputLayer))]
+    shape = layers[0][0].rows, low_rank[0].lora_A.shape[1] if low_rank else 0
+    return compose(module, layers, base, shape)
 
 
 def _vectors(entries: Sequence[StackEntry], base: BaseWeights | None) -> dict[str, Tensor]:

@@ -48,7 +48,7 @@ ROLES: Mapping[str, str] = {
     ".diff": "diff",
     ".set_weight": "set_weight",
     ".reshape_weight": "reshape_weight",
-    **{f".{part}.weight": "glora" for part in ("a1", "a2", "b1", "b2")},
+    **{f".{part}.weight": part for part in ("a1", "a2", "b1", "b2")},
     ".oft_R.weight": "oft_R",
     ".on_input": "ia3",
     ".w_norm": "w_norm",

@@ -6,6 +6,8 @@ The arithmetic is that of comfy/weight_adapter (ComfyUI 0.30), which is what a L
     LoHa       s · alpha / rank · (w1_a @ w1_b) * (w2_a @ w2_b)
     LoKr       s · alpha / rank · kron(w1, w2); alpha counts only if w1 or w2 is a product. Never formed, never cut: it
                is carried as w1 and w2, or as a LoRA where its rank is so low that this is less work
+    GLoRA      s · alpha / rank · (weight @ a1 @ a2 + b1 @ b2); in older files a1 and a2, b1 and b2 are exchanged
+    difference s · diff, as large as the weight: of a low rank, or cut to one
     OFT        s² · (R - I)ᵀ @ weight, R the Cayley transform of skew blocks; s² is ComfyUI's, which multiplies twice
     DoRA       (1 - s) · weight + s · m / ‖rows of weight‖ · (weight + change), over any kind but OFT
     PEFT DoRA  m / ‖rows of weight + s · change‖ · (weight + s · change): peft/tuners/lora/dora.py
@@ -24,8 +26,9 @@ from ..layout import LoraTarget
 from . import lowrank
 from .kronecker import multiplications
 from .lowrank import Factors, Tolerance
-from .shapes import CHECKS, INSTEAD, LOHA, Piece, Shapes, check_companions
+from .shapes import CHECKS, INSTEAD, LOHA, Piece, Shapes, check_companions, glora_roles
 from .weights import (
+    InputLayer,
     KroneckerLayer,
     Layer,
     LoraLayer,
@@ -44,15 +47,15 @@ COMPANIONS: Mapping[str, tuple[str, ...]] = {
     "LoRA": ("A", "B", "mid", "alpha", "dora_scale", "magnitude", "up_bias"),
     "LoHa": (*LOHA, "hada_t1", "hada_t2", "alpha", "dora_scale"),
     "LoKr": (*_LOKR, "lokr_t2", "alpha", "dora_scale"),
+    "GLoRA": ("a1", "a2", "b1", "b2", "alpha"),
     "OFT": ("oft_blocks", "rescale", "alpha"),
+    "difference": ("diff",),
     "bias": (),
 }
 # Roles that cannot be carried beside the weights -> why.
 REFUSED: Mapping[str, str] = {
-    "diff": "a difference of a whole weight, which is as large as the model",
     "set_weight": "a whole weight, which is as large as the model",
     "reshape_weight": "a reshaped weight, as BFL's control LoRAs have: the model's input has another width then",
-    "glora": "GLoRA, which multiplies the weight from the right",
     "oft_R": "PEFT's or OneTrainer's OFT, which rotates the layer's input",
     "ia3": "IA3",
     "w_norm": "a norm's difference on a linear layer",
@@ -92,9 +95,14 @@ class Change:
             return frozenset((self.pieces["alpha"].key,))
         return frozenset()
 
+    @property
+    def is_product(self) -> bool:
+        """Whether `product_factors` makes its low-rank matrices."""
+        return self.kind in ("LoHa", "difference")
+
     def approximated(self, tolerance: Tolerance) -> bool:
         """Whether it may be cut to a lower rank."""
-        return self.kind == "LoHa" and self.rank > tolerance.exact_rank
+        return self.is_product and self.rank > tolerance.exact_rank
 
 
 @dataclass(frozen=True)
@@ -142,7 +150,7 @@ def convert(
         change: checked by `check_change`.
         tensors: role -> values, finite; the ones that `factors` stands for may be missing.
         scale: of the low-rank product, in place of alpha / rank; from the metadata of PEFT's files.
-        factors: of a LoHa, see `product_factors`.
+        factors: of a product, see `product_factors`.
         tolerance: up to which rank a LoKr may become a LoRA.
 
     Raises:
@@ -156,6 +164,8 @@ def convert(
         layers += split_rotation(f"{change.source}: '{change.name}'", change.target, _turn(change, tensors))
     elif change.kind == "LoKr":
         layers += _split_lokr(change, tensors, tolerance)
+    elif change.kind == "GLoRA":
+        layers += _split_glora(change, tensors)
     elif change.kind != "bias":
         if factors is not None:
             lora_A, lora_B = factors.lora_A, factors.lora_B
@@ -173,23 +183,19 @@ def convert(
 
 
 def product_factors(change: Change, tensors: Mapping[str, Tensor], tolerance: Tolerance) -> Factors:
-    """The low-rank matrices of a LoHa, without alpha: exact, or cut as the tolerance says.
+    """The low-rank matrices of a LoHa or of a difference, without alpha: exact, or cut as the tolerance says.
 
     Raises:
         LoraError: even the largest allowed rank leaves too large an error.
     """
-    values = {role: to_float(tensor) for role, tensor in tensors.items() if role not in ("alpha", "dora_scale")}
-    sides = [values[role] for role in LOHA]
-    if "hada_t1" in values:
-        sides = [
-            sides[0].T,
-            values["hada_t1"].flatten(1) @ sides[1],
-            sides[2].T,
-            values["hada_t2"].flatten(1) @ sides[3],
-        ]
-    factors = lowrank.hadamard(*sides)
-    if change.approximated(tolerance):
-        factors = lowrank.compress(factors, tolerance.error, tolerance.max_rank)
+    cut = change.approximated(tolerance)
+    if change.kind == "difference":
+        matrix = to_float(tensors["diff"]).flatten(1)
+        factors = lowrank.sketch(matrix, tolerance.error, tolerance.max_rank) if cut else lowrank.whole(matrix)
+    else:
+        factors = _hadamard(tensors)
+        if cut:
+            factors = lowrank.compress(factors, tolerance.error, tolerance.max_rank)
     if factors.error > tolerance.max_error:
         raise LoraError(
             f"{change.source}: the {change.kind} on '{change.name}' has rank {change.rank}; the {tolerance.max_rank} "
@@ -197,6 +203,14 @@ def product_factors(change: Change, tensors: Mapping[str, Tensor], tolerance: To
             f"{tolerance.max_error:.0%}. Use ComfyUI's Load Diffusion Model for this file, or one of lower rank."
         )
     return factors
+
+
+def _hadamard(tensors: Mapping[str, Tensor]) -> Factors:
+    sides = [to_float(tensors[role]).flatten(1) for role in LOHA]
+    if "hada_t1" in tensors:
+        middles = [to_float(tensors[role]).flatten(1) for role in ("hada_t1", "hada_t2")]
+        sides = [sides[0].T, middles[0] @ sides[1], sides[2].T, middles[1] @ sides[3]]
+    return lowrank.hadamard(*sides)
 
 
 def _kind(source: str, name: str, pieces: Mapping[str, Piece]) -> str:
@@ -225,7 +239,7 @@ def _alpha_scale(change: Change, tensors: Mapping[str, Tensor]) -> float:
     if "alpha" not in tensors:
         return 1.0
     alpha = float(tensors["alpha"])
-    if change.kind == "LoRA":
+    if change.kind in ("LoRA", "GLoRA"):
         return alpha / change.rank
     # LoKr: of the last factor that is a product; with none, ComfyUI and LyCORIS ignore alpha.
     roles = ("hada_w1_b",) if change.kind == "LoHa" else ("lokr_w2_b", "lokr_w1_b")
@@ -246,6 +260,14 @@ def _split_lokr(
         factors = lowrank.kronecker(*(lowrank.whole(to_float(s)) if isinstance(s, Tensor) else s for s in sides))
         return split(target, factors.lora_A, factors.lora_B, scale, magnitude)
     return split_kronecker(target, left, right, scale, magnitude)
+
+
+def _split_glora(change: Change, tensors: Mapping[str, Tensor]) -> list[Layer]:
+    target, scale = change.target, _alpha_scale(change, tensors)
+    columns, lora_A, up, down = (tensors[role].flatten(1) for role in glora_roles(target, change.pieces))
+    inputs = [InputLayer(part.module, columns, lora_A, scale, part.rows) for part in target.parts]
+    # ComfyUI adds both to the weight at once: what reads the weight comes first.
+    return [*inputs, *split(target, down, up, scale)]
 
 
 def _kron_side(tensors: Mapping[str, Tensor], role: str) -> Tensor | Factors:

@@ -183,7 +183,7 @@ class LoraLibrary:
         if stack.max_rank:
             cut = truncate(flat, stack.max_rank)
             flat, error = cut.flat, cut.overall_error
-        if stack.max_rank or not rescalable(flat):
+        if stack.max_rank or not rescalable(stack.active):
             self._fixed.add((stack.identities, stack.max_rank))
         prepared = Prepared(flat, stack.strengths, error)
         if generation == self._generation:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -13,8 +14,9 @@ from torch import Tensor
 from ..errors import LoraError
 from ..files import FLOAT_DTYPES, FileIdentity
 from ..layout import LoraTarget, VectorWeight
+from .factor_cache import Products
 from .file import make_report
-from .kinds import check_change, convert, product_factors
+from .kinds import Change, check_change, convert
 from .lowrank import Tolerance
 from .shapes import Piece
 from .weights import Layer, LoraWeights, VectorLayer, check_finite, to_float
@@ -58,20 +60,23 @@ def from_patches(
     patches: Iterable[LinearPatch | NormPatch],
     digest: Callable[[str, Tensor], str],
     tolerance: Tolerance = Tolerance(),
+    cache_dir: str | os.PathLike[str] | None = None,
 ) -> LoraWeights:
     """Make weights of tensors in memory, identified by their content.
 
     Args:
         patches: as one LoRA brings them.
         digest: `tensor_digest`, or something that remembers its answers.
-        tolerance: how far a LoHa of high rank may be cut.
+        tolerance: how far a product of high rank may be cut.
+        cache_dir: where matrices that are slow to compute are kept; None computes them each time.
 
     Raises:
         LoraError: a wrong shape, NaN, or a kind that cannot be carried.
     """
     layers: list[Layer] = []
     vectors: list[VectorLayer] = []
-    changes, errors = [], {}
+    changes: list[Change] = []
+    values: list[dict[str, Tensor]] = []
     content = hashlib.blake2b(digest_size=8)
     size = 0
     with torch.inference_mode(False), torch.no_grad():
@@ -92,15 +97,16 @@ def from_patches(
                 said = float(tensor) if role == "alpha" else digest(patch.name, patch.values[role])
                 content.update(f" {role} {said}".encode())
                 size += tensor.nbytes
-            factors = product_factors(change, tensors, tolerance) if change.kind == "LoHa" else None
-            if factors is not None and factors.error:
-                errors[change.name] = (factors.error, factors.norm)
-            converted = convert(change, tensors, None, factors, tolerance)
+            changes.append(change)
+            values.append(tensors)
+        identity = FileIdentity(f"LoRA {content.hexdigest()}", 0, size)
+        products = Products(changes, identity, tolerance, cache_dir)
+        for change, tensors in zip(changes, values, strict=True):
+            converted = convert(change, tensors, None, products.of(change, tensors), tolerance)
             layers += converted.layers
             vectors += converted.vectors
-            changes.append(change)
-    identity = FileIdentity(f"LoRA {content.hexdigest()}", 0, size)
-    report = make_report("patches of another node", changes, layers, vectors, errors, 0)
+        products.store()
+    report = make_report("patches of another node", changes, layers, vectors, products.errors, 0)
     return LoraWeights(identity, tuple(layers), (), tuple(vectors), math.inf, report)
 
 

@@ -19,7 +19,7 @@ from ..errors import LoraError
 from .buffers import HostBuffers
 from .flatten import FlatLora
 from .stack import StackEntry
-from .weights import KroneckerLayer
+from .weights import KroneckerLayer, Layer, RotationLayer, reads_weight
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,15 @@ class _Run:
     largest: tuple[float, ...]
 
 
-def rescalable(flat: FlatLora) -> bool:
-    """Whether a strength changes nothing but lora_B and left matrices."""
-    return not flat.mixing and not flat.vectors
+def rescalable(entries: Sequence[StackEntry]) -> bool:
+    """Whether strengths only multiply lora_B and left matrices."""
+    return all(
+        not entry.weights.vectors and not any(map(_depends, entry.weights.layers)) for entry in entries
+    )
+
+
+def _depends(layer: Layer) -> bool:
+    return isinstance(layer, RotationLayer) or reads_weight(layer)
 
 
 class UnscaledB:

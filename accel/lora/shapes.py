@@ -144,6 +144,39 @@ def _check_kron_side(shapes: Shapes, role: str) -> tuple[int, int, int]:
     return rows, columns, rank
 
 
+def glora_roles(target: LoraTarget, pieces: Mapping[str, Piece]) -> tuple[str, str, str, str]:
+    """The roles of a GLoRA's (in_features, r), (r, in_features), (out_features, r) and (r, in_features), in this order.
+
+    LyCORIS has written them in two ways. Where both are possible, it is the older one, as for ComfyUI.
+    """
+    old, new = ("a2", "a1", "b2", "b1"), ("a1", "a2", "b1", "b2")
+    rank = pieces["a1"].shape[0]
+    expected = _glora_shapes(target, rank)
+    return old if all(pieces[role].shape[:2] == shape for role, shape in zip(old, expected, strict=True)) else new
+
+
+def _glora_shapes(target: LoraTarget, rank: int) -> tuple[tuple[int, int], ...]:
+    down = rank, target.in_features
+    return (target.in_features, rank), down, (target.out_features, rank), down
+
+
+def _check_glora(shapes: Shapes) -> int:
+    for role in ("a1", "a2", "b1", "b2"):
+        shapes.need(role, role)
+        shapes.matrix(role)
+    roles = glora_roles(shapes.target, shapes.pieces)
+    rank = shapes.matrix(roles[1])[0]
+    for role, expected in zip(roles, _glora_shapes(shapes.target, rank), strict=True):
+        shapes.expect(role, shapes.matrix(role) == expected, str(expected))
+    return rank
+
+
+def _check_difference(shapes: Shapes) -> int:
+    expected = shapes.target.out_features, shapes.target.in_features
+    shapes.expect("diff", shapes.matrix("diff") == expected, str(expected))
+    return min(expected)
+
+
 def _check_oft(shapes: Shapes) -> int:
     shapes.need("oft_blocks", "oft_blocks")
     shape, out_features = shapes.pieces["oft_blocks"].shape, shapes.target.out_features
@@ -188,6 +221,8 @@ CHECKS: Mapping[str, Callable[[Shapes], int]] = {
     "LoRA": _check_lora,
     "LoHa": _check_loha,
     "LoKr": _check_lokr,
+    "GLoRA": _check_glora,
     "OFT": _check_oft,
+    "difference": _check_difference,
     "bias": lambda shapes: 0,
 }

@@ -112,16 +112,17 @@ class LoraStack:
                     products += layer.turn.numel()
                     continue
                 kronecker = isinstance(layer, KroneckerLayer)
-                own, common = (layer.left, layer.right) if kronecker else (layer.lora_B, layer.lora_A)
+                own = layer.left.numel() if kronecker else layer.rows * layer.rank
+                common = layer.right if kronecker else layer.lora_A
                 new = 0 if (number, id(common)) in shared else common.numel()
                 shared.add((number, id(common)))
-                elements += own.numel() + new
+                elements += own + new
                 if kronecker:
                     kroneckers.add(layer.module)
-                    products += multiplications(own.shape, common.shape)
+                    products += multiplications(layer.left.shape, common.shape)
                 else:
                     ranks[layer.module] += layer.rank
-                    products += own.numel() + new
+                    products += own + new
         largest, summed = max(ranks.values(), default=0), sum(ranks.values())
         return StackCost(elements, products, len(ranks), len(kroneckers), largest, summed)
 

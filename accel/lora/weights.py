@@ -52,6 +52,11 @@ class LoraLayer:
         """Columns of lora_B."""
         return self.lora_B.shape[1]
 
+    @property
+    def rows(self) -> int:
+        """out_features of the linear."""
+        return self.lora_B.shape[0]
+
 
 @dataclass(frozen=True)
 class KroneckerLayer:
@@ -82,6 +87,30 @@ class KroneckerLayer:
 
 
 @dataclass(frozen=True)
+class InputLayer:
+    """A low-rank change of what one linear reads (GLoRA): weight + scale · (weight @ columns) @ lora_A.
+
+    Attributes:
+        module: the diffusers linear.
+        columns: (in_features, rank) on the CPU, in the file's dtype.
+        lora_A: (rank, in_features), likewise.
+        scale: what the product is multiplied with, besides the strength.
+        rows: out_features of the linear.
+    """
+
+    module: str
+    columns: Tensor
+    lora_A: Tensor
+    scale: float
+    rows: int
+
+    @property
+    def rank(self) -> int:
+        """Rows of lora_A."""
+        return self.lora_A.shape[0]
+
+
+@dataclass(frozen=True)
 class RotationLayer:
     """A block-diagonal rotation of one linear's output (OFT): weight + s² · turn @ weight at strength s.
 
@@ -93,8 +122,13 @@ class RotationLayer:
     module: str
     turn: Tensor
 
+    @property
+    def rows(self) -> int:
+        """out_features of the linear."""
+        return self.turn.shape[0] * self.turn.shape[1]
 
-Layer = LoraLayer | KroneckerLayer | RotationLayer
+
+Layer = LoraLayer | KroneckerLayer | InputLayer | RotationLayer
 
 
 @dataclass(frozen=True)
@@ -142,7 +176,7 @@ class LoraWeights:
     @property
     def needs_base(self) -> bool:
         """Whether applying it takes the model's own weights."""
-        return bool(self.vectors) or any(getattr(layer, "magnitude", None) is not None for layer in self.layers)
+        return bool(self.vectors) or any(map(reads_weight, self.layers))
 
     @property
     def bytes(self) -> int:
@@ -153,9 +187,16 @@ class LoraWeights:
                 tensors.append(layer.turn)
             elif isinstance(layer, KroneckerLayer):
                 tensors += [layer.left, layer.right]
+            elif isinstance(layer, InputLayer):
+                tensors += [layer.columns, layer.lora_A]
             else:
                 tensors += [layer.lora_A, layer.lora_B]
         return sum({id(tensor): tensor.numel() * tensor.element_size() for tensor in tensors}.values())
+
+
+def reads_weight(layer: Layer) -> bool:
+    """Whether what a layer becomes depends on the weight that it changes."""
+    return isinstance(layer, InputLayer) or getattr(layer, "magnitude", None) is not None
 
 
 def split(

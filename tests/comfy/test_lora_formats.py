@@ -27,6 +27,8 @@ def test_formats(comfy, format):
 
 
 KINDS = {
+    "GLoRA": {"alpha": 2.0},
+    "difference": {},
     "LoCon": {}, "LoHa": {"alpha": 2.0}, "LoKr": {"alpha": 2.0}, "LoRA 1x1": {}, "DoRA": {"alpha": 4.0, "rms": 0.01},
     "LoKr DoRA": {"rms": 0.01}, "LoKr full": {}, "LoKr full DoRA": {"rms": 0.01}, "OFT": {}, "bias": {},
 }

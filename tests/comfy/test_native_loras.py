@@ -92,14 +92,14 @@ def test_text_encoder_keys_go_to_the_clip(comfy):
 # Kinds of change that ComfyUI's loader hands over as adapters of their own.
 KINDS = {
     "LoCon": {}, "LoHa": {}, "LoKr": {}, "LoKr products": {}, "LoKr full": {}, "LoKr full DoRA": {"rms": 0.01},
-    "DoRA": {"rms": 0.01}, "OFT": {}, "bias": {},
+    "DoRA": {"rms": 0.01}, "GLoRA": {}, "difference": {}, "OFT": {}, "bias": {},
 }
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_that_our_node_reads(comfy, kind):
     name = f"native-{kind.replace(' ', '-')}.safetensors"
-    comfy.tensors("loras", name, kind_state_dict(kind, **({} if kind == "bias" else {"alpha": 2.0}), **KINDS[kind]))
+    comfy.tensors("loras", name, kind_state_dict(kind, alpha=2.0, **KINDS[kind]))
     picture = Picture(loras=[(name, 0.7)])
     ours, stock = both(comfy, native(picture))
     assert relative_distance(ours, stock) < FP32
@@ -122,19 +122,22 @@ REFUSED = {
     "another width": ("LoraLoaderModelOnly", "lora_wrong_width.safetensors", ["another size", "expected (256, rank)"]),
     "not a number": ("LoraLoaderModelOnly", "lora_nan.safetensors", ["NaN", "choose another file"]),
     "BOFT": ("LoraLoaderModelOnly", "boft.safetensors", ["BOFTAdapter", "Load Diffusion Model"]),
-    "GLoRA": ("LoraLoaderModelOnly", "glora.safetensors", ["GLoRAAdapter", "Load Diffusion Model"]),
+    "DoRA over GLoRA": ("LoraLoaderModelOnly", "glora.safetensors", ["does not belong with the GLoRA"]),
     "DoRA over columns": ("LoraLoaderModelOnly", "columns.safetensors", ["input's columns", "Load Diffusion Model"]),
     "OFT with a DoRA scale": ("LoraLoaderModelOnly", "oft_dora.safetensors", ["does not belong with the OFT"]),
-    "a whole weight": ("LoraLoaderModelOnly", "whole.safetensors", ["'diff' patch", "Load Diffusion Model"]),
+    "a difference of another size": ("LoraLoaderModelOnly", "whole.safetensors", ["expected (256, 256)"]),
     "set": ("LoraLoaderModelOnly", "set.safetensors", ["'set' patch", "Load Diffusion Model"]),
     "reshape": ("LoraLoaderModelOnly", "reshape.safetensors", ["reshaped weight", "Load Diffusion Model"]),
 }
 FILES = {
     "boft": {f"{LAYER}.oft_blocks": torch.zeros(2, 16, 16, 16)},
-    "glora": {f"{LAYER}.{part}.weight": torch.zeros(256, 256) for part in ("a1", "a2", "b1", "b2")},
+    "glora": {
+        **{f"{LAYER}.{part}.weight": torch.zeros(256, 256) for part in ("a1", "a2", "b1", "b2")},
+        f"{LAYER}.dora_scale": torch.ones(256, 1),
+    },
     "columns": {**lora_state_dict("native", rank=4), f"{LAYER}.dora_scale": torch.ones(1, 256)},
     "oft_dora": {f"{LAYER}.oft_blocks": torch.zeros(16, 16, 16), f"{LAYER}.dora_scale": torch.ones(256, 1)},
-    "whole": {f"{LAYER}.diff": torch.zeros(256, 256)},
+    "whole": {f"{LAYER}.diff": torch.zeros(256, 512)},
     "set": {f"{LAYER}.set_weight": torch.zeros(256, 256)},
     "reshape": {
         **lora_state_dict("native", rank=4), f"{LAYER}.reshape_weight": torch.tensor([256, 512]),
