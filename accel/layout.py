@@ -35,12 +35,15 @@ class FusedLinear:
         name: the checkpoint's name without `.weight`, such as `double_blocks.0.img_attn.qkv`.
         parts: the diffusers linears that it holds, in row order, covering all rows.
         swap_halves: the checkpoint stores (shift, scale), diffusers wants (scale, shift).
+        narrow: in_features of the same linear in models that read less, whose inputs are the first of this one's; 0
+            where there are none.
     """
 
     name: str
     in_features: int
     parts: tuple[LinearPart, ...]
     swap_halves: bool = False
+    narrow: int = 0
 
     @property
     def out_features(self) -> int:
@@ -57,12 +60,19 @@ class LoraTarget:
         in_features: columns of lora_A.
         out_features: rows of lora_B.
         swap_halves: lora_B's rows stand in the original checkpoint's order, see `FusedLinear`.
+        narrow: columns of lora_A in a LoRA for models that read less, see `FusedLinear`.
     """
 
     parts: tuple[LinearPart, ...]
     in_features: int
     out_features: int
     swap_halves: bool
+    narrow: int = 0
+
+    @classmethod
+    def whole(cls, linear: FusedLinear) -> LoraTarget:
+        """All of a linear, in the checkpoint's order."""
+        return cls(linear.parts, linear.in_features, linear.out_features, linear.swap_halves, linear.narrow)
 
 
 @dataclass(frozen=True)

@@ -147,6 +147,32 @@ def _xlabs_parts(module: str, config: TinyFluxConfig) -> tuple[Part, ...]:
     return ()
 
 
+def _omi_parts(module: str, config: TinyFluxConfig) -> tuple[Part, ...]:
+    """BFL's names, behind which fused linears are numbered parts; rows stand in BFL's order."""
+    parts = _diffusers_parts(module, config)
+    if len(parts) == 1:
+        return _whole("transformer.img_in.proj" if module == "img_in" else f"transformer.{module}", module, config)
+    return tuple(Part(f"transformer.{module}.{number}", part.rows) for number, part in enumerate(parts))
+
+
+_FUSED = {
+    "img_attn.qkv": "attn.to_qkv",
+    "txt_attn.qkv": "attn.to_added_qkv",
+    "linear1": "attn.to_qkv_mlp_proj",
+    "linear2": "attn.to_out",
+}
+
+
+def _fused_parts(module: str, config: TinyFluxConfig) -> tuple[Part, ...]:
+    """Names of diffusers where q, k and v stay fused."""
+    for suffix, name in _FUSED.items():
+        if module.endswith(f".{suffix}"):
+            kind, index = module.split(".")[:2]
+            block = {"double_blocks": "transformer_blocks", "single_blocks": "single_transformer_blocks"}[kind]
+            return _whole(f"transformer.{block}.{index}.{name}", module, config)
+    return _diffusers_parts(module, config)
+
+
 _CLIP_KOHYA = "lora_te1_text_model_encoder_layers_{layer}_"
 _CLIP_DIFFUSERS = "text_encoder.text_model.encoder.layers.{layer}."
 _PEFT = ("lora_A.weight", "lora_B.weight")
@@ -170,14 +196,20 @@ OTHER_FORMATS: dict[str, LoraFormat] = {
         "lora_A.default.weight", "lora_B.default.weight", _CLIP_DIFFUSERS, "."),
     "bfl": LoraFormat(_original(""), *_PEFT, _CLIP_DIFFUSERS, "."),
     "fal": LoraFormat(_original("base_model.model."), *_PEFT, _CLIP_DIFFUSERS, "."),
+    "omi": LoraFormat(_omi_parts, *_LYCORIS, _CLIP_DIFFUSERS, "."),
+    "diffusers_fused": LoraFormat(_fused_parts, *_PEFT, _CLIP_DIFFUSERS, "."),
+    "simpletuner": LoraFormat(
+        lambda module, config: _diffusers_parts(module, config, "diffusion_model."), *_PEFT, _CLIP_DIFFUSERS, "."),
     "xlabs": LoraFormat(_xlabs_parts, "down.weight", "up.weight", _CLIP_DIFFUSERS, "."),
 }
 """Others' names for the same parts, by the sources that read them (comfy/lora.py, diffusers' lora_conversion_utils.py):
 `diffusers_old` diffusers before PEFT; `onetrainer` OneTrainer; `lycoris` LyCORIS in SimpleTuner; `diffsynth` DiffSynth;
-`bfl` Black Forest Labs; `fal` fal's Kontext trainer; `xlabs` XLabs' x-flux."""
+`bfl` Black Forest Labs; `fal` fal's Kontext trainer; `omi` OneTrainer's newer files; `diffusers_fused` SimpleTuner with
+fused projections; `simpletuner` SimpleTuner for ComfyUI; `xlabs` XLabs' x-flux."""
 
+UNKNOWN_TO_STOCK = ("bfl", "fal", "omi", "diffusers_fused", "simpletuner", "xlabs")
 ALL_FORMATS = {**FORMATS, **OTHER_FORMATS}
-STOCK_FORMATS = tuple(name for name in ALL_FORMATS if name not in ("bfl", "fal", "xlabs"))
+STOCK_FORMATS = tuple(name for name in ALL_FORMATS if name not in UNKNOWN_TO_STOCK)
 """Those that stock ComfyUI reads too, in models of every size (it knows XLabs' names by the last block's)."""
 
 

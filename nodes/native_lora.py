@@ -133,7 +133,7 @@ def _norm_patch(name: str, vector: VectorWeight, patch: Any) -> NormPatch:
 def _target(key: Any, linear: FusedLinear) -> LoraTarget:
     """What a key covers: a whole linear, rows of it `(name, (dim, start, length))`, or `(name, None, function)`."""
     if isinstance(key, str):
-        return LoraTarget(linear.parts, linear.in_features, linear.out_features, linear.swap_halves)
+        return LoraTarget.whole(linear)
     _, rows, *function = key
     if function and function[0] is not None:
         # ComfyUI's only function for FLUX swaps the halves back: the LoRA stands in diffusers' order, as ours does.

@@ -29,7 +29,7 @@ from accel.quantize import find_mode
 from harness import lora_files
 from harness.lora_files import ALL_FORMATS, STOCK_FORMATS, kind_state_dict, lora_state_dict, norm_state_dict
 from harness.stock_weights import StockWeights
-from harness.tiny_models import flux_linears
+from harness.tiny_models import TinyFluxConfig, flux_linears, tiny_flux_state_dict
 
 EXACT = 2e-5
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
@@ -154,12 +154,19 @@ def test_names_that_stock_does_not_know_mean_the_same_layers(tmp_path, spec, ten
     """Against stock on the same matrices in its own names."""
     other, own = {}, {}
     for module, (_, in_features) in flux_linears(TINY).items():
+        downs, ups = [], []
         for part in ALL_FORMATS[format].parts(module, TINY):
             down, up = torch.randn(3, in_features), 0.02 * torch.randn(part.out_features, 3)
             other |= {f"{part.prefix}.{ALL_FORMATS[format].down}": down, f"{part.prefix}.{ALL_FORMATS[format].up}": up}
-            whole = torch.zeros(flux_linears(TINY)[module][0], 3)
-            whole[: part.out_features] = up
-            own |= {f"diffusion_model.{module}.lora_A.weight": down, f"diffusion_model.{module}.lora_B.weight": whole}
+            whole, row = torch.zeros(flux_linears(TINY)[module][0], 3), 0
+            for start, stop in part.rows:
+                whole[start:stop] = up[row : row + stop - start]
+                row += stop - start
+            downs.append(down)
+            ups.append(whole)
+        if downs:
+            own[f"diffusion_model.{module}.lora_A.weight"] = torch.cat(downs)
+            own[f"diffusion_model.{module}.lora_B.weight"] = torch.cat(ups, dim=1)
     expected = stock.merge(checkpoint, [(write(tmp_path, "own", own), 1.0)])
     assert_same(ours([(write(tmp_path, "other", other), 1.0)], spec, base), expected, tensors)
 
@@ -304,8 +311,84 @@ def test_metadata_that_contradicts_the_matrices_is_refused(tmp_path, spec):
         read_lora(str(path), spec)
 
 
+@pytest.mark.parametrize("channels", [128, 384], ids=["control", "fill"])
+def test_a_lora_for_the_plain_model_reads_the_latents_of_a_wide_one(tmp_path, channels):
+    """As FLUX.1-Turbo-Alpha on Fill: diffusers widens lora_A by zeros, stock leaves the layer out."""
+    checkpoint = write(tmp_path, "wide", tiny_flux_state_dict(TinyFluxConfig(in_channels=channels)))
+    spec = inspect_checkpoint(str(checkpoint))
+    for format in ("diffusers", "kohya", "native"):
+        for dtype in (torch.float32, torch.float8_e4m3fn):
+            file = lora_state_dict(format, rank=3, alpha=2.0, dtype=dtype)
+            (layer,) = (
+                layer
+                for layer in read_lora(str(write(tmp_path, format, file)), spec).layers
+                if layer.module == "x_embedder"
+            )
+            name = {"diffusers": "transformer.x_embedder", "kohya": "lora_unet_img_in"}.get(
+                format, "diffusion_model.img_in"
+            )
+            narrow = next(value for key, value in file.items() if key.startswith(name) and value.shape[:1] == (3,))
+            assert layer.lora_A.shape == (3, channels)
+            assert torch.equal(layer.lora_A[:, :64].float(), narrow.float())
+            assert not layer.lora_A[:, 64:].float().any()
+    wrong = {f"diffusion_model.img_in.lora_{role}.weight": torch.zeros(256, 4) for role in "AB"}
+    wrong["diffusion_model.img_in.lora_A.weight"] = torch.zeros(4, 32)
+    with pytest.raises(LoraError, match=rf"is \(4, 32\), expected \(rank, {channels}\)"):
+        read_lora(str(write(tmp_path, "wrong", wrong)), spec)
+
+
+def test_what_a_model_lacks_and_what_no_loader_reads_is_counted(tmp_path, models, spec):
+    schnell = inspect_checkpoint(str(models / "diffusion_models/tiny-flux-schnell-fp32.safetensors"))
+    embeddings = {"bundle_emb.woman.clip_l": torch.zeros(2, 768), "bundle_emb.woman.t5": torch.zeros(2, 4096)}
+    for format in ("kohya", "diffusers", "onetrainer"):
+        path = str(write(tmp_path, format, {**lora_state_dict(format, rank=3, alpha=1.0), **embeddings}))
+        dev, other = read_lora(path, spec), read_lora(path, schnell)
+        missing = {layer.module for layer in dev.layers} - {layer.module for layer in other.layers}
+        assert missing == {f"time_text_embed.guidance_embedder.linear_{number}" for number in (1, 2)}
+        assert sum(dev.report.unused.values()) == 2
+        assert "2 not used: of trained embeddings" in str(dev.report)
+        assert sorted(other.report.unused.values()) == [2, 6]
+        assert "6 not used: of the guidance embedder, which FLUX.1-schnell does not have" in str(other.report)
+    with pytest.raises(LoraError, match=r"'only\.safetensors' holds nothing for the FLUX\.1.*2 keys of trained"):
+        read_lora(str(write(tmp_path, "only", embeddings)), spec)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [("kohya", "diffusers_fused"), ("onetrainer", "diffusers"), ("native", "bfl")]
+)
+def test_two_loras_in_one_file_are_refused(tmp_path, spec, one, other):
+    file = {**lora_state_dict(one, rank=3, seed=1), **lora_state_dict(other, rank=3, seed=2)}
+    with pytest.raises(LoraError, match=r"'two\.safetensors' holds two LoRAs: '.*' and '.*' are the same layer"):
+        read_lora(str(write(tmp_path, "two", file)), spec)
+
+
+def test_a_file_in_float64(tmp_path, spec):
+    one, two = (
+        read_lora(str(write(tmp_path, str(dtype), lora_state_dict("kohya", rank=3, alpha=2.0, dtype=dtype))), spec)
+        for dtype in (torch.float32, torch.float64)
+    )
+    for first, second in zip(one.layers, two.layers, strict=True):
+        assert second.lora_A.dtype == torch.float32
+        assert first.scale == second.scale
+        assert torch.equal(first.lora_B, second.lora_B)
+
+
+def test_metadata_that_says_nothing(tmp_path, spec):
+    path = write(tmp_path, "null", lora_state_dict("diffusers", rank=4), {"lora_adapter_metadata": "null"})
+    assert {layer.scale for layer in read_lora(str(path), spec).layers} == {1.0}
+
+
 LAYER = "diffusion_model.double_blocks.0.img_attn.proj"
 REFUSED = {
+    "OneTrainer's scaled OFT": ({f"{LAYER}.oft_R.scaled_oft": torch.zeros(4)}, "ComfyUI does not read it either"),
+    "IA3": ({f"{LAYER}.weight": torch.zeros(1, 256), f"{LAYER}.on_input": torch.tensor(False)}, "is IA3"),
+    "a whole layer": ({f"{LAYER}.weight": torch.zeros(256, 256)}, "whole weight"),
+    "a control LoRA with keys of its own": (
+        {"transformer.x_embedder.lora_A.weight": torch.zeros(4, 128),
+         "transformer.x_embedder.lora_B.weight": torch.zeros(256, 4), "transformer.x": torch.zeros(4)}, "control LoRA"),
+    "Chroma": ({"diffusion_model.distilled_guidance_layer.layers.0.in_layer.lora_A.weight": torch.zeros(4)}, "Chroma"),
+    "FLUX.2": ({"diffusion_model.double_stream_modulation_img.lin.lora_A.weight": torch.zeros(4)}, "FLUX.2"),
+    "Nunchaku": ({"transformer_blocks.0.mlp_fc1.lora_down": torch.zeros(4)}, "converted for Nunchaku"),
     "BOFT": ({f"{LAYER}.oft_blocks": torch.zeros(2, 16, 16, 16)}, "BOFT"),
     "a quarter of a GLoRA": ({f"{LAYER}.a1.weight": torch.zeros(4, 256)}, "no a2 matrix"),
     "GLoRA of another size": (
@@ -668,7 +751,8 @@ def test_formats_have_names(tmp_path, spec, format):
     names = {
         "kohya": "Kohya sd-scripts", "diffusers": "diffusers / PEFT", "native": "ComfyUI", "bfl": "Black Forest Labs",
         "diffusers_old": "diffusers / PEFT", "onetrainer": "OneTrainer", "lycoris": "LyCORIS", "fal": "fal",
-        "diffsynth": "DiffSynth", "xlabs": "XLabs",
+        "diffsynth": "DiffSynth", "xlabs": "XLabs", "omi": "OneTrainer", "simpletuner": "SimpleTuner",
+        "diffusers_fused": "diffusers / PEFT",
     }
     path = write(tmp_path, "a", lora_state_dict(format, rank=2))
     assert read_lora(str(path), spec).report.format == names[format]

@@ -72,7 +72,7 @@ def read_lora(
         products.store()
     # What was computed may be larger than what was read.
     computed = any(change.kind != "LoRA" or "mid" in change.pieces for change in keys.changes)
-    report = make_report(name_format(file), keys.changes, layers, vectors, products.errors, len(keys.text_encoder))
+    report = make_report(name_format(file), keys, layers, vectors, products.errors)
     return LoraWeights(
         file.identity, tuple(layers), keys.text_encoder, tuple(vectors), math.inf if computed else values.peak, report
     )
@@ -80,25 +80,23 @@ def read_lora(
 
 def make_report(
     format_name: str,
-    changes: Iterable[Change],
+    keys: FileKeys,
     layers: Iterable[Layer],
     vectors: Iterable[VectorLayer],
     errors: Mapping[str, tuple[float, float]],
-    text_encoder_keys: int,
 ) -> LoraReport:
     """Count what became of the keys.
 
     Args:
         format_name: as a person knows it.
-        changes: of linears.
-        layers: what they became.
-        vectors: likewise, and what the norms became.
+        keys: all of them.
+        layers: what changes of linears became.
+        vectors: what those of biases and norms became.
         errors: name of a change that was cut -> its relative error and its norm.
-        text_encoder_keys: how many there are.
     """
     kinds: Counter[str] = Counter()
     applied = approximated = biases = 0
-    for change in changes:
+    for change in keys.changes:
         if change.kind != "bias":
             kinds[change.label] += 1
         biases += bool({"diff_b", "up_bias"} & change.pieces.keys())
@@ -119,7 +117,8 @@ def make_report(
         approximated,
         largest,
         overall,
-        text_encoder_keys,
+        len(keys.text_encoder),
+        keys.unused,
     )
 
 
@@ -168,7 +167,8 @@ class _Values:
         return tensor
 
     def _tensor(self, key: str) -> Tensor:
-        return next(reader for reader in self._readers if key in reader.keys).tensor(key)
+        tensor = next(reader for reader in self._readers if key in reader.keys).tensor(key)
+        return to_float(tensor) if tensor.dtype == torch.float64 else tensor
 
     def _check(self) -> None:
         if self._checked or all(math.isfinite(reader.peak) for reader in self._readers):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+
+import torch
 
 from ..errors import LoraError
 from ..files import FLOAT_DTYPES, TensorFile
-from ..layout import LoraTarget, VectorWeight
+from ..layout import LinearPart, LoraTarget, VectorWeight
 from ..spec import ModelSpec
 from .kinds import Change, check_change
 from .shapes import INSTEAD, Piece
@@ -49,10 +51,11 @@ ROLES: Mapping[str, str] = {
     ".set_weight": "set_weight",
     ".reshape_weight": "reshape_weight",
     **{f".{part}.weight": part for part in ("a1", "a2", "b1", "b2")},
-    ".oft_R.weight": "oft_R",
+    **{f".oft_R{end}": "oft_R" for end in (".weight", ".default.weight", ".scaled_oft")},
     ".on_input": "ia3",
     ".w_norm": "w_norm",
     ".b_norm": "b_norm",
+    ".weight": "weight",
 }
 # Ends of what every ordinary LoRA consists of.
 PLAIN_ENDS = tuple(end for end, role in ROLES.items() if role in ("A", "B", "alpha"))
@@ -66,9 +69,20 @@ NORM_ENDS: Mapping[str, bool] = {
     ".scale": True,  # BFL's control LoRAs
     ".scale.set_weight": True,
 }
-TEXT_ENCODER_PREFIXES = ("lora_te", "text_encoder", "clip_l.", "t5xxl.")
-# Names that LoRAs for other models carry, for the message only.
+TEXT_ENCODER_PREFIXES = ("lora_te", "text_encoder", "clip_l.", "t5xxl.", "t5.")
+# What trainers store beside the weights and no loader reads -> what it is.
+ASIDE: Mapping[str, str] = {
+    "bundle_emb.": "of trained embeddings, which ComfyUI reads from files of their own",  # OneTrainer
+    "emb_params": "of a trained embedding, which ComfyUI reads from a file of its own",  # ai-toolkit
+}
+# Parts of names that LoRAs for other models or in other programs' own formats carry, for the message only.
 OTHER_MODELS: Mapping[str, str] = {
+    "distilled_guidance_layer.": "Chroma",
+    "double_stream_modulation_": "FLUX.2",
+    "img_attn_qkv": "HunyuanVideo",
+    "mlp_fc1.": "FLUX.1, converted for Nunchaku: get the file that it was made of",
+    "processor.q_loras.": "FLUX.1, EasyControl",
+    "oft_unet_": "FLUX.1, sd-scripts' OFT, which no loader reads",
     "lora_unet_input_blocks_": "Stable Diffusion XL",
     "lora_unet_output_blocks_": "Stable Diffusion XL",
     "lora_unet_down_blocks_": "Stable Diffusion 1.5 or XL",
@@ -104,11 +118,13 @@ class FileKeys:
         changes: of linears and their biases, in the file's order.
         vectors: of norms.
         text_encoder: keys for CLIP or T5.
+        unused: what nothing can use -> how many keys that is.
     """
 
     changes: tuple[Change, ...]
     vectors: tuple[VectorChange, ...]
     text_encoder: tuple[str, ...]
+    unused: Mapping[str, int]
 
 
 def plain_keys(file: TensorFile) -> list[str]:
@@ -123,9 +139,11 @@ def account(file: TensorFile, spec: ModelSpec) -> FileKeys:
         LoraError: a key without a place, a missing half, a wrong shape, or nothing for this model.
     """
     names, norms = spec.family.lora_aliases(spec.config), spec.family.lora_norms(spec.config)
+    absent = spec.family.lora_absent(spec.config)
     modules: dict[str, dict[str, Piece]] = defaultdict(dict)
     vectors: list[VectorChange] = []
     text_encoder, unknown = [], []
+    unused: Counter[str] = Counter()
     source = f"LoRA '{file.name}'"
     for key, info in file.tensors.items():
         if key.startswith(TEXT_ENCODER_PREFIXES):
@@ -137,18 +155,23 @@ def account(file: TensorFile, spec: ModelSpec) -> FileKeys:
             modules[module][role] = Piece(key, info.shape)
         elif vector := _norm(file, key, norms):
             vectors.append(vector)
+        elif aside := next((what for prefix, what in ASIDE.items() if key.startswith(prefix)), None):
+            unused[aside] += 1
+        elif lacking := _module(key, absent):
+            unused[absent[lacking[0]]] += 1
         else:
             unknown.append(key)
-    if unknown or not (modules or vectors):
-        raise LoraError(_unknown_message(file, spec, unknown, bool(modules or vectors), text_encoder))
     _check_control(file, names, modules)
+    if unknown or not (modules or vectors):
+        raise LoraError(_unknown_message(file, spec, unknown, bool(modules or vectors), text_encoder, unused))
+    _check_double(source, names, modules)
     changes = tuple(check_change(source, name, names[name], pieces) for name, pieces in modules.items())
     for change in changes:
         for role, piece in change.pieces.items():
             dtype = file.tensors[piece.key].dtype
-            if role != "alpha" and dtype not in FLOAT_DTYPES:
+            if role != "alpha" and dtype not in (*FLOAT_DTYPES, torch.float64):
                 raise LoraError(f"{source}: '{piece.key}' is stored as {dtype}, expected a float type.")
-    return FileKeys(changes, tuple(vectors), tuple(text_encoder))
+    return FileKeys(changes, tuple(vectors), tuple(text_encoder), unused)
 
 
 def name_format(file: TensorFile) -> str:
@@ -162,8 +185,11 @@ def name_format(file: TensorFile) -> str:
         ("OneTrainer", "lora_transformer_", ""),
         ("Kohya sd-scripts", "lora_unet_", ""),
         ("XLabs", "", ".processor."),
-        ("fal", "base_model.model.", ""),
+        ("fal", "base_model.model.", "_blocks.0."),
+        ("SimpleTuner", "diffusion_model.", "transformer_blocks."),
         ("ComfyUI", "diffusion_model.", ""),
+        ("OneTrainer", "transformer.double_blocks.", ""),
+        ("OneTrainer", "transformer.single_blocks.", ""),
         ("diffusers / PEFT", "transformer.", ""),
         ("Black Forest Labs", "double_blocks.", ""),
         ("Black Forest Labs", "single_blocks.", ""),
@@ -208,31 +234,54 @@ def _norm(file: TensorFile, key: str, norms: Mapping[str, VectorWeight]) -> Vect
     return None
 
 
+def _check_double(source: str, names: Mapping[str, LoraTarget], modules: Mapping[str, dict[str, Piece]]) -> None:
+    """Refuse two LoRAs in one file: of two names for one linear, each program reads another one, or both."""
+    seen: dict[tuple[LinearPart, ...], str] = {}
+    for name in modules:
+        other = seen.setdefault(names[name].parts, name)
+        if other != name:
+            raise LoraError(
+                f"{source} holds two LoRAs: '{other}' and '{name}' are the same layer of the model, and programs "
+                "differ in which one they read. Get a file that holds one, or save the wanted half by itself."
+            )
+
+
 def _check_control(file: TensorFile, names: Mapping[str, LoraTarget], modules: Mapping[str, dict[str, Piece]]) -> None:
     """Say what a control LoRA is before its wide input is called a wrong shape."""
     for name, pieces in modules.items():
         if not name.endswith(("img_in", "x_embedder")) or "A" not in pieces:
             continue
         shape, expected = pieces["A"].shape, names[name].in_features
-        if len(shape) == 2 and shape[1] != expected and shape[1] % 64 == 0 and shape[1] in (2 * expected, 6 * expected):
+        plain = names[name].narrow or expected
+        if len(shape) == 2 and shape[1] != expected and shape[1] in (2 * plain, 6 * plain):
             raise LoraError(
                 f"LoRA '{file.name}': '{pieces['A'].key}' is {shape}, expected (rank, {expected}): it is a control "
-                f"LoRA (BFL's Canny, Depth or Fill), which widens the model's input from {expected} to {shape[1]} "
-                f"channels. A compiled model keeps its shape: choose the whole control model instead. {INSTEAD}"
+                f"LoRA (BFL's Canny, Depth or Fill) for an input of {shape[1]} channels; this model reads {expected}. "
+                f"A compiled model keeps its shape: choose the whole control model instead. {INSTEAD}"
             )
 
 
-def _hint(file: TensorFile) -> str:
-    for prefix, model in OTHER_MODELS.items():
-        if any(key.startswith(prefix) for key in file.tensors):
-            return f" ({model} by its names)"
+def _hint(keys: Sequence[str]) -> str:
+    for part, model in OTHER_MODELS.items():
+        if any(part in key for key in keys):
+            return f" (by its names: {model})"
     return ""
 
 
 def _unknown_message(
-    file: TensorFile, spec: ModelSpec, unknown: list[str], some_fit: bool, text_encoder: list[str]
+    file: TensorFile,
+    spec: ModelSpec,
+    unknown: list[str],
+    some_fit: bool,
+    text_encoder: list[str],
+    unused: Mapping[str, int],
 ) -> str:
     model = spec.family.name
+    if not unknown and unused:
+        found = ", ".join(f"{count} keys {what}" for what, count in unused.items())
+        return (
+            f"LoRA '{file.name}' holds nothing for the {model} transformer: {found}. Choose a file with a LoRA for it."
+        )
     if not unknown:
         return (
             f"LoRA '{file.name}' changes only text encoders ({len(text_encoder)} keys), expected keys for a {model} "
@@ -242,10 +291,10 @@ def _unknown_message(
         return (
             f"LoRA '{file.name}': {len(unknown)} of {len(file.tensors)} keys have no place in this {model} model, such "
             f"as '{unknown[0]}'. Applying only the rest would not be this LoRA: choose a file without "
-            f"them{_hint(file)}."
+            f"them{_hint(unknown)}."
         )
     return (
-        f"LoRA '{file.name}' does not fit {model}{_hint(file)}: none of its {len(file.tensors)} keys has a place in "
+        f"LoRA '{file.name}' does not fit {model}{_hint(unknown)}: none of its {len(file.tensors)} keys has a place in "
         f"the model, such as '{unknown[0]}'. Expected names like "
         "lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight, "
         "transformer.transformer_blocks.0.attn.to_q.lora_A.weight or "

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import LoraError
 from ..layout import LoraTarget
@@ -52,14 +52,17 @@ COMPANIONS: Mapping[str, tuple[str, ...]] = {
     "difference": ("diff",),
     "bias": (),
 }
-# Roles that cannot be carried beside the weights -> why.
-REFUSED: Mapping[str, str] = {
-    "set_weight": "a whole weight, which is as large as the model",
-    "reshape_weight": "a reshaped weight, as BFL's control LoRAs have: the model's input has another width then",
-    "oft_R": "PEFT's or OneTrainer's OFT, which rotates the layer's input",
-    "ia3": "IA3",
-    "w_norm": "a norm's difference on a linear layer",
-    "b_norm": "a norm's bias, which FLUX.1 does not have",
+# Roles that cannot be carried beside the weights -> why, and what to do.
+UNREAD = "ComfyUI does not read it either: choose a LoRA of another kind."
+REFUSED: Mapping[str, tuple[str, str]] = {
+    "set_weight": ("a whole weight, which is as large as the model", INSTEAD),
+    "reshape_weight": (
+        "a reshaped weight, as BFL's control LoRAs have: the model's input has another width then", INSTEAD),
+    "oft_R": ("PEFT's or OneTrainer's OFT, which rotates the layer's input", UNREAD),
+    "ia3": ("IA3", UNREAD),
+    "w_norm": ("a norm's difference on a linear layer", INSTEAD),
+    "b_norm": ("a norm's bias, which FLUX.1 does not have", INSTEAD),
+    "weight": ("a whole weight, as in a checkpoint or in a control LoRA of ai-toolkit", UNREAD),
 }
 
 
@@ -124,9 +127,9 @@ def check_change(source: str, name: str, target: LoraTarget, pieces: Mapping[str
     Raises:
         LoraError: a kind that cannot be carried, two kinds at once, a missing tensor or a wrong shape.
     """
-    for role, reason in REFUSED.items():
+    for role, (reason, advice) in REFUSED.items():
         if role in pieces:
-            raise LoraError(f"{source}: '{pieces[role].key}' is {reason}. {INSTEAD}")
+            raise LoraError(f"{source}: '{pieces[role].key}' is {reason}. {advice}")
     kind = _kind(source, name, pieces)
     for role, piece in pieces.items():
         if role not in COMPANIONS[kind] and role != "diff_b":
@@ -173,6 +176,9 @@ def convert(
             lora_A, lora_B = tensors["A"].flatten(1), tensors["B"].flatten(1)
             if "mid" in tensors:
                 lora_A = to_float(tensors["mid"]).flatten(1) @ to_float(lora_A)
+            if lora_A.shape[1] < change.target.in_features:
+                # For a model that reads less, see `FusedLinear.narrow`: what is read besides does not concern it.
+                lora_A = nn.functional.pad(to_float(lora_A), (0, change.target.in_features - lora_A.shape[1]))
         else:
             raise ValueError(f"{change.kind} needs the result of product_factors.")
         scaling = _alpha_scale(change, tensors) if scale is None else scale

@@ -71,7 +71,7 @@ def adapter_config(file: TensorFile) -> AdapterConfig | None:
         return None
     source = f"LoRA '{file.name}'"
     try:
-        values: Any = json.loads(text)
+        values: Any = json.loads(text) or {}
         own = {key.removeprefix(PREFIX): value for key, value in values.items() if key.startswith(PREFIX)}
         if not own:
             own = {key: value for key, value in values.items() if "." not in key}

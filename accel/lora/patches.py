@@ -16,6 +16,7 @@ from ..files import FLOAT_DTYPES, FileIdentity
 from ..layout import LoraTarget, VectorWeight
 from .factor_cache import Products
 from .file import make_report
+from .keys import FileKeys
 from .kinds import Change, check_change, convert
 from .lowrank import Tolerance
 from .shapes import Piece
@@ -106,7 +107,8 @@ def from_patches(
             layers += converted.layers
             vectors += converted.vectors
         products.store()
-    report = make_report("patches of another node", changes, layers, vectors, products.errors, 0)
+    keys = FileKeys(tuple(changes), (), (), {})
+    report = make_report("patches of another node", keys, layers, vectors, products.errors)
     return LoraWeights(identity, tuple(layers), (), tuple(vectors), math.inf, report)
 
 

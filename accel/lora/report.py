@@ -21,6 +21,7 @@ class LoraReport:
         max_error: largest relative Frobenius error of one of these changes.
         overall_error: the same over all of them together.
         text_encoder_keys: keys for CLIP and T5, which go through ComfyUI's own patcher.
+        unused: what nothing can use -> how many keys that is.
     """
 
     format: str = "unknown"
@@ -32,6 +33,7 @@ class LoraReport:
     max_error: float = 0.0
     overall_error: float = 0.0
     text_encoder_keys: int = 0
+    unused: Mapping[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
         """One line for a log."""
@@ -48,6 +50,7 @@ class LoraReport:
             )
         if self.text_encoder_keys:
             parts.append(f"{self.text_encoder_keys} for text encoders")
+        parts += [f"{count} not used: {what}" for what, count in self.unused.items()]
         return ", ".join(parts)
 
 

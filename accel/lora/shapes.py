@@ -77,7 +77,7 @@ def _check_lora(shapes: Shapes) -> int:
     shapes.need("B", "lora_up / lora_B")
     rank, columns = shapes.matrix("A")
     rows, other = shapes.matrix("B")
-    shapes.expect("A", columns == target.in_features, f"(rank, {target.in_features})")
+    shapes.expect("A", columns in (target.in_features, target.narrow), f"(rank, {target.in_features})")
     shapes.expect("B", rows == target.out_features, f"({target.out_features}, rank)")
     if rank != other:
         raise LoraError(

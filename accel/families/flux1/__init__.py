@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -51,6 +52,13 @@ class Flux1:
     def lora_aliases(self, config: Flux1Config) -> Mapping[str, LoraTarget]:
         """See `lora_names.lora_aliases`."""
         return _lora_names(config)[0]
+
+    def lora_absent(self, config: Flux1Config) -> Mapping[str, str]:
+        """Names of linears that other models of the family have and this one lacks -> what to say of their keys."""
+        if config.guidance:
+            return {}
+        names = _lora_names(replace(config, guidance=True))[0].keys() - _lora_names(config)[0].keys()
+        return dict.fromkeys(names, "of the guidance embedder, which FLUX.1-schnell does not have")
 
     def lora_norms(self, config: Flux1Config) -> Mapping[str, VectorWeight]:
         """See `lora_names.lora_norms`."""

@@ -25,17 +25,21 @@ def checkpoint_layout(config: Flux1Config) -> Layout:
     return Layout(tuple(linears), tuple(vectors))
 
 
-def _linear(name: str, in_features: int, *parts: tuple[str, int], swap_halves: bool = False) -> FusedLinear:
+def _linear(
+    name: str, in_features: int, *parts: tuple[str, int], swap_halves: bool = False, narrow: int = 0
+) -> FusedLinear:
     start, placed = 0, []
     for module, rows in parts:
         placed.append(LinearPart(module, start, rows))
         start += rows
-    return FusedLinear(name, in_features, tuple(placed), swap_halves)
+    return FusedLinear(name, in_features, tuple(placed), swap_halves, narrow)
 
 
 def _embedders(config: Flux1Config) -> Iterator[FusedLinear]:
     hidden = config.hidden_size
-    yield _linear("img_in", config.in_channels, ("x_embedder", hidden))
+    # Fill, Canny and Depth read the noisy latents first, as FLUX.1-dev does, and their pictures behind them.
+    narrow = config.out_channels if config.in_channels > config.out_channels else 0
+    yield _linear("img_in", config.in_channels, ("x_embedder", hidden), narrow=narrow)
     yield _linear("txt_in", config.context_dim, ("context_embedder", hidden))
     embedders = [("time_in", "timestep_embedder", TIMESTEP_DIM), ("vector_in", "text_embedder", config.pooled_dim)]
     if config.guidance:

@@ -21,6 +21,13 @@ LYCORIS = {
     ".ff_context.net.0.proj": ".ff_context.linear_in",
     ".ff_context.net.2": ".ff_context.linear_out",
 }
+# Ends of fused linears -> what they are called in diffusers' blocks where they stay fused.
+FUSED_DIFFUSERS = {
+    ".img_attn.qkv": ".attn.to_qkv",
+    ".txt_attn.qkv": ".attn.to_added_qkv",
+    ".linear1": ".attn.to_qkv_mlp_proj",
+    ".linear2": ".attn.to_out",
+}
 
 
 def lora_aliases(layout: Layout) -> dict[str, LoraTarget]:
@@ -32,23 +39,29 @@ def lora_aliases(layout: Layout) -> dict[str, LoraTarget]:
         `double_blocks.0.img_attn.qkv` black-forest-labs,
         `base_model.model.double_blocks.0.img_attn.qkv` fal's Kontext trainer,
         `double_blocks.0.processor.qkv_lora1` XLabs, also under `diffusion_model.`.
+    Original names with q, k, v and the MLP apart:
+        `transformer.double_blocks.0.img_attn.qkv.0` OneTrainer (OMI).
     diffusers' names, where it is split:
         `transformer.transformer_blocks.0.attn.to_q` diffusers, PEFT, ai-toolkit, SimpleTuner,
         `base_model.model.transformer_blocks.0.attn.to_q` PEFT's own save_pretrained,
         `transformer_blocks.0.attn.to_q` DiffSynth,
         `lora_transformer_transformer_blocks_0_attn_to_q` OneTrainer,
-        `lycoris_transformer_blocks_0_attn_to_q` LyCORIS in SimpleTuner.
-    diffusers' names of blocks whose first linear stays fused, as FLUX.2's are called:
-        `transformer.single_transformer_blocks.0.attn.to_qkv_mlp_proj`.
+        `lycoris_transformer_blocks_0_attn_to_q` LyCORIS in SimpleTuner,
+        `diffusion_model.transformer_blocks.0.attn.to_q` SimpleTuner for ComfyUI.
+    diffusers' names of layers that stay fused:
+        `transformer.transformer_blocks.0.attn.to_qkv` SimpleTuner,
+        `transformer.single_transformer_blocks.0.attn.to_qkv_mlp_proj` as FLUX.2's are called.
     """
     aliases: dict[str, LoraTarget] = {}
     for linear in layout.linears:
-        fused = LoraTarget(linear.parts, linear.in_features, linear.out_features, linear.swap_halves)
+        fused = LoraTarget.whole(linear)
         for name in _original_names(linear.name):
             aliases[name] = fused
         for name in _fused_diffusers_names(linear):
             aliases[name] = fused
-        for part, alone in _split(linear):
+        for index, (part, alone) in enumerate(_split(linear)):
+            if len(linear.parts) > 1:
+                aliases[f"transformer.{linear.name}.{index}"] = alone
             for name in _diffusers_names(part.module):
                 aliases[name] = alone
             for end, other in LYCORIS.items():
@@ -60,6 +73,8 @@ def lora_aliases(layout: Layout) -> dict[str, LoraTarget]:
             qkv = _attention(linear)
             for name in (f"{block}processor.qkv_lora", f"{block}linear1_qkv"):
                 aliases[name] = aliases[f"diffusion_model.{name}"] = qkv
+            for name in _diffusers_names(f"{block.replace('single', 'single_transformer')}attn.to_qkv"):
+                aliases[name] = qkv
     return aliases
 
 
@@ -78,6 +93,8 @@ def lora_norms(layout: Layout) -> dict[str, VectorWeight]:
 
 def _original_names(name: str) -> Iterator[str]:
     yield from _prefixed(name)
+    # OneTrainer's OMI format calls the image embedder by its place in a module.
+    yield f"transformer.{name}.proj" if name == "img_in" else f"transformer.{name}"
     for suffix, xlabs in XLABS.items():
         if name.endswith(f".{suffix}"):
             other = name.removesuffix(suffix) + xlabs
@@ -97,21 +114,25 @@ def _diffusers_names(module: str) -> tuple[str, ...]:
         f"base_model.model.{module}",
         f"lora_transformer_{underscored}",
         f"lycoris_{underscored}",
+        f"diffusion_model.{module}",
     )
 
 
 def _fused_diffusers_names(linear: FusedLinear) -> Iterator[str]:
-    """A single block's linears as diffusers names them where q, k, v and the MLP are one (as in FLUX.2)."""
-    for suffix, other in ((".linear1", ".attn.to_qkv_mlp_proj"), (".linear2", ".attn.to_out")):
+    """A block's linears as diffusers names them where q, k and v are one, in single blocks with the MLP (FLUX.2)."""
+    for suffix, other in FUSED_DIFFUSERS.items():
         if linear.name.endswith(suffix):
-            block = linear.name.removesuffix(suffix).replace("single_blocks", "single_transformer_blocks")
+            block = linear.name.removesuffix(suffix)
+            for original, diffusers in (("single_blocks", "single_transformer_blocks"), ("double_", "transformer_")):
+                block = block.replace(original, diffusers)
             yield from _diffusers_names(block + other)
 
 
 def _split(linear: FusedLinear) -> Iterator[tuple[LinearPart, LoraTarget]]:
     # A LoRA in diffusers' names already stands in diffusers' row order: nothing to swap.
     for part in linear.parts:
-        yield part, LoraTarget((LinearPart(part.module, 0, part.rows),), linear.in_features, part.rows, False)
+        alone = (LinearPart(part.module, 0, part.rows),)
+        yield part, LoraTarget(alone, linear.in_features, part.rows, False, linear.narrow)
 
 
 def _attention(linear1: FusedLinear) -> LoraTarget:
