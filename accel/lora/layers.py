@@ -316,10 +316,14 @@ def _run(
     outputs = []
     for product, bias, lora, low in zip(products, biases, bound, hidden, strict=True):
         if lora.mixing is not None or lora.terms:
-            mixed = lora.mixing is not None
-            output = _mix(product.linear(None), lora.mixing).add_(bias) if mixed else product.linear(bias)
-            if low is not None:
-                output.addmm_(low, lora.lora_B.t())
+            if lora.mixing is not None:
+                output = _mix(product.linear(None), lora.mixing).add_(bias)
+                if low is not None:
+                    output.addmm_(low, lora.lora_B.t())
+            elif low is not None:
+                output = replace(product, gelu=False).with_lora(bias, low, lora.lora_B)
+            else:
+                output = product.linear(bias)
             _add_kroneckers_(output, x, lora)
             output = product.finish(output)
             outputs.append(output if product.out is None else product.out.copy_(output))
