@@ -6,8 +6,8 @@ and 4,608 tokens, AMD EPYC with AVX512-BF16, 2 cores, torch 2.14.1, 2026-11-25.
 
 A tensor in that order has no strides and no address, so torch cannot store what it compiled for one. A linear's weight
 becomes a placeholder instead, of the same shape and dtype, whose attribute is the tensor; PyTorch hands the operators
-of `lora.layers` the very object that the model has, compiled or not. The placeholder's one element is NaN: what reads
-it all the same shows at once.
+of `lora.operators` the very object that the model has, compiled or not. The placeholder's one element is NaN: what
+reads it all the same shows at once.
 """
 
 from __future__ import annotations

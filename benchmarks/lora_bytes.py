@@ -1,7 +1,7 @@
 """Bytes that the pack's linear operators move on a GPU, LoRA included. A count on paper: nothing here is measured.
 
 TorchInductor counts each input of an operator that it does not know once, whatever happens inside. So these are counted
-by what `accel.lora.layers` does with them.
+by what `accel.lora.operators` does with them.
 """
 
 from __future__ import annotations

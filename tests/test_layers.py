@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from accel.compile import RegionCompiler
 from accel.engine import Silent
 from accel.lora import kernels, layers
+from accel.lora import operators as lora_operators
 from accel.lora.bound import NOTHING, Bound, bound_to, make_slot
 from accel.lora.flatten import FlatLora, Placed
 from accel.lora.inputs import Columns, modulated
@@ -410,7 +411,7 @@ def operators(run):
 
 
 def down(rows, lora_A):
-    names, hidden = operators(lambda: layers._down(lambda matrix: rows @ matrix.t(), lora_A))
+    names, hidden = operators(lambda: lora_operators._down(lambda matrix: rows @ matrix.t(), lora_A))
     for low, matrix in zip(hidden, lora_A, strict=True):
         if matrix is not None:
             torch.testing.assert_close(low, rows @ matrix.t(), atol=1e-5, rtol=1e-5)
@@ -446,7 +447,8 @@ def test_lora_a_products_that_can_be_one_are_one(products, make):
 def run_linears(x, linear, lora):
     slot = make_slot(CPU)
     slot.bound_lora = lora
-    return operators(lambda: layers._linears("plain", [x], [], [linear.weight], [], [linear.bias], [slot], False))
+    operands = ("plain", [x], [], [linear.weight], [], [linear.bias], [slot], False)
+    return operators(lambda: lora_operators._linears(*operands))
 
 
 @pytest.mark.parametrize("sizes", [((16, 16), (12, 4)), ((4, 32), (12, 4)), ((32, 4), (4, 12)), ((1, 8), (6, 5))])
@@ -871,7 +873,7 @@ def test_on_a_gpu_the_fastest_way_is_right(rank, scaled):
         scales = (torch.rand(1000, 1) + 0.5, torch.rand(3072, 1) + 0.5) if scaled else None
     dtype = torch.float8_e4m3fn if scaled else torch.bfloat16
     x, weight = x.to(dtype), (weight * 16).to(dtype)
-    product = layers._Product([x], weight, scales, torch.bfloat16)
+    product = lora_operators.Product([x], weight, scales, torch.bfloat16)
     base = x.float() @ weight.float().t()
     if scaled:
         base = base * scales[0] * scales[1].t()

@@ -1,4 +1,4 @@
-"""What a LoRA binds to one linear, and the empty Parameter through which it comes to the operators of `layers`.
+"""What a LoRA binds to one linear, and the empty Parameter through which it comes to the `operators`.
 
 The operators look at the bound tensors when they run; compiled code around them has no use for these, and each tensor
 that it takes costs guards and symbolic sizes at every call. So a linear's slot is an empty Parameter of constant shape,

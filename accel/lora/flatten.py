@@ -114,7 +114,7 @@ def flatten(
         base: the model's weights, for DoRA and for changes of biases and norms.
         buffers: where memory comes from that is not page-locked; None takes it from the system, which is slower.
         order: modules in the order in which they run. lora_A of linears that read the same input then adjoin, and one
-            product serves them all, see `layers`.
+            product serves them all, see `operators`.
 
     Returns:
         The buffer on the CPU; ranks are rounded up to `RANK_ALIGNMENT` with zeros.
