@@ -23,7 +23,7 @@ import torch.fx.experimental._config
 from torch import Tensor, nn
 
 from .compile_cache import CompiledFiles
-from .compile_region import CompilerError, JustInTime, Precompiled
+from .compile_region import CompilerError, JustInTime, NotStorable, Precompiled
 
 # Private names, in force only around our own calls, all checked by tests/test_engine.py:
 # One region serves every block of its type and every variant of its inputs, so the default limit of 8 is near. Floats
@@ -136,14 +136,20 @@ class RegionCompiler:
     ) -> tuple[Any, JustInTime | Precompiled]:
         """Compile what these inputs need and run it, or run it without: (result, what serves the next call)."""
         try:
-            with self._kernel_folder():
-                try:
+            try:
+                with self._kernel_folder():
                     return compiled(block, args), compiled
-                except Exception as exc:
-                    if not self._may_start_afresh(exc):
-                        raise
-                # What was stored may be what is broken; or this kind of code cannot be stored.
-                compiled = self._just_in_time(function)
+            except NotStorable as exc:
+                self._observer.notice(
+                    f"the {function.__name__} blocks cannot be stored with this PyTorch ({_reason(exc)}): every start "
+                    "compiles them again.",
+                    True,
+                )
+            except Exception as exc:
+                if not self._may_start_afresh(exc):
+                    raise  # otherwise what was stored may be what is broken
+            compiled = self._just_in_time(function)
+            with self._kernel_folder():
                 return compiled(block, args), compiled
         except Exception as exc:
             out_of_memory = _cause(exc, torch.OutOfMemoryError)

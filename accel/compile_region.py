@@ -27,6 +27,10 @@ class CompilerError(Exception):
     """Compiling failed, for the reason that is this error's cause."""
 
 
+class NotStorable(CompilerError):
+    """What was compiled cannot be kept for the next start, for the reason that is this error's cause."""
+
+
 class JustInTime:
     """A function under torch.compile as it is: dynamo finds out by itself what fits."""
 
@@ -114,6 +118,7 @@ class Precompiled:
 
         Raises:
             RecompileError: none fits, some exist, and `error_on_recompile` is set.
+            NotStorable: this torch cannot store code over what the block holds.
         """
         values = self._locals(block, args)
         if self._variants is None:
@@ -133,13 +138,15 @@ class Precompiled:
         self.reason = self._variants[-1].why_not(values) if self._variants else ""
         if self._variants and torch._dynamo.config.error_on_recompile:
             raise torch._dynamo.exc.RecompileError(f"{self._function.__name__}: {self.reason}")
+        for parameter in block.parameters():
+            _make_describable(parameter)
         try:
             made = self._compiled.aot_compile(((block, *args), {}))
             data = type(made).serialize(made, self._closure).serialized_data
         except (torch._dynamo.exc.TorchDynamoException, CompilerError):
             raise
         except Exception as exc:  # what cannot be stored raises whatever pickling it raises
-            raise CompilerError from exc
+            raise NotStorable from exc
         variant = _Variant(made)
         self._variants.append(variant)
         self._files.store(self._function.__name__, data)
@@ -175,6 +182,26 @@ class _Variant:
         return _one_line(parts[0]) if parts else ""
 
 
+def _make_describable(parameter: Tensor) -> None:
+    """Teach the class of a quantized weight `empty_like`, with which torch writes down what the guards compare.
+
+    torchao's classes leave it out (0.18), so that nothing that is compiled over them could be stored (torch 2.14,
+    GuardsStatePickler.reducer_override).
+    """
+    kind = type(parameter)
+    if kind in (Tensor, nn.Parameter) or not hasattr(kind, "implements"):
+        return
+    try:
+        torch.empty_like(parameter, device="meta")
+    except NotImplementedError:
+
+        @kind.implements(torch.ops.aten.empty_like.default)
+        def _(func: Callable, types: object, args: tuple[Tensor], kwargs: dict[str, Any]) -> Tensor:
+            weight = args[0]
+            dtype, device = kwargs.get("dtype") or weight.dtype, kwargs.get("device") or weight.device
+            return torch.empty(weight.shape, dtype=dtype, device=device)
+
+
 def _guards_with_marks(made: Any, values: dict[str, Any]) -> Any:
     """Build the guards of loaded code anew.
 
@@ -184,7 +211,8 @@ def _guards_with_marks(made: Any, values: dict[str, Any]) -> Any:
     """
     from torch._dynamo.package import load_guard_manager, load_guards_state
 
-    state = load_guards_state(made._artifacts.guards_state)
+    with torch.inference_mode(False):  # a tensor that is made in it has fewer dispatch keys than a model's own
+        state = load_guards_state(made._artifacts.guards_state)
     for name, stored in state.output_graph.local_scope.items():
         _copy_marks(values[name], stored)
     return load_guard_manager(state, made._artifacts.original_code, made.fn.__globals__)
