@@ -46,12 +46,14 @@ class FileIdentity:
         mtime_ns: when it was last written; of several the latest.
         size_bytes: its size; of several all together.
         parts: of several files each one's identity. Compare or hash the whole object, not the first three fields.
+        given: the name under which it was asked for, which a link may have; it does not count in comparisons.
     """
 
     path: str
     mtime_ns: int
     size_bytes: int
     parts: tuple[FileIdentity, ...] = ()
+    given: str = field(default="", compare=False)
 
     @classmethod
     def of(cls, path: str | os.PathLike[str]) -> FileIdentity:
@@ -68,7 +70,7 @@ class FileIdentity:
                 f"'{path}' cannot be opened ({exc.strerror}): it was moved or deleted, or is not readable. "
                 "Choose another file, or put it back and queue again."
             ) from exc
-        return cls(real, stat.st_mtime_ns, stat.st_size)
+        return cls(real, stat.st_mtime_ns, stat.st_size, given=os.path.basename(path))
 
     @classmethod
     def of_all(cls, path: str | os.PathLike[str], files: Sequence[str | os.PathLike[str]]) -> FileIdentity:
@@ -89,7 +91,7 @@ class FileIdentity:
     @property
     def name(self) -> str:
         """The file's name without its folder, as messages show it."""
-        return Path(self.path).name
+        return self.given or Path(self.path).name
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ class WantedLora:
         path: its file.
         strength: None if it is not known yet: then the file is read, and nothing is prepared of it.
         keyframes: how the strength will vary.
+        max_rank: what the stack is cut to from here on; 0 changes nothing.
         own: whether this package will read the file; otherwise somebody else will, and only the system's cache is
             filled.
     """
@@ -38,6 +39,7 @@ class WantedLora:
     path: str
     strength: float | None
     keyframes: Keyframes = ()
+    max_rank: int = 0
     own: bool = True
 
 
@@ -113,6 +115,8 @@ class Prefetcher:
                 else:
                     strength = 1.0 if lora.strength is None else lora.strength
                     scheduled = scheduled.with_lora(engine.read_lora(lora.path), strength, lora.keyframes)
+                if lora.max_rank:
+                    scheduled = scheduled.with_max_rank(lora.max_rank)
             if not all(lora.own and lora.strength is not None for lora in stack):
                 return True
             for prepared in reversed(list(scheduled.stacks())):

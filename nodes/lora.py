@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import comfy.sd
 import comfy.utils
 import folder_paths
 from comfy_api.latest import io
 
-from ..accel.errors import SettingsError
+from ..accel.errors import LoraError, SettingsError
 from ..accel.lora.schedule import between
 from ..accel.lora.weights import LoraWeights
 from .files import CATEGORY, find_file, fingerprint
@@ -66,9 +67,10 @@ class FluxHotswapLora(io.ComfyNode):
                     max=4096,
                     optional=True,
                     advanced=True,
-                    tooltip="0: exact. Otherwise this LoRA and those before it are cut together to this rank, by SVD, "
-                    "when they add up to more: less memory and time per step, with an error that the sampler shows. "
-                    "A LoKr of high rank always stays exact, and does not count.",
+                    tooltip="0 leaves it as it is: exact, unless another node of the chain says otherwise. Otherwise "
+                    "the whole stack is cut to this rank, by SVD, when its ranks add up to more: less memory and time "
+                    "per step, with an error that the sampler shows. Of several nodes the last one counts. A LoKr of "
+                    "high rank always stays exact, and does not count.",
                 ),
             ],
             outputs=[io.Model.Output(), io.Clip.Output()],
@@ -98,10 +100,20 @@ class FluxHotswapLora(io.ComfyNode):
                 "Loader. For other models use ComfyUI's Load LoRA."
             )
         keyframes = between(start_percent, end_percent)
+        if strength == 0.0 and (clip is None or strength_clip == 0.0):
+            # As ComfyUI's own loader: a file that is switched off may be anything.
+            show_text(f"{lora_name} is off: strength 0")
+            return io.NodeOutput(model.with_max_rank(max_rank), clip)
         path = find_file(FOLDER, lora_name)
-        weights = model.engine.read_lora(path)
+        weights = replace(model.engine.read_lora(path), label=lora_name)
+        if clip is None and not (weights.layers or weights.vectors):
+            count = len(weights.text_encoder_keys)
+            raise LoraError(
+                f"LoRA '{lora_name}' changes only text encoders ({count} keys), expected keys for a "
+                f"{model.engine.spec.family.name} transformer. Connect clip to use it."
+            )
         patched_clip = _patch_clip(clip, path, weights, strength_clip)
-        patched = model.with_lora(weights, strength, keyframes, max_rank)
+        patched = model.with_lora(weights, strength, keyframes).with_max_rank(max_rank)
         log.info("Flux Hotswap: LoRA %s: %s", weights.name, weights.report)
         show_text(f"{weights.report}\n{_describe_cost(patched)}")
         return io.NodeOutput(patched, patched_clip)

@@ -46,7 +46,8 @@ class AcceleratedFlux(comfy.model_base.Flux):
         kind = comfy.model_base.ModelType.FLUX if engine.spec.config.guidance else comfy.model_base.ModelType.FLOW
         super().__init__(config, model_type=kind)
         self.diffusion_model = TransformerAdapter(engine, planner, _skeleton(config.unet_config, engine.dtype))
-        self.native_loras = NativeLoras(engine.spec.family.layout(engine.spec.config), engine.lora_cache)
+        family, config = engine.spec.family, engine.spec.config
+        self.native_loras = NativeLoras(family.layout(config), family.lora_absent(config), engine.lora_cache)
         self.samplings: collections.deque[Sampling] = collections.deque(maxlen=SAMPLINGS)
         self.last_load_s: float | None = None
         self.planner = planner

@@ -7,10 +7,13 @@ the names of ComfyUI's FLUX model. File names are lost on the way, so these LoRA
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
+import folder_paths
 from comfy.weight_adapter import GLoRAAdapter, LoHaAdapter, LoKrAdapter, LoRAAdapter, OFTAdapter
+from comfy_execution.utils import get_executing_context
+from server import PromptServer
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -39,13 +42,17 @@ ROLES: Mapping[type, tuple[str, ...]] = {
 class NativeLoras:
     """Reads patches for one model."""
 
-    def __init__(self, layout: Layout, cache_dir: str | os.PathLike[str] | None) -> None:
+    def __init__(
+        self, layout: Layout, absent: Collection[str], cache_dir: str | os.PathLike[str] | None
+    ) -> None:
         """Know the linears and norms by the names that patches use.
 
         Args:
             layout: of the model.
+            absent: names of linears that other models of the family have: what is for them is left, as ComfyUI does.
             cache_dir: where matrices that are slow to compute are kept on disk; None computes them each time.
         """
+        self._absent = absent
         self._cache_dir = cache_dir
         self._linears = {f"{PREFIX}{linear.name}": linear for linear in layout.linears}
         # ComfyUI calls a norm's scale `scale` up to 0.18 and `weight` later.
@@ -69,11 +76,16 @@ class NativeLoras:
         Raises:
             LoraError: a patch cannot be carried beside the weights, has a wrong shape, or holds NaN; or nothing fits.
         """
-        ours = [key for key in patches if _name(key).startswith(PREFIX)]
+        ours = [
+            key
+            for key in patches
+            if _name(key).startswith(PREFIX) and _name(key).rpartition(".")[0] not in self._absent
+        ]
         if not patches:
             raise LoraError(
-                "This LoRA has no key that fits the FLUX.1 model (ComfyUI's log names its keys): it is for another "
-                "model. Choose a LoRA for FLUX.1."
+                "LoRA: ComfyUI's loader found no key for the FLUX.1 model in it (the log names them): it is for "
+                "another model, for text encoders alone, or in a format that only Hotswap LoRA reads (XLabs, BFL, "
+                "fal). Try it with Hotswap LoRA, which says what it is."
             )
         if not ours:
             return None, []
@@ -94,7 +106,12 @@ class NativeLoras:
             if end == "bias" and isinstance(key, str):
                 return LinearPatch(name, _target(key, linear), {"diff_b": patch[1][0]})
         roles = ROLES.get(type(patch))
-        if linear is None or end != "weight" or roles is None:
+        if linear is None:
+            raise LoraError(
+                f"LoRA: '{name}' is not a linear layer or norm of this FLUX.1 model, expected one: it is for another "
+                f"variant. {INSTEAD}"
+            )
+        if end != "weight" or roles is None:
             kind = type(patch).__name__ if not isinstance(patch, tuple) else f"'{patch[0]}' patch"
             raise LoraError(
                 f"LoRA: '{name}' has a {kind}, expected a low-rank change, a rotation or a difference of a linear "
@@ -110,8 +127,32 @@ class NativeLoras:
 
     def _digest(self, name: str, tensor: Tensor) -> str:
         if tensor not in self._digests:
-            self._digests[tensor] = tensor_digest(f"for '{name}'", tensor)
+            self._digests[tensor] = tensor_digest(f"LoRA: '{name}'", tensor)
         return self._digests[tensor]
+
+
+def chosen_lora() -> str:
+    """The LoRA that the node that runs now names, with its folder; "" where that is none, or one of several."""
+    context = get_executing_context()
+    if context is None:
+        return ""
+    running, _ = PromptServer.instance.prompt_queue.get_current_queue_volatile()
+    graph = next((item[2] for item in running if item[1] == context.prompt_id), {})
+    names = {name for name in _texts(graph.get(context.node_id, {}).get("inputs", {})) if _is_lora(name)}
+    return names.pop() if len(names) == 1 else ""
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text among a node's inputs: loaders of several LoRAs nest them."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for each in value.values():
+            yield from _texts(each)
+
+
+def _is_lora(name: str) -> bool:
+    return bool(name) and folder_paths.get_full_path("loras", name) is not None
 
 
 def _name(key: Any) -> str:

@@ -11,7 +11,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import comfy.model_management
@@ -19,7 +19,7 @@ import comfy.model_patcher
 import torch
 
 from ..accel.engine import Engine, SwapReport
-from ..accel.errors import SettingsError
+from ..accel.errors import LoraError, SettingsError
 from ..accel.lora.schedule import Keyframes, Playback, ScheduledStack
 from ..accel.lora.stack import LoraStack
 from ..accel.lora.weights import LoraWeights
@@ -27,6 +27,7 @@ from ..accel.offload.planner import Planner
 from ..accel.prefetch import Prefetcher
 from ..accel.report import Sampling
 from ..accel.step_cache import StepCache, StepCacheSettings, StepCall
+from .native_lora import chosen_lora
 from .offload import further_reserve, out_of_memory
 from .prefetch import prefetcher_for
 from .progress import show_text
@@ -107,13 +108,18 @@ class AcceleratedModelPatcher(comfy.model_patcher.ModelPatcher):
         return copy
 
     def with_lora(
-        self, weights: LoraWeights, strength: float, keyframes: Keyframes = (), max_rank: int = 0
+        self, weights: LoraWeights, strength: float, keyframes: Keyframes = ()
     ) -> AcceleratedModelPatcher:
-        """A clone with one more LoRA on its stack, which is cut to a rank if `max_rank` is not 0."""
+        """A clone with one more LoRA on its stack."""
         copy = self.clone()
         copy.loras = self.loras.with_lora(weights, strength, keyframes)
+        return copy
+
+    def with_max_rank(self, max_rank: int) -> AcceleratedModelPatcher:
+        """A clone whose stack is cut to a rank; 0 changes nothing."""
+        copy = self.clone()
         if max_rank:
-            copy.loras = copy.loras.with_max_rank(max_rank)
+            copy.loras = self.loras.with_max_rank(max_rank)
         return copy
 
     def add_patches(self, patches: Any, strength_patch: float = 1.0, strength_model: float = 1.0) -> list[Any]:
@@ -128,9 +134,13 @@ class AcceleratedModelPatcher(comfy.model_patcher.ModelPatcher):
         """
         if strength_model != 1.0:
             raise SettingsError(MERGING)
-        weights, keys = self.model.native_loras.read(patches)
+        name = chosen_lora()
+        try:
+            weights, keys = self.model.native_loras.read(patches)
+        except LoraError as exc:
+            raise LoraError(str(exc).replace("LoRA: ", f"LoRA '{name}': ", 1) if name else str(exc)) from exc
         if weights is not None:
-            self.loras = self.loras.with_lora(weights, strength_patch)
+            self.loras = self.loras.with_lora(replace(weights, label=name), strength_patch)
             self.patches_uuid = uuid.uuid4()
         return keys
 

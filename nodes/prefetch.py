@@ -10,11 +10,12 @@ from typing import Any
 
 import folder_paths
 
+from ..accel.checkpoint import identify
 from ..accel.engine import Engine
-from ..accel.errors import SettingsError
-from ..accel.files import FileIdentity
+from ..accel.errors import AccelError, SettingsError
 from ..accel.lora.schedule import between
 from ..accel.prefetch import Prefetcher, WantedLora, WantedStack
+from .files import find_model
 
 OURS = "FluxHotswapLora"
 LOADER = "FluxAccelLoader"
@@ -66,9 +67,7 @@ def _stack(graph: Graph, node_id: str, checkpoint: str) -> WantedStack:
         visited.add(node_id)
         kind, inputs = _class(graph, node_id), graph[node_id].get("inputs", {})
         if kind == LOADER:
-            name = inputs.get("model_name")
-            path = folder_paths.get_full_path("diffusion_models", name) if isinstance(name, str) else None
-            return _ordered(loras) if path and FileIdentity.of(path).path == checkpoint else ()
+            return _ordered(loras) if _names_checkpoint(inputs.get("model_name"), checkpoint) else ()
         if kind in LORA_NODES:
             loras.append(_lora(kind, inputs))
         link = inputs.get("model")
@@ -76,6 +75,13 @@ def _stack(graph: Graph, node_id: str, checkpoint: str) -> WantedStack:
             return ()
         node_id = link[0]
     return ()
+
+
+def _names_checkpoint(name: Any, checkpoint: str) -> bool:
+    try:
+        return isinstance(name, str) and identify(find_model(name)).path == checkpoint
+    except AccelError:  # its node will say so
+        return False
 
 
 def _ordered(upwards: Sequence[WantedLora | None]) -> WantedStack:
@@ -93,11 +99,11 @@ def _lora(kind: str, inputs: Mapping[str, Any]) -> WantedLora | None:
     if path is None:
         return None
     strength = inputs.get("strength" if kind == OURS else "strength_model")
-    percents = inputs.get("start_percent", 0.0), inputs.get("end_percent", 1.0)
-    if not all(isinstance(value, (int, float)) for value in (strength, *percents)):
+    percents, max_rank = (inputs.get("start_percent", 0.0), inputs.get("end_percent", 1.0)), inputs.get("max_rank", 0)
+    if not all(isinstance(value, (int, float)) for value in (strength, max_rank, *percents)):
         return WantedLora(path, None, own=kind == OURS)
     try:
-        return WantedLora(path, float(strength), between(*percents), kind == OURS)
+        return WantedLora(path, float(strength), between(*percents), int(max_rank), kind == OURS)
     except SettingsError:  # its node will say so
         return None
 

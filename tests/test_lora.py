@@ -155,8 +155,12 @@ def test_text_encoder_keys_are_set_aside_not_lost(tmp_path, spec):
     assert set(weights.text_encoder_keys) == set(clip_l_lora_state_dict("kohya"))
     only = tmp_path / "clip.safetensors"
     save_file(clip_l_lora_state_dict("kohya"), only)
-    with pytest.raises(LoraError, match=r"'clip\.safetensors' changes only text encoders.*Load LoRA"):
-        read_lora(str(only), spec)
+    weights = read_lora(str(only), spec)
+    assert (weights.layers, weights.vectors) == ((), ())
+    assert len(weights.text_encoder_keys) == len(clip_l_lora_state_dict("kohya"))
+    flat = flatten(LoraStack().with_lora(weights, 1.0).active, torch.float32, pin=False)
+    assert not flat.placed
+    assert not flat.buffer.any()
 
 
 REFUSED = {

@@ -176,5 +176,5 @@ class _Values:
         for key in self._wanted:
             tensor = self._tensor(key)
             if tensor.dtype.is_floating_point and key not in self._ignored:
-                check_finite(f"'{self._file.name}': '{key}'", tensor)
+                check_finite(f"LoRA '{self._file.name}': '{key}'", tensor)
         self._checked = True

@@ -162,8 +162,8 @@ def account(file: TensorFile, spec: ModelSpec) -> FileKeys:
         else:
             unknown.append(key)
     _check_control(file, names, modules)
-    if unknown or not (modules or vectors):
-        raise LoraError(_unknown_message(file, spec, unknown, bool(modules or vectors), text_encoder, unused))
+    if unknown or not (modules or vectors or text_encoder):
+        raise LoraError(_unknown_message(file, spec, unknown, bool(modules or vectors), unused))
     _check_double(source, names, modules)
     changes = tuple(check_change(source, name, names[name], pieces) for name, pieces in modules.items())
     for change in changes:
@@ -273,19 +273,13 @@ def _unknown_message(
     spec: ModelSpec,
     unknown: list[str],
     some_fit: bool,
-    text_encoder: list[str],
     unused: Mapping[str, int],
 ) -> str:
     model = spec.family.name
-    if not unknown and unused:
+    if not unknown:
         found = ", ".join(f"{count} keys {what}" for what, count in unused.items())
         return (
             f"LoRA '{file.name}' holds nothing for the {model} transformer: {found}. Choose a file with a LoRA for it."
-        )
-    if not unknown:
-        return (
-            f"LoRA '{file.name}' changes only text encoders ({len(text_encoder)} keys), expected keys for a {model} "
-            "transformer. Load it with ComfyUI's Load LoRA node on the CLIP."
         )
     if some_fit:
         return (

@@ -112,13 +112,13 @@ def from_patches(
     return LoraWeights(identity, tuple(layers), (), tuple(vectors), math.inf, report)
 
 
-def tensor_digest(name: str, tensor: Tensor) -> str:
+def tensor_digest(source: str, tensor: Tensor) -> str:
     """Digest of a tensor's bytes, dtype and shape; about a second per GB.
 
     Raises:
         LoraError: it holds NaN or infinity.
     """
-    check_finite(name, tensor)
+    check_finite(source, tensor)
     content = hashlib.blake2b(f"{tensor.dtype} {tuple(tensor.shape)}".encode(), digest_size=16)
     content.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
     return content.hexdigest()

@@ -159,6 +159,7 @@ class LoraWeights:
         vectors: changes of biases and norms.
         peak: no element of any lora_B is larger; infinity where that is not known.
         report: what became of the file's keys.
+        label: what a person calls it, if that is more than the file's name.
     """
 
     identity: FileIdentity
@@ -167,11 +168,12 @@ class LoraWeights:
     vectors: tuple[VectorLayer, ...] = ()
     peak: float = math.inf
     report: LoraReport = field(default_factory=LoraReport)
+    label: str = ""
 
     @property
     def name(self) -> str:
-        """The file's name."""
-        return self.identity.name
+        """What messages call it."""
+        return self.label or self.identity.name
 
     @property
     def needs_base(self) -> bool:
@@ -277,15 +279,15 @@ def split_bias(target: LoraTarget, value: Tensor, scale: float) -> list[VectorLa
     ]
 
 
-def check_finite(name: str, tensor: Tensor) -> None:
-    """Refuse NaN and infinity.
+def check_finite(source: str, tensor: Tensor) -> None:
+    """Refuse NaN and infinity, in a message that begins with what holds them.
 
     Raises:
         LoraError: there is one.
     """
     if not all_finite(tensor):
         raise LoraError(
-            f"LoRA {name} holds NaN or infinity. Its training diverged or the file is damaged: choose another file or "
+            f"{source} holds NaN or infinity. Its training diverged or the file is damaged: choose another file or "
             "an earlier checkpoint."
         )
 

@@ -30,7 +30,7 @@ WRONG_LORAS = {
     "lora_missing_up": ("'lora_unet_single_blocks_0_linear1' has", "no lora_up / lora_B matrix", "get it again"),
     "lora_unknown_key": (
         "2 of 74 keys have no place", "lora_unet_double_blocks_0_img_attn_gate", "choose a file without them"),
-    "lora_no_pairs": ("does not fit FLUX.1", "emb_params", "Expected names like"),
+    "lora_no_pairs": ("holds nothing for the FLUX.1 transformer", "1 keys of a trained embedding", "Choose a file"),
     "sdxl_lora": ("does not fit FLUX.1", "Stable Diffusion XL", "Expected names like"),
 }
 WRONG_CHECKPOINTS = {
@@ -119,12 +119,53 @@ def test_attention_that_cannot_run_here(comfy, undisturbed):
         assert_says(message, f"attention '{name}' {reason}", "The nearest that runs here is 'sdpa'")
 
 
-def test_lora_of_another_variant(comfy, undisturbed):
-    """guidance_in has no place in schnell."""
+@pytest.mark.parametrize("native", [False, True], ids=["Hotswap LoRA", "Load LoRA"])
+def test_a_lora_for_dev_on_schnell_equals_stock(comfy, undisturbed, native):
+    """schnell has no guidance embedder: what is for it is left out, and said."""
     name = comfy.lora("for-dev.safetensors", "diffusers", seed=92)
     picture = replace(DEV, model="tiny-flux-schnell-fp32.safetensors", loras=[(name, 1.0)])
-    message = error_of(comfy, graph(picture), "p0_lora0")
-    assert_says(message, name, "4 of 100 keys have no place", "guidance_embedder", "choose a file without them")
+
+    def by_comfyui(nodes, prefix):
+        if native:
+            inputs = nodes[f"{prefix}lora0"]["inputs"]
+            nodes[f"{prefix}lora0"] = node(
+                "LoraLoaderModelOnly", model=inputs["model"], lora_name=name, strength_model=1.0
+            )
+
+    mark = comfy.server.mark()
+    compared = comfy.compare(picture, plain=replace(picture, loras=()), edit=by_comfyui)
+    assert compared.distance < 1e-4
+    assert compared.effect > 0.02
+    said = "guidance_in" if native else "4 not used: of the guidance embedder"
+    assert said in comfy.server.log_since(mark)
+
+
+def test_a_lora_that_is_switched_off_is_not_read(comfy, undisturbed):
+    """As stock: strength 0 is how people mute a node, whatever its file is."""
+    broken_files.lora_nan(comfy.model_file("loras", "muted.safetensors"))
+    assert torch.equal(comfy.sample(replace(DEV, loras=[("muted.safetensors", 0.0)])), comfy.sample(DEV))
+
+
+def test_a_lora_is_called_what_the_user_chose(comfy, undisturbed):
+    """With its folder; and by the name of a link, not by the file that it leads to."""
+    blob = comfy.lora("4f1a9ce0b2d7", "kohya", seed=95)
+    folder = comfy.model_file("loras", "characters/ada.safetensors").parent
+    folder.mkdir(exist_ok=True)
+    link = folder / "ada.safetensors"
+    link.unlink(missing_ok=True)
+    link.symlink_to(comfy.model_file("loras", blob))
+    name, mark = "characters/ada.safetensors", comfy.server.mark()
+    comfy.sample(replace(DEV, loras=[(name, 0.7)]))
+    nodes = graph(replace(DEV, loras=[(name, 0.6)]))
+    nodes["p0_lora0"] = node(
+        "LoraLoaderModelOnly", model=nodes["p0_lora0"]["inputs"]["model"], lora_name=name, strength_model=0.6
+    )
+    comfy.run(nodes)
+    log = comfy.server.log_since(mark)
+    assert "LoRAs characters/ada.safetensors × 0.7" in log
+    assert "LoRAs characters/ada.safetensors × 0.6" in log
+    comfy.model_file("loras", blob).write_bytes(b"<html>")
+    assert_says(error_of(comfy, graph(replace(DEV, loras=[(name, 0.7)])), "p0_lora0"), "'ada.safetensors'", "web page")
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("-inf")], ids=str)
@@ -149,7 +190,7 @@ def test_lora_only_for_the_text_encoder(comfy, undisturbed):
                "lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_up.weight": torch.zeros(3072, 4)}
     name = comfy.tensors("loras", "only-text.safetensors", tensors)
     message = error_of(comfy, graph(replace(DEV, loras=[(name, 1.0)])), "p0_lora0")
-    assert_says(message, name, "only text encoders", "Load LoRA")
+    assert_says(message, name, "only text encoders", "Connect clip")
 
 
 def test_a_strength_that_overflows(comfy, undisturbed):

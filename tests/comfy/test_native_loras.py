@@ -118,7 +118,7 @@ def test_norms(comfy, format):
 LAYER = "diffusion_model.double_blocks.0.img_attn.proj"
 REFUSED = {
     "bypass": ("LoraLoaderBypassModelOnly", "native-a.safetensors", ["Bypass", "Use one of them"]),
-    "for another model": ("LoraLoaderModelOnly", "sdxl_lora.safetensors", ["no key that fits", "Choose a LoRA"]),
+    "for another model": ("LoraLoaderModelOnly", "sdxl_lora.safetensors", ["found no key", "Hotswap LoRA"]),
     "another width": ("LoraLoaderModelOnly", "lora_wrong_width.safetensors", ["another size", "expected (256, rank)"]),
     "not a number": ("LoraLoaderModelOnly", "lora_nan.safetensors", ["NaN", "choose another file"]),
     "BOFT": ("LoraLoaderModelOnly", "boft.safetensors", ["BOFTAdapter", "Load Diffusion Model"]),
@@ -154,6 +154,8 @@ def test_what_cannot_be_carried_is_refused_at_the_node(comfy, class_type, name, 
     before = comfy.sample(Picture())
     result = comfy.client.run(native(Picture(loras=[(name, 1.0)]), class_type))
     assert result.error.node_id == "p0_lora0"
+    if class_type == "LoraLoaderModelOnly":
+        assert f"LoRA '{name}': " in result.error.exception_message
     for word in words:
         assert word in result.error.exception_message
     assert torch.equal(comfy.sample(Picture()), before)
