@@ -243,8 +243,14 @@ def _other_format(start: bytes) -> str | None:
         return "holds a web page, as when a download link needs a login. Download it again while signed in"
     if start.startswith(b"version https://git-lfs"):
         return "is a Git LFS pointer, not the data. Fetch it with `git lfs pull` or download it directly"
-    if start.startswith(b"PK\x03\x04") or start.startswith(b"\x80\x02"):
+    if start.startswith(b"PK\x03\x04") and b"data.pkl" not in start:
+        return "is a ZIP archive. Unpack it, and choose the safetensors file in it"
+    if start.startswith((b"PK\x03\x04", b"\x80\x02")):
         return "is a pickle (.pt/.ckpt), which can run code when opened. Convert it to safetensors"
     if start.startswith(b"GGUF"):
         return "is a GGUF file. Choose a safetensors file"
+    if start[:8].isascii() and all(letter.isprintable() or letter.isspace() for letter in start[:8].decode()):
+        # As a number, the length of a header of 10**18 bytes.
+        shown = " ".join(start[:60].decode(errors="replace").split())
+        return f"holds text ('{shown}'), as when a download fails. Download it again, signed in where that is needed"
     return None

@@ -39,10 +39,14 @@ def test_offsets_outside_the_file_are_refused(tmp_path):
     ("content", "words"),
     [
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS pointer"),
-        (b"PK\x03\x04" + bytes(100), "pickle"),
         (b"GGUF" + bytes(100), "GGUF"),
         (b"\x02\x00\x00\x00\x00\x00\x00\x00{}", "holds no tensors"),
-        (b"abc", "damaged"),
+        (b"abc\0", "damaged"),
+        (b'{"error": "Unauthorized"}', "holds text .*Unauthorized.*as when a download fails"),
+        (b'{\n  "error": 1}', "holds text"),
+        (b"Not found", "holds text .*Not found"),
+        (b"PK\x03\x04" + bytes(26) + b"lora.safetensors" + bytes(100), "ZIP archive. Unpack"),
+        (b"PK\x03\x04" + bytes(26) + b"archive/data.pkl" + bytes(100), "pickle"),
     ],
 )
 def test_other_formats_are_named(tmp_path, content, words):

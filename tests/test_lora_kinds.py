@@ -386,6 +386,11 @@ REFUSED = {
     "a control LoRA with keys of its own": (
         {"transformer.x_embedder.lora_A.weight": torch.zeros(4, 128),
          "transformer.x_embedder.lora_B.weight": torch.zeros(256, 4), "transformer.x": torch.zeros(4)}, "control LoRA"),
+    "a checkpoint": (tiny_flux_state_dict(TINY), "is a whole FLUX.1 checkpoint, with"),
+    "Qwen-Image": (
+        {f"transformer_blocks.0.{name}.lora_{role}.weight": torch.zeros(4, 4)
+         for name in ("img_mod.1", "txt_mod.1", "img_mlp.net.2", "attn.to_q") for role in "AB"},
+        "it is for another model, whose layers are named alike"),
     "Chroma": ({"diffusion_model.distilled_guidance_layer.layers.0.in_layer.lora_A.weight": torch.zeros(4)}, "Chroma"),
     "FLUX.2": ({"diffusion_model.double_stream_modulation_img.lin.lora_A.weight": torch.zeros(4)}, "FLUX.2"),
     "Nunchaku": ({"transformer_blocks.0.mlp_fc1.lora_down": torch.zeros(4)}, "converted for Nunchaku"),

@@ -281,6 +281,19 @@ def _unknown_message(
         return (
             f"LoRA '{file.name}' holds nothing for the {model} transformer: {found}. Choose a file with a LoRA for it."
         )
+    layout = spec.family.layout(spec.config)
+    for whole in (layout, layout.separate()):
+        if len(whole.expected_shapes().keys() & file.tensors.keys()) > len(file.tensors) // 2:
+            return (
+                f"LoRA '{file.name}' is a whole {model} checkpoint, with '{unknown[0]}' for example. Put it into the "
+                "folder 'diffusion_models', and choose it in Accelerated Flux Loader; choose a LoRA here."
+            )
+    if some_fit and 2 * len(unknown) > len(file.tensors):
+        return (
+            f"LoRA '{file.name}': {len(unknown)} of {len(file.tensors)} keys have no place in this {model} model, such "
+            f"as '{unknown[0]}': it is for another model, whose layers are named alike{_hint(unknown)}. Choose a LoRA "
+            f"for {model}."
+        )
     if some_fit:
         return (
             f"LoRA '{file.name}': {len(unknown)} of {len(file.tensors)} keys have no place in this {model} model, such "
