@@ -289,8 +289,8 @@ class AcceleratedModelPatcher(comfy.model_patcher.ModelPatcher):
         if self.planner.offload.mode == "model":
             self.engine.offload()
         record, self.model.sampling_record = getattr(self.model, "sampling_record", None), None
-        if record is None:
-            return
+        if record is None or not record.calls:
+            return  # it failed before the first step, and the error says how
         engine = self.engine
         swap_ms = sum(swap.swap_ms for swap in record.swaps)
         counts = Counter(swap.source for swap in record.swaps)

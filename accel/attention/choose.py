@@ -20,8 +20,7 @@ AUTO = ("sdpa", "cudnn", "flash_3", "flash_4", "flash_2", "xformers", "onednn")
 MARGIN = 0.05
 # A picture of 1024 × 1024 and a prompt; on a CPU, where that would take ten seconds, one of 512 × 512 without.
 MEASURED_TOKENS = {"cuda": 4_608, "cpu": 1_024}
-WARM_UPS = 2
-REPEATS = 5
+REPEATS = 7
 
 
 @dataclass(frozen=True)
@@ -101,35 +100,33 @@ def fastest(seconds: Mapping[str, float]) -> str:
 
 @functools.cache
 def measure(names: tuple[str, ...], target: Target) -> Mapping[str, float]:
-    """Seconds of one call, per backend; once per process. Takes some tens of milliseconds each, on a CPU hundreds."""
-    seconds = _seconds_on_cpu if target.device.type == "cpu" else _seconds_on_gpu
+    """Seconds of one call, per backend; once per process. Takes some tens of milliseconds each, on a CPU hundreds.
+
+    They take turns: what else the machine does meanwhile hits them all, not the one whose turn it was.
+    """
+    once = _seconds_on_cpu if target.device.type == "cpu" else _seconds_on_gpu
     with torch.inference_mode():
         inputs = make_inputs(target, 1, MEASURED_TOKENS[target.device.type])
-        return {name: seconds(functools.partial(BACKENDS[name].make(), *inputs, None)) for name in names}
+        runs = {name: functools.partial(BACKENDS[name].make(), *inputs, None) for name in names}
+        for run in (*runs.values(), *runs.values()):
+            run()
+        rounds = [{name: once(run) for name, run in runs.items()} for _ in range(REPEATS)]
+    return {name: min(seconds[name] for seconds in rounds) for name in names}
 
 
 def _seconds_on_cpu(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
     run()
-    times = []
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return min(times)
+    return time.perf_counter() - start
 
 
 def _seconds_on_gpu(run: Callable[[], object]) -> float:
-    for _ in range(WARM_UPS):
-        run()
-    times = []
-    for _ in range(REPEATS):
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        run()
-        stop.record()
-        stop.synchronize()
-        times.append(start.elapsed_time(stop) / 1e3)
-    return min(times)
+    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    run()
+    stop.record()
+    stop.synchronize()
+    return start.elapsed_time(stop) / 1e3
 
 
 def _usable_as_it_is(backend: Backend, target: Target) -> bool:

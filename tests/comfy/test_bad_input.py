@@ -197,9 +197,10 @@ def test_a_strength_that_overflows(comfy, undisturbed):
     """fp16 ends at 65504: refused while binding, and the LoRA that was bound stays."""
     name = comfy.lora("strong.safetensors", "kohya", rank=1, alpha=1.0, scale=1000.0, seed=94)
     picture = replace(DEV, dtype="fp16", loras=[(name, 0.001)])
-    before = comfy.sample(picture)
+    before, mark = comfy.sample(picture), comfy.server.mark()
     message = error_of(comfy, graph(replace(picture, loras=[(name, 100.0)])), "p0_sample")
     assert_says(message, name, "100", "overflows", "lower the strength")
+    assert "Flux Hotswap: LoRAs" not in comfy.server.log_since(mark)  # it was never bound
     again = comfy.run(graph(picture))
     assert torch.equal(latents(comfy.client, again), before)
 
