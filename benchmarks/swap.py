@@ -149,13 +149,14 @@ class Switch:
         self._fused = [flux_loras.fused_lora(config, f"fused-{seed}", seed) for seed in range(RESIDENT_COUNT)]
 
     def variants(self) -> list[Variant]:
-        """memcpy, hot, warm, read, cold and cold by format."""
+        """hot, warm, memcpy, read, cold and cold by format."""
         return [
-            in_turn("memcpy", self._loras, self._copy, self._check_copy, self._choose_target),
             in_turn(
                 "hot", self._loras[:RESIDENT_COUNT], self._bind_hot, lambda lora: self._check("hot", lora), self._step
             ),
             in_turn("warm", self._loras, self._put_and_bind, self._check_warm, self._expect_absent),
+            # Not the first of a round: that one finds the machine as ComfyUI's merge left it.
+            in_turn("memcpy", self._loras, self._copy, self._check_copy, self._choose_target),
             in_turn("read", self._loras, self._read, lambda lora: self.files.note_read(), self._write),
             in_turn("cold", self._loras, self._read_and_bind, self._check_cold, self._write),
             *(self._cold_fused(format) for format in FUSED_FORMATS),

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 
 import pytest
@@ -11,8 +12,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import accel.lora.bulk
+import accel.lora.file
 from accel.checkpoint import inspect_checkpoint
-from accel.errors import LoraError
+from accel.errors import FileError, LoraError
 from accel.lora import lowrank
 from accel.lora.buffers import HostBuffers
 from accel.lora.bulk import max_magnitude
@@ -844,6 +846,50 @@ def test_a_value_that_is_not_finite_is_named_wherever_it_is(tmp_path, spec, monk
         bad[key].view(-1)[-1] = math.inf
         with pytest.raises(LoraError, match=f"'{re.escape(key)}' holds NaN or infinity"):
             read_lora(write(tmp_path, "bad", bad), spec)
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_refused(tmp_path, spec, monkeypatch):
+    path = write(tmp_path, "shrinking", lora_state_dict("kohya", rank=3))
+    looked_at = accel.lora.file.account
+
+    def cut(file, spec):
+        keys = looked_at(file, spec)
+        os.truncate(path, path.stat().st_size // 2)
+        return keys
+
+    monkeypatch.setattr(accel.lora.bulk, "EAGER_BYTES", 0)  # so that it is read after that
+    monkeypatch.setattr(accel.lora.file, "account", cut)
+    with pytest.raises(FileError, match=r"'shrinking\.safetensors' became shorter or unreadable.*Get it again"):
+        read_lora(str(path), spec)
+
+
+def test_another_file_in_the_same_place_is_refused(tmp_path, spec, monkeypatch):
+    path = write(tmp_path, "replaced", lora_state_dict("kohya", rank=3))
+    other = write(tmp_path, "other", lora_state_dict("kohya", rank=4))
+    header = accel.lora.file.read_header
+
+    def replaced(name):
+        os.replace(other, path)
+        return header(name)
+
+    monkeypatch.setattr(accel.lora.file, "read_header", replaced)
+    with pytest.raises(FileError, match=r"'replaced\.safetensors' was changed while it was read"):
+        read_lora(str(path), spec)
+
+
+@pytest.mark.parametrize("header_bytes", [1, 2, 7])
+def test_tensors_at_odd_places(tmp_path, spec, header_bytes):
+    """safetensors aligns them; a file by another program may not."""
+    path = write(tmp_path, "odd", lora_state_dict("kohya", rank=3, dtype=torch.float16))
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    head, rest = data[8 : 8 + size], data[8 + size :]
+    path.write_bytes((size + header_bytes).to_bytes(8, "little") + head + b" " * header_bytes + rest)
+    if header_bytes % 2:
+        with pytest.raises(FileError, match="does not begin at a multiple of its dtype's size"):
+            read_lora(str(path), spec)
+    else:
+        assert read_lora(str(path), spec).report.targets == 50
 
 
 # Properties.

@@ -1,6 +1,5 @@
 """The LoRA pools: budgets, what is dropped, and strengths that change without preparing anything anew."""
 
-import dataclasses
 import os
 from itertools import pairwise
 
@@ -206,19 +205,18 @@ def test_a_strength_that_overflows_is_refused_before_anything_changes(spec, lora
     assert torch.equal(output(engine), before)
 
 
-def test_what_strength_changes_beyond_lora_B_is_flattened_anew(spec, loras, monkeypatch):
-    """A stack with a mixing matrix or replaced vectors, whose values may follow the strength too."""
-
-    def flatten_with_mixing(*arguments):
-        flat = flatten(*arguments)
-        # As a DoRA without effect: its mixing scales every row of one linear by 1.
-        module = next(iter(flat.placed))
-        return dataclasses.replace(flat, mixing={module: torch.ones(flat.placed[module].b_shape[0], 1, 1)})
-
-    monkeypatch.setattr(accel.lora.library, "flatten", flatten_with_mixing)
-    engine = make_engine(spec)
-    sources = [engine.swap(stack_of(loras, ("kohya", strength))).source for strength in (0.5, 0.7, 0.5)]
-    assert sources == ["cold", "cold", "hot"]
+@pytest.mark.parametrize("kind", ["DoRA", "GLoRA", "OFT", "bias"])
+def test_what_strength_changes_beyond_lora_B_is_flattened_anew(tmp_path, spec, kind):
+    """A mixing matrix, replaced vectors, or a lora_B that depends on the weight so far; also on top of another LoRA."""
+    path = write_tensors(tmp_path / "kind.safetensors", kind_state_dict(kind, rms=0.01))
+    before = write_lora(tmp_path / "before.safetensors", "kohya", rank=4)
+    engine, files = make_engine(spec), {"kind": read_lora(str(path), spec), "before": read_lora(str(before), spec)}
+    for entries in ((("kind", 1.0),), (("before", 0.8), ("kind", 0.6))):
+        stacks = [stack_of(files, *((name, factor * own) for name, own in entries)) for factor in (0.5, 0.7, 0.5)]
+        assert [engine.swap(stack).source for stack in stacks] == ["cold", "cold", "hot"]
+        fresh = make_engine(spec)
+        fresh.swap(stacks[0])
+        assert torch.equal(output(engine), output(fresh))
 
 
 # Stacks that are cut to a rank.

@@ -1,12 +1,9 @@
-"""Tensors of a file in as few reads as possible: whole runs of it into one buffer, checked while the next ones come."""
+"""A whole file of tensors on its way into memory: used tensor by tensor, and checked, while the rest still comes."""
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
-from io import RawIOBase
-from typing import NamedTuple
+import os
+import threading
 
 import numpy as np
 import torch
@@ -16,92 +13,118 @@ from ..errors import FileError
 from ..files import FileIdentity, TensorFile
 from .buffers import HostBuffers
 
-# Pieces that are checked while the next one is read: small enough to be in the cache still.
+# What is read at once: as much as Linux reads ahead, few enough for the thread to need the interpreter seldom.
 CHUNK_BYTES = 2**23
-# Bytes that nobody asked for are read along when they are fewer than this: one long read is faster than two.
-GAP_BYTES = 2**16
-ALIGNMENT = 64
-
-
-class _Place(NamedTuple):
-    """A tensor's bytes in the buffer."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    start: int
-    end: int
-
-
-class _Piece(NamedTuple):
-    """Bytes that are read at once."""
-
-    file_start: int
-    length: int
-    start: int
-
-    @property
-    def end(self) -> int:
-        """Behind its last byte in the buffer."""
-        return self.start + self.length
+FIRST_BYTES = 2**26
+# Larger files are no LoRAs, most likely: they are read once their header says so.
+EAGER_BYTES = 2**32
 
 
 class BulkReader:
-    """Reads tensors on a thread from the moment when it is made, so that they can be named and used meanwhile.
+    """Reads a safetensors file on a thread from the moment when it is made, before anyone has looked at its header.
 
-    A context manager: when the block ends early, what is not read yet is left.
+    Nearly all of a LoRA file is wanted, and its header takes as long to understand as a tenth of it to read. A context
+    manager: when the block ends early, what is not read yet is left.
 
     Attributes:
-        keys: of the tensors that it reads.
         peak: no float element of a tensor that `tensor` has given is larger; NaN or infinity where one is not finite.
     """
 
-    def __init__(self, file: TensorFile, keys: Iterable[str], buffers: HostBuffers | None = None) -> None:
+    def __init__(self, path: str | os.PathLike[str], buffers: HostBuffers | None = None) -> None:
         """Begin to read.
 
         Args:
-            file: whose header was read before.
-            keys: of tensors in it; none reads nothing.
+            path: a file.
             buffers: where memory comes from; None takes it from the system.
 
         Raises:
-            FileError: the file is gone, or changed since its header was read.
+            FileError: the file is not there.
         """
-        now = FileIdentity.of(file.identity.path)
-        if now != file.identity:
-            raise FileError(f"'{file.name}' was changed after it was read. Queue the prompt again to use the new file.")
-        self._places, self._pieces, size = _plan(file, frozenset(keys))
-        self.keys = self._places.keys()
+        self._identity = FileIdentity.of(path)
+        self._buffers = buffers or HostBuffers(0)
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+        self._spans: list[tuple[torch.dtype, int, int]] = []
+        self._read_bytes = self._checked_bytes = 0
+        self._error: Exception | None = None
+        self._stopped = False
+        self._progress = threading.Condition()
+        self._thread: threading.Thread | None = None
         self.peak = 0.0
-        self._buffer = torch.empty(size, dtype=torch.uint8) if buffers is None else buffers.take(size)
-        self._memory = self._buffer.numpy()
-        self._stream = open(file.identity.path, "rb", buffering=0)  # noqa: SIM115 - closed by __exit__
-        self._thread = ThreadPoolExecutor(1)
-        # One after the other, by one handle: the system then reads ahead of them.
-        reads = [self._thread.submit(_read, file, self._stream, piece, self._memory) for piece in self._pieces]
-        self._coming = deque(zip(self._pieces, reads, strict=True))
-        self._spans = _spans(self._places.values())
+        if self._identity.size_bytes <= EAGER_BYTES:
+            self._start()
 
     def __enter__(self) -> BulkReader:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._thread.shutdown(cancel_futures=True)
-        self._stream.close()
+        self._stopped = True
+        if self._thread is not None:
+            self._thread.join()
+
+    def expect(self, file: TensorFile) -> None:
+        """Say what is in the file; before the first `tensor`.
+
+        Raises:
+            FileError: the file changed meanwhile.
+        """
+        if file.identity != self._identity:
+            raise FileError(f"'{file.name}' was changed while it was read. Queue the prompt again to use the new file.")
+        self._file = file
+        self._spans = _spans(file)
+        if self._thread is None:
+            self._start()
 
     def tensor(self, key: str) -> Tensor:
         """One tensor on the CPU, as soon as it is read; all share one buffer, which no change of the file reaches.
 
         Raises:
-            FileError: the file became shorter, or the tensor begins where its dtype cannot.
+            FileError: the file became shorter or cannot be read, or the tensor begins where its dtype cannot.
         """
-        place = self._places[key]
-        while self._coming and self._coming[0][0].start < place.end:
-            piece, read = self._coming.popleft()
-            read.result()
-            self.peak = float(np.max([self.peak, max_magnitude(self._memory, self._spans, piece.start, piece.end)]))
-        if place.start % place.dtype.itemsize:
+        info, start = self._file.tensors[key], self._file.starts[key]
+        if start % info.dtype.itemsize:
             raise FileError(f"'{key}' does not begin at a multiple of its dtype's size. Save the file again.")
-        return self._buffer[place.start : place.end].view(place.dtype).view(place.shape)
+        end = start + info.bytes
+        while self._checked_bytes < end:
+            # Whole elements, whatever their size.
+            low, high = self._checked_bytes, min(self._checked_bytes + CHUNK_BYTES, self._identity.size_bytes)
+            self._wait(high)
+            found = max_magnitude(self._memory, self._spans, low, high)
+            self.peak = float(np.max([self.peak, found]))
+            self._checked_bytes = high
+        return self._buffer[start:end].view(info.dtype).view(info.shape)
+
+    def _start(self) -> None:
+        self._buffer = self._buffers.take(self._identity.size_bytes)
+        self._memory = self._buffer.numpy()
+        self._thread = threading.Thread(target=self._read, name="flux-hotswap-read", daemon=True)
+        self._thread.start()
+
+    def _wait(self, end: int) -> None:
+        with self._progress:
+            self._progress.wait_for(lambda: self._read_bytes >= end or self._error is not None)
+            if self._read_bytes < end:
+                raise FileError(
+                    f"'{self._file.name}' became shorter or unreadable while it was read ({self._error}). Get it "
+                    "again, and queue once more."
+                ) from self._error
+
+    def _read(self) -> None:
+        target, size = memoryview(self._memory), self._identity.size_bytes
+        try:
+            with open(self._identity.path, "rb", buffering=0) as stream:
+                while self._read_bytes < size and not self._stopped:
+                    # At first more at once: the header is being looked at, and whoever does that has the interpreter.
+                    ahead = CHUNK_BYTES if self._read_bytes else FIRST_BYTES
+                    count = stream.readinto(target[self._read_bytes : self._read_bytes + ahead])
+                    if not count:
+                        raise EOFError(f"{self._read_bytes:,} of {size:,} bytes")
+                    with self._progress:
+                        self._read_bytes += count
+                        self._progress.notify_all()
+        except Exception as exc:
+            with self._progress:
+                self._error = exc
+                self._progress.notify_all()
 
 
 # Size of an element -> the integers that order magnitudes as their bits do.
@@ -139,46 +162,15 @@ def max_magnitude(memory: np.ndarray, spans: list[tuple[torch.dtype, int, int]],
     return peak
 
 
-def _spans(places: Iterable[_Place]) -> list[tuple[torch.dtype, int, int]]:
-    """Neighbours of one dtype together: a LoRA has a thousand small tensors."""
+def _spans(file: TensorFile) -> list[tuple[torch.dtype, int, int]]:
+    """Neighbours of one dtype together: a LoRA has a thousand small tensors. Without those that begin at odd places."""
     spans: list[tuple[torch.dtype, int, int]] = []
-    for place in places:
-        if spans and spans[-1][0] is place.dtype and spans[-1][2] == place.start:
-            spans[-1] = (place.dtype, spans[-1][1], place.end)
+    for key in sorted(file.starts, key=file.starts.__getitem__):
+        info, start = file.tensors[key], file.starts[key]
+        if start % info.dtype.itemsize:
+            continue
+        if spans and spans[-1][0] is info.dtype and spans[-1][2] == start:
+            spans[-1] = (info.dtype, spans[-1][1], start + info.bytes)
         else:
-            spans.append((place.dtype, place.start, place.end))
+            spans.append((info.dtype, start, start + info.bytes))
     return spans
-
-
-def _plan(file: TensorFile, keys: Iterable[str]) -> tuple[dict[str, _Place], list[_Piece], int]:
-    """Give every tensor its place in the buffer, in the file's order; say what is read where; the buffer's size."""
-    runs: list[list[int]] = []  # [first byte in the file, behind the last, first byte in the buffer]
-    places, size = {}, 0
-    for key in sorted(keys, key=file.starts.__getitem__):
-        info, first = file.tensors[key], file.starts[key]
-        end = first + info.bytes
-        if not runs or first > runs[-1][1] + GAP_BYTES:
-            # As aligned in the buffer as the first tensor of the run may need.
-            runs.append([first, end, -(-size // ALIGNMENT) * ALIGNMENT])
-        run = runs[-1]
-        run[1] = max(run[1], end)
-        size = run[2] + run[1] - run[0]
-        start = run[2] + first - run[0]
-        places[key] = _Place(info.dtype, info.shape, start, start + end - first)
-    pieces = [
-        _Piece(first + offset, min(CHUNK_BYTES, last - first - offset), start + offset)
-        for first, last, start in runs
-        for offset in range(0, last - first, CHUNK_BYTES)
-    ]
-    return places, pieces, size
-
-
-def _read(file: TensorFile, stream: RawIOBase, piece: _Piece, memory: np.ndarray) -> None:
-    target = memoryview(memory)
-    done = 0
-    stream.seek(piece.file_start)
-    while done < piece.length:
-        count = stream.readinto(target[piece.start + done : piece.end])
-        if not count:
-            raise FileError(f"'{file.name}' became shorter while it was read. Get it again, and queue once more.")
-        done += count

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from ..spec import ModelSpec
 from .buffers import HostBuffers
 from .bulk import BulkReader
 from .factor_cache import Products
-from .keys import FileKeys, VectorChange, account, name_format, plain_keys
+from .keys import FileKeys, VectorChange, account, name_format
 from .kinds import Change, convert
 from .lowrank import Tolerance
 from .metadata import adapter_config
@@ -47,34 +47,34 @@ def read_lora(
         LoraError: an unknown key, a missing half, a wrong shape, NaN, a kind that cannot be carried, or nothing for
             this model in it.
     """
-    file = read_header(path)
-    with torch.inference_mode(False), torch.no_grad(), BulkReader(file, plain_keys(file), buffers) as ahead:
+    with torch.inference_mode(False), torch.no_grad(), BulkReader(path, buffers) as reader:
+        file = read_header(path)
         keys = account(file, spec)
+        reader.expect(file)
         config = adapter_config(file)
         products = Products(keys.changes, file.identity, tolerance, cache_dir)
         wanted = _wanted(keys, products.known)
-        with BulkReader(file, wanted - ahead.keys, buffers) as rest:
-            values = _Values(file, keys, wanted, (ahead, rest))
-            vectors = [
-                VectorLayer(vector.parameter, to_float(values.of_norm(vector)).flatten(), 1.0, vector.replaces)
-                for vector in keys.vectors
-            ]
-            layers: list[Layer] = []
-            # Each as soon as it is read, while the next ones come.
-            for change in keys.changes:
-                tensors = values.of(change)
-                scale = None
-                if config is not None and change.kind == "LoRA" and "alpha" not in change.pieces:
-                    scale = config.scale(change.name, change.rank)
-                converted = convert(change, tensors, scale, products.of(change, tensors), tolerance)
-                layers += converted.layers
-                vectors += converted.vectors
+        values = _Values(file, keys, wanted, reader)
+        vectors = [
+            VectorLayer(vector.parameter, to_float(values.of_norm(vector)).flatten(), 1.0, vector.replaces)
+            for vector in keys.vectors
+        ]
+        layers: list[Layer] = []
+        # Each as soon as it is read, while the next ones come.
+        for change in keys.changes:
+            tensors = values.of(change)
+            scale = None
+            if config is not None and change.kind == "LoRA" and "alpha" not in change.pieces:
+                scale = config.scale(change.name, change.rank)
+            converted = convert(change, tensors, scale, products.of(change, tensors), tolerance)
+            layers += converted.layers
+            vectors += converted.vectors
         products.store()
     # What was computed may be larger than what was read.
     computed = any(change.kind != "LoRA" or "mid" in change.pieces for change in keys.changes)
     report = make_report(name_format(file), keys, layers, vectors, products.errors)
     return LoraWeights(
-        file.identity, tuple(layers), keys.text_encoder, tuple(vectors), math.inf if computed else values.peak, report
+        file.identity, tuple(layers), keys.text_encoder, tuple(vectors), math.inf if computed else reader.peak, report
     )
 
 
@@ -138,19 +138,12 @@ class _Values:
     Its methods raise LoraError where a tensor holds NaN or infinity, and what `BulkReader.tensor` raises.
     """
 
-    def __init__(
-        self, file: TensorFile, keys: FileKeys, wanted: Collection[str], readers: Sequence[BulkReader]
-    ) -> None:
+    def __init__(self, file: TensorFile, keys: FileKeys, wanted: Collection[str], reader: BulkReader) -> None:
         self._file = file
         self._wanted = wanted
         self._ignored = frozenset().union(*(change.ignored for change in keys.changes))
-        self._readers = readers
+        self._reader = reader
         self._checked = False
-
-    @property
-    def peak(self) -> float:
-        """No element of what was given is larger; NaN or infinity where only ignored ones are not finite."""
-        return max(reader.peak for reader in self._readers)
 
     def of(self, change: Change) -> dict[str, Tensor]:
         """Role -> values, of those that are wanted."""
@@ -167,11 +160,11 @@ class _Values:
         return tensor
 
     def _tensor(self, key: str) -> Tensor:
-        tensor = next(reader for reader in self._readers if key in reader.keys).tensor(key)
+        tensor = self._reader.tensor(key)
         return to_float(tensor) if tensor.dtype == torch.float64 else tensor
 
     def _check(self) -> None:
-        if self._checked or all(math.isfinite(reader.peak) for reader in self._readers):
+        if self._checked or math.isfinite(self._reader.peak):
             return
         for key in self._wanted:
             tensor = self._tensor(key)

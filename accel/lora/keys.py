@@ -57,8 +57,6 @@ ROLES: Mapping[str, str] = {
     ".b_norm": "b_norm",
     ".weight": "weight",
 }
-# Ends of what every ordinary LoRA consists of.
-PLAIN_ENDS = tuple(end for end, role in ROLES.items() if role in ("A", "B", "alpha"))
 # What may stand behind the name of a norm -> whether it replaces its scale, or is added to it.
 NORM_ENDS: Mapping[str, bool] = {
     ".diff": False,
@@ -125,11 +123,6 @@ class FileKeys:
     vectors: tuple[VectorChange, ...]
     text_encoder: tuple[str, ...]
     unused: Mapping[str, int]
-
-
-def plain_keys(file: TensorFile) -> list[str]:
-    """Keys whose tensors are needed, whatever the others turn out to be: ordinary matrices, by their names alone."""
-    return [key for key in file.tensors if key.endswith(PLAIN_ENDS) and not key.startswith(TEXT_ENCODER_PREFIXES)]
 
 
 def account(file: TensorFile, spec: ModelSpec) -> FileKeys:
