@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -220,8 +221,8 @@ def _diagnose(identity: FileIdentity) -> tuple[int, dict[str, Any]]:
         stream.seek(8)
         try:
             header = json.loads(stream.read(header_bytes))
-            ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as exc:
+            ends = [operator.index(entry["data_offsets"][1]) for key, entry in header.items() if key != "__metadata__"]
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as exc:
             raise FileError(
                 f"'{name}' is damaged: its header is not the JSON of a safetensors file ({exc}). Get it again."
             ) from exc

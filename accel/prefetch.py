@@ -120,8 +120,8 @@ class Prefetcher:
             if not all(lora.own and lora.strength is not None for lora in stack):
                 return True
             for prepared in reversed(list(scheduled.stacks())):
-                if not engine.prefetch_room(prepared):
-                    self._done.discard(key)
+                # Where there is no room now there is none for the rest of this sampling: read once, not at each look.
+                if self._stopped.is_set() or not engine.prefetch_room(prepared):
                     return False
                 engine.prefetch(prepared)
         except AccelError as exc:

@@ -33,8 +33,17 @@ def find_file(folder: str, name: str) -> str:
 
 
 def fingerprint(folder: str, name: str) -> tuple[int, int]:
-    """What makes ComfyUI run a node again: the file's mtime in nanoseconds and its size in bytes."""
-    identity = FileIdentity.of(find_file(folder, name))
+    """What makes ComfyUI run a node again: the file's mtime in nanoseconds and its size in bytes.
+
+    Zeros where there is no such file, about which the node itself speaks, or where the name comes through a link, which
+    ComfyUI follows by itself: an exception would run the node anew at each prompt.
+    """
+    if not isinstance(name, str):
+        return 0, 0
+    try:
+        identity = FileIdentity.of(find_file(folder, name))
+    except FileError:
+        return 0, 0
     return identity.mtime_ns, identity.size_bytes
 
 
@@ -70,7 +79,12 @@ def find_model(name: str) -> str:
 
 def fingerprint_model(name: str) -> tuple[int, int]:
     """As `fingerprint`, for what `model_files` lists: every shard and description counts."""
-    identity = identify(find_model(name))
+    if not isinstance(name, str):
+        return 0, 0
+    try:
+        identity = identify(find_model(name))
+    except FileError:
+        return 0, 0
     parts = identity.parts or (identity,)
     return hash(tuple(part.mtime_ns for part in parts)), identity.size_bytes
 

@@ -56,6 +56,22 @@ def test_other_formats_are_named(tmp_path, content, words):
         read_header(path)
 
 
+@pytest.mark.parametrize(
+    "header",
+    [
+        '{"a": {"dtype": "F32", "shape": [1], "data_offsets": ["0", "4"]}}',
+        '{"a": {"dtype": "F32", "shape": [1], "data_offsets": [null, null]}}',
+        '{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "b": {"data_offsets": [0, 1.5]}}',
+        '{"a": ' + "[" * 100_000,
+    ],
+)
+def test_headers_that_are_no_headers(tmp_path, header):
+    path = tmp_path / "hostile.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header.encode() + bytes(64))
+    with pytest.raises(FileError, match=r"'hostile\.safetensors' is damaged: its header is not the JSON"):
+        read_header(path)
+
+
 def test_missing_file(tmp_path):
     with pytest.raises(FileError, match=r"gone\.safetensors.*cannot be opened.*Choose another"):
         read_header(tmp_path / "gone.safetensors")

@@ -15,6 +15,7 @@ import accel.lora.bulk
 import accel.lora.file
 from accel.checkpoint import inspect_checkpoint
 from accel.errors import FileError, LoraError
+from accel.layout import LoraTarget
 from accel.lora import lowrank
 from accel.lora.buffers import HostBuffers
 from accel.lora.bulk import max_magnitude
@@ -23,6 +24,7 @@ from accel.lora.file import read_lora
 from accel.lora.flatten import FlatLora, flatten
 from accel.lora.kronecker import multiplications
 from accel.lora.lowrank import Tolerance
+from accel.lora.patches import LinearPatch, from_patches, tensor_digest
 from accel.lora.slots import LoraSlots
 from accel.lora.stack import LoraStack
 from accel.lora.truncate import truncate
@@ -308,9 +310,21 @@ def test_metadata_that_contradicts_the_matrices_is_refused(tmp_path, spec):
     path = write(tmp_path, "other-rank", lora_state_dict("diffusers", rank=4), metadata)
     with pytest.raises(LoraError, match=r"'other-rank\.safetensors'.*rank 4.*says 8"):
         read_lora(str(path), spec)
-    path = write(tmp_path, "broken", lora_state_dict("diffusers", rank=4), {"lora_adapter_metadata": "{r: 4}"})
-    with pytest.raises(LoraError, match=r"'broken\.safetensors'.*not a configuration of PEFT"):
-        read_lora(str(path), spec)
+    bad = ["{r: 4}", "[" * 100_000]
+    for changes in (
+        {"lora_alpha": math.nan},
+        {"r": math.inf},
+        {"lora_alpha": 10**400},
+        {"rank_pattern": {"blocks.(": 4}},
+        {"alpha_pattern": {"*.to_q": 4}},
+        {"alpha_pattern": {"to_q": math.nan}},
+    ):
+        values = {"r": 4, "lora_alpha": 4, **changes}
+        bad.append(json.dumps({f"transformer.{key}": value for key, value in values.items()}))
+    for metadata in bad:
+        path = write(tmp_path, "broken", lora_state_dict("diffusers", rank=4), {"lora_adapter_metadata": metadata})
+        with pytest.raises(LoraError, match=r"'broken\.safetensors'.*not a configuration of PEFT"):
+            read_lora(str(path), spec)
 
 
 @pytest.mark.parametrize("channels", [128, 384], ids=["control", "fill"])
@@ -875,6 +889,58 @@ def test_another_file_in_the_same_place_is_refused(tmp_path, spec, monkeypatch):
     monkeypatch.setattr(accel.lora.file, "read_header", replaced)
     with pytest.raises(FileError, match=r"'replaced\.safetensors' was changed while it was read"):
         read_lora(str(path), spec)
+
+
+def test_a_file_that_is_overwritten_in_place_is_refused(tmp_path, spec, monkeypatch):
+    """Half old and half new values would be no LoRA."""
+    path = write(tmp_path, "overwritten", lora_state_dict("kohya", rank=3))
+    convert, changed = accel.lora.file.convert, []
+
+    def overwrite(*arguments):
+        if not changed:
+            changed.append(path.write_bytes(path.read_bytes()))
+            os.utime(path, ns=(1, 1))
+        return convert(*arguments)
+
+    monkeypatch.setattr(accel.lora.file, "convert", overwrite)
+    with pytest.raises(FileError, match=r"'overwritten\.safetensors' was changed while it was read"):
+        read_lora(str(path), spec)
+
+
+def test_a_nan_that_is_not_used_does_not_hide_an_overflow(tmp_path, spec):
+    file = lora_state_dict("kohya", rank=1, alpha=1.0, scale=1000.0)
+    file["lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight"] = torch.full((4, 768), math.nan)
+    stack = LoraStack().with_lora(read_lora(str(write(tmp_path, "strong", file)), spec), 100.0)
+    with pytest.raises(LoraError, match="overflows"):
+        flatten(stack.active, torch.float16, pin=False)
+
+
+def test_a_bias_alone_does_not_keep_its_file_in_memory(tmp_path, spec):
+    path = write(tmp_path, "bias", kind_state_dict("bias") | {"lora_te1_x.lora_down.weight": torch.zeros(2000, 2000)})
+    weights = read_lora(str(path), spec)
+    assert weights.bytes == sum(vector.value.nbytes for vector in weights.vectors) < path.stat().st_size / 10
+    whole = read_lora(str(write(tmp_path, "whole", lora_state_dict("kohya", rank=3))), spec)
+    assert whole.bytes >= (tmp_path / "whole.safetensors").stat().st_size
+
+
+def test_two_changes_of_one_norm_are_refused(tmp_path, spec):
+    file = {**norm_state_dict(format="native"), **norm_state_dict(format="diffusers")}
+    with pytest.raises(LoraError, match=r"'norms\.safetensors' holds two LoRAs"):
+        read_lora(str(write(tmp_path, "norms", file)), spec)
+
+
+def test_patches_in_float64_and_with_a_bad_alpha(spec):
+    target = LoraTarget.whole(spec.family.layout(spec.config).linears[0])
+    A, B = torch.randn(3, target.in_features), torch.randn(target.out_features, 3)
+
+    def read(dtype, alpha):
+        patch = LinearPatch("img_in", target, {"A": A.to(dtype), "B": B.to(dtype), "alpha": alpha})
+        return from_patches([patch], tensor_digest).layers[0]
+
+    assert torch.equal(read(torch.float64, 2.0).lora_B, B)
+    for alpha in (math.nan, math.inf):
+        with pytest.raises(LoraError, match=f"has alpha {alpha}, expected a finite number"):
+            read(torch.float32, alpha)
 
 
 @pytest.mark.parametrize("header_bytes", [1, 2, 7])

@@ -1,6 +1,7 @@
 """The LoRA pools: budgets, what is dropped, and strengths that change without preparing anything anew."""
 
 import os
+import threading
 from itertools import pairwise
 
 import pytest
@@ -23,6 +24,7 @@ from accel.lora.slots import LoraSlots
 from accel.lora.stack import LoraStack
 from accel.lora.truncate import truncate
 from accel.memory import GIB, MIB, PoolBudgets, available_host_bytes, pinned_bytes
+from accel.prefetch import Prefetcher, WantedLora
 from accel.settings import EngineSettings
 from harness.lora_files import in_attention, kind_state_dict, write_lora
 from harness.tensor_files import write_tensors
@@ -219,6 +221,41 @@ def test_what_strength_changes_beyond_lora_B_is_flattened_anew(tmp_path, spec, k
         assert torch.equal(output(engine), output(fresh))
 
 
+def test_the_values_of_one_layout_are_not_written_into_another(spec, paths):
+    """The same file twice, read once or read twice: one stack, one key, and two layouts of the buffer."""
+    engine = make_engine(spec, PoolBudgets(1000, 1000, 1000))
+    once = engine.read_lora(paths["lokr"])
+
+    def drawn(*entries):
+        stack = LoraStack()
+        for weights, strength in entries:
+            stack = stack.with_lora(weights, strength)
+        engine.swap(stack)
+        fresh = make_engine(spec)
+        fresh.swap(stack)
+        return torch.equal(output(engine), output(fresh))
+
+    assert drawn((once, 1.0), (once, 1.0))
+    assert drawn((once, 0.5), (once, 0.25))
+    for name in ("kohya", "fp32"):  # pools of this size drop the LoKr
+        engine.swap(LoraStack().with_lora(engine.read_lora(paths[name]), 1.0))
+    again = engine.read_lora(paths["lokr"])
+    assert again is not once
+    assert drawn((once, 1.0), (again, 1.0))
+    assert drawn((once, 0.5), (again, 0.25))
+    assert drawn((once, 0.7), (again, 0.7))
+
+
+def test_what_is_in_use_when_all_is_given_back_is_not_kept_later():
+    buffers = HostBuffers(GIB)
+    held = buffers.take(2**23)
+    buffers.clear()
+    del held
+    assert buffers.free_bytes == 0
+    buffers.take(2**23)
+    assert buffers.free_bytes == 2**23
+
+
 # Stacks that are cut to a rank.
 
 
@@ -348,6 +385,23 @@ def test_prefetch_leaves_only_the_binding_and_changes_nothing_bound(spec, loras)
     assert engine.applied(now)
     assert torch.equal(output(engine), before)
     assert engine.swap(later).source == "hot"
+
+
+def test_prefetch_reads_once_what_there_is_no_room_for(spec, paths, monkeypatch):
+    """It looks at the queue four times a second while a prompt samples."""
+    engine, reads, looks = make_engine(spec, PoolBudgets(1000, 1000, 1000)), [], threading.Semaphore(0)
+    read_lora = engine.read_lora
+    monkeypatch.setattr(engine, "read_lora", lambda path: reads.append(path) or read_lora(path))
+    engine.swap(LoraStack().with_lora(read_lora(paths["bf16"]), 1.0))
+    stack = tuple(WantedLora(paths[name], 0.5) for name in ("kohya", "fp32"))
+    prefetcher = Prefetcher(engine, lambda: looks.release() or [stack], poll_s=0.0)
+    prefetcher.start()
+    try:
+        assert all(looks.acquire(timeout=30) for _ in range(20))
+    finally:
+        prefetcher.stop()
+        prefetcher.join(30)
+    assert reads == [paths["kohya"], paths["fp32"]]
 
 
 def test_prefetch_of_another_strength_of_what_is_bound_does_not_touch_it(spec, loras):

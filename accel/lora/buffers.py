@@ -26,6 +26,7 @@ class HostBuffers:
         """Keep up to `keep_bytes` that nobody uses."""
         self._keep_bytes = keep_bytes
         self._free: list[mmap.mmap] = []
+        self._epoch = 0
         # Reentrant: a collection of garbage inside `take` may give a buffer back.
         self._lock = threading.RLock()
 
@@ -49,7 +50,7 @@ class HostBuffers:
         view = memoryview(block)
         tensor = torch.frombuffer(view, dtype=torch.uint8, count=size)
         # The storage holds the view, and so do all tensors over it.
-        weakref.finalize(view, self._give_back, block).atexit = False
+        weakref.finalize(view, self._give_back, block, self._epoch).atexit = False
         return tensor
 
     def prepare(self, size: int) -> None:
@@ -58,13 +59,14 @@ class HostBuffers:
             self.take(size).zero_()
 
     def clear(self) -> None:
-        """Give all unused memory back to the system."""
+        """Give all unused memory back to the system; what is in use now is not kept either, when it comes back."""
         with self._lock:
+            self._epoch += 1
             self._free.clear()
 
-    def _give_back(self, block: mmap.mmap) -> None:
+    def _give_back(self, block: mmap.mmap, epoch: int) -> None:
         with self._lock:
-            if self.free_bytes + len(block) <= self._keep_bytes:
+            if epoch == self._epoch and self.free_bytes + len(block) <= self._keep_bytes:
                 self._free.append(block)
 
 

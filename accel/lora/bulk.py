@@ -68,7 +68,7 @@ class BulkReader:
             FileError: the file changed meanwhile.
         """
         if file.identity != self._identity:
-            raise FileError(f"'{file.name}' was changed while it was read. Queue the prompt again to use the new file.")
+            raise FileError(_changed(file))
         self._file = file
         self._spans = _spans(file)
         if self._thread is None:
@@ -92,6 +92,16 @@ class BulkReader:
             self.peak = float(np.max([self.peak, found]))
             self._checked_bytes = high
         return self._buffer[start:end].view(info.dtype).view(info.shape)
+
+    def finish(self) -> None:
+        """Wait for the whole file, and make sure that it was the same from its first byte to its last.
+
+        Raises:
+            FileError: it changed, or see `tensor`.
+        """
+        self._wait(self._identity.size_bytes)
+        if FileIdentity.of(self._identity.path) != self._identity:
+            raise FileError(_changed(self._file))
 
     def _start(self) -> None:
         self._buffer = self._buffers.take(self._identity.size_bytes)
@@ -125,6 +135,10 @@ class BulkReader:
             with self._progress:
                 self._error = exc
                 self._progress.notify_all()
+
+
+def _changed(file: TensorFile) -> str:
+    return f"'{file.name}' was changed while it was read. Queue the prompt again to use the new file."
 
 
 # Size of an element -> the integers that order magnitudes as their bits do.

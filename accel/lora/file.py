@@ -20,7 +20,7 @@ from .kinds import Change, convert
 from .lowrank import Tolerance
 from .metadata import adapter_config
 from .report import LoraReport, overall_error
-from .weights import Layer, LoraLayer, LoraWeights, VectorLayer, check_finite, to_float
+from .weights import Layer, LoraLayer, LoraWeights, VectorLayer, check_finite, own_vector, to_float
 
 
 def read_lora(
@@ -56,7 +56,7 @@ def read_lora(
         wanted = _wanted(keys, products.known)
         values = _Values(file, keys, wanted, reader)
         vectors = [
-            VectorLayer(vector.parameter, to_float(values.of_norm(vector)).flatten(), 1.0, vector.replaces)
+            VectorLayer(vector.parameter, own_vector(values.of_norm(vector)), 1.0, vector.replaces)
             for vector in keys.vectors
         ]
         layers: list[Layer] = []
@@ -69,6 +69,7 @@ def read_lora(
             converted = convert(change, tensors, scale, products.of(change, tensors), tolerance)
             layers += converted.layers
             vectors += converted.vectors
+        reader.finish()
         products.store()
     # What was computed may be larger than what was read.
     computed = any(change.kind != "LoRA" or "mid" in change.pieces for change in keys.changes)

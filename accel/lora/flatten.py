@@ -314,7 +314,8 @@ def _fits(entries: Sequence[StackEntry], dtype: torch.dtype) -> bool:
     largest = torch.finfo(dtype).max
     for entry in entries:
         scales = {layer.scale for layer in entry.weights.layers if isinstance(layer, LoraLayer)}
-        if entry.weights.peak * max([1.0, *(abs(entry.strength * scale) for scale in scales)]) > largest:
+        bounds = [entry.weights.peak * factor for factor in (1.0, *(abs(entry.strength * scale) for scale in scales))]
+        if not all(bound <= largest for bound in bounds):  # nor where one is NaN
             return False
     return True
 

@@ -214,7 +214,9 @@ def choose(
     best, least = None, seconds(separate)
     for config, run in candidates.items():
         try:
-            distance = torch.linalg.vector_norm(run().float() - expected) / torch.linalg.vector_norm(expected)
+            # Of a LoRA of zeros, 0 / 0 would be no distance.
+            length = torch.linalg.vector_norm(expected).clamp(min=torch.finfo(torch.float32).tiny)
+            distance = torch.linalg.vector_norm(run().float() - expected) / length
             if not distance <= TOLERANCE:  # NaN is too far, too
                 log.warning("Flux Hotswap: a fused LoRA kernel is wrong on this GPU (%.3g) and is not used.", distance)
                 continue

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from ..errors import LoraError
 from ..files import FLOAT_DTYPES, TensorFile
-from ..layout import LinearPart, LoraTarget, VectorWeight
+from ..layout import LoraTarget, VectorWeight
 from ..spec import ModelSpec
 from .kinds import Change, check_change
 from .shapes import INSTEAD, Piece
@@ -157,7 +157,8 @@ def account(file: TensorFile, spec: ModelSpec) -> FileKeys:
     _check_control(file, names, modules)
     if unknown or not (modules or vectors or text_encoder):
         raise LoraError(_unknown_message(file, spec, unknown, bool(modules or vectors), unused))
-    _check_double(source, names, modules)
+    _check_double(source, [(names[name].parts, name) for name in modules])
+    _check_double(source, [(vector.parameter, vector.key) for vector in vectors])
     changes = tuple(check_change(source, name, names[name], pieces) for name, pieces in modules.items())
     for change in changes:
         for role, piece in change.pieces.items():
@@ -227,11 +228,11 @@ def _norm(file: TensorFile, key: str, norms: Mapping[str, VectorWeight]) -> Vect
     return None
 
 
-def _check_double(source: str, names: Mapping[str, LoraTarget], modules: Mapping[str, dict[str, Piece]]) -> None:
-    """Refuse two LoRAs in one file: of two names for one linear, each program reads another one, or both."""
-    seen: dict[tuple[LinearPart, ...], str] = {}
-    for name in modules:
-        other = seen.setdefault(names[name].parts, name)
+def _check_double(source: str, named: Sequence[tuple[Hashable, str]]) -> None:
+    """Refuse two LoRAs in one file: of two names for one layer, each program reads another one, or both."""
+    seen: dict[Hashable, str] = {}
+    for layer, name in named:
+        other = seen.setdefault(layer, name)
         if other != name:
             raise LoraError(
                 f"{source} holds two LoRAs: '{other}' and '{name}' are the same layer of the model, and programs "

@@ -34,6 +34,7 @@ from .weights import (
     LoraLayer,
     Magnitude,
     VectorLayer,
+    own_vector,
     split,
     split_bias,
     split_kronecker,
@@ -162,7 +163,7 @@ def convert(
     vectors: list[VectorLayer] = []
     layers: list[Layer] = []
     if "diff_b" in tensors:
-        vectors += split_bias(change.target, to_float(tensors["diff_b"]).flatten(), 1.0)
+        vectors += split_bias(change.target, own_vector(tensors["diff_b"]), 1.0)
     if change.kind == "OFT":
         layers += split_rotation(f"{change.source}: '{change.name}'", change.target, _turn(change, tensors))
     elif change.kind == "LoKr":
@@ -184,7 +185,7 @@ def convert(
         scaling = _alpha_scale(change, tensors) if scale is None else scale
         layers += split(change.target, lora_A, lora_B, scaling, _magnitude(tensors))
         if "up_bias" in tensors:
-            vectors += split_bias(change.target, to_float(tensors["up_bias"]).flatten(), scaling)
+            vectors += split_bias(change.target, own_vector(tensors["up_bias"]), scaling)
     return Converted(tuple(layers), tuple(vectors))
 
 
@@ -199,9 +200,13 @@ def product_factors(change: Change, tensors: Mapping[str, Tensor], tolerance: To
         matrix = to_float(tensors["diff"]).flatten(1)
         factors = lowrank.sketch(matrix, tolerance.error, tolerance.max_rank) if cut else lowrank.whole(matrix)
     else:
-        factors = _hadamard(tensors)
-        if cut:
-            factors = lowrank.compress(factors, tolerance.error, tolerance.max_rank)
+        left1, right1, left2, right2 = _hadamard_sides(tensors)
+        if change.rank > tolerance.max_rank:  # as large as the weight, but smaller than its factors
+            factors = lowrank.sketch((left1 @ right1) * (left2 @ right2), tolerance.error, tolerance.max_rank)
+        else:
+            factors = lowrank.hadamard(left1, right1, left2, right2)
+            if cut:
+                factors = lowrank.compress(factors, tolerance.error, tolerance.max_rank)
     if factors.error > tolerance.max_error:
         raise LoraError(
             f"{change.source}: the {change.kind} on '{change.name}' has rank {change.rank}; the {tolerance.max_rank} "
@@ -211,12 +216,13 @@ def product_factors(change: Change, tensors: Mapping[str, Tensor], tolerance: To
     return factors
 
 
-def _hadamard(tensors: Mapping[str, Tensor]) -> Factors:
+def _hadamard_sides(tensors: Mapping[str, Tensor]) -> list[Tensor]:
+    """The two products of a LoHa: (out_features, r), (r, in_features), and again."""
     sides = [to_float(tensors[role]).flatten(1) for role in LOHA]
     if "hada_t1" in tensors:
         middles = [to_float(tensors[role]).flatten(1) for role in ("hada_t1", "hada_t2")]
-        sides = [sides[0].T, middles[0] @ sides[1], sides[2].T, middles[1] @ sides[3]]
-    return lowrank.hadamard(*sides)
+        return [sides[0].T, middles[0] @ sides[1], sides[2].T, middles[1] @ sides[3]]
+    return sides
 
 
 def _kind(source: str, name: str, pieces: Mapping[str, Piece]) -> str:
@@ -289,7 +295,7 @@ def _kron_side(tensors: Mapping[str, Tensor], role: str) -> Tensor | Factors:
 def _magnitude(tensors: Mapping[str, Tensor]) -> Magnitude | None:
     for role, after in (("dora_scale", False), ("magnitude", True)):
         if role in tensors:
-            return Magnitude(to_float(tensors[role]).flatten(), after)
+            return Magnitude(own_vector(tensors[role]), after)
     return None
 
 

@@ -255,7 +255,7 @@ class LoraLibrary:
 
     def _unscaled_of(self, key: StackKey, stack: LoraStack, resident: Prepared) -> UnscaledB:
         unscaled = self._unscaled.get(key)
-        if unscaled is None:
+        if unscaled is None or not unscaled.belongs_to(resident.flat):
             unscaled = UnscaledB(stack.active, resident.flat, self._memory.upload, self._buffers)
             self._unscaled.put(key, unscaled)
         return unscaled

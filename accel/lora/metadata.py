@@ -80,16 +80,28 @@ def adapter_config(file: TensorFile) -> AdapterConfig | None:
         return AdapterConfig(
             source,
             int(own["r"]),
-            float(own.get("lora_alpha", own["r"])),
-            {str(key): int(value) for key, value in (own.get("rank_pattern") or {}).items()},
-            {str(key): float(value) for key, value in (own.get("alpha_pattern") or {}).items()},
+            _finite(own.get("lora_alpha", own["r"])),
+            {_pattern(key): int(value) for key, value in (own.get("rank_pattern") or {}).items()},
+            {_pattern(key): _finite(value) for key, value in (own.get("alpha_pattern") or {}).items()},
             bool(own.get("use_rslora", False)),
         )
-    except (ValueError, TypeError, AttributeError) as exc:
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError, re.error) as exc:
         raise LoraError(
             f"{source}: its {KEY} is not a configuration of PEFT ({exc}), so its scale is not known. Get the file "
             "again, or save it without this metadata."
         ) from exc
+
+
+def _finite(value: Any) -> float:
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"an alpha is {number}")
+    return number
+
+
+def _pattern(text: str) -> str:
+    re.compile(text)
+    return text
 
 
 def _by_pattern(pattern: Mapping[str, Any], module: str, otherwise: Any) -> Any:

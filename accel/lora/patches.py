@@ -19,8 +19,8 @@ from .file import make_report
 from .keys import FileKeys
 from .kinds import Change, check_change, convert
 from .lowrank import Tolerance
-from .shapes import Piece
-from .weights import Layer, LoraWeights, VectorLayer, check_finite, to_float
+from .shapes import INSTEAD, Piece
+from .weights import Layer, LoraWeights, VectorLayer, check_finite, own_vector, to_float
 
 SOURCE = "LoRA"
 
@@ -90,6 +90,9 @@ def from_patches(
             tensors = {role: _tensor(value) for role, value in patch.values.items()}
             pieces = {role: Piece(f"{patch.name} {role}", tuple(tensor.shape)) for role, tensor in tensors.items()}
             change = check_change(SOURCE, patch.name, patch.target, pieces)
+            alpha = float(tensors["alpha"]) if "alpha" in tensors else 1.0
+            if not math.isfinite(alpha) and not change.ignored:
+                raise LoraError(f"{SOURCE}: '{patch.name}' has alpha {alpha}, expected a finite number. {INSTEAD}")
             content.update(f"{patch.name} {patch.target}".encode())
             for role, tensor in sorted(tensors.items()):
                 if role != "alpha" and tensor.dtype not in FLOAT_DTYPES:
@@ -125,7 +128,10 @@ def tensor_digest(source: str, tensor: Tensor) -> str:
 
 
 def _tensor(value: Tensor | float) -> Tensor:
-    return value.detach().cpu() if isinstance(value, Tensor) else torch.tensor(float(value), dtype=torch.float64)
+    if not isinstance(value, Tensor):
+        return torch.tensor(float(value), dtype=torch.float64)
+    value = value.detach().cpu()
+    return to_float(value) if value.dtype == torch.float64 else value
 
 
 def _norm(patch: NormPatch) -> VectorLayer:
@@ -134,4 +140,4 @@ def _norm(patch: NormPatch) -> VectorLayer:
             f"{SOURCE}: '{patch.name}' is changed by {tuple(patch.value.shape)}, expected ({patch.vector.size},): "
             "it is for a model of another size or kind. Choose a LoRA for this model."
         )
-    return VectorLayer(patch.vector.parameter, to_float(patch.value.detach().cpu()).flatten(), 1.0, patch.replaces)
+    return VectorLayer(patch.vector.parameter, own_vector(patch.value.detach().cpu()), 1.0, patch.replaces)

@@ -85,6 +85,7 @@ class UnscaledB:
                 dtype = torch.float32  # holds every LoRA dtype exactly
             elements = sum(matrix.rows * matrix.rank for matrix in matrices)
             host = (buffers or HostBuffers(0)).take(elements * dtype.itemsize).view(dtype)
+            self._placed, self._kroneckers = flat.placed, flat.kroneckers
             self._runs = tuple(_fill(host, _neighbours(matrices)))
             self._values = host.to(flat.buffer.device) if upload is None else upload(host)
 
@@ -92,6 +93,17 @@ class UnscaledB:
     def bytes(self) -> int:
         """What the values take on the device."""
         return self._values.nbytes
+
+    def belongs_to(self, flat: FlatLora) -> bool:
+        """Whether a flat buffer has the layout that these values were laid out for.
+
+        Of one stack there may be others: a file that was read twice shares less with itself than one read once.
+        """
+        if self._placed is not flat.placed or self._kroneckers is not flat.kroneckers:
+            if (self._placed, self._kroneckers) != (flat.placed, flat.kroneckers):
+                return False
+            self._placed, self._kroneckers = flat.placed, flat.kroneckers  # the next comparison is cheap
+        return True
 
     def check(self, entries: Sequence[StackEntry], dtype: torch.dtype) -> None:
         """Refuse strengths that `multiply` could not represent.

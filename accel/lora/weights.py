@@ -182,7 +182,7 @@ class LoraWeights:
 
     @property
     def bytes(self) -> int:
-        """Memory that the weights hold; what serves several layers of a fused linear counts once."""
+        """Memory that the weights hold: all of the buffers that their tensors lie in, each counted once."""
         tensors = [vector.value for vector in self.vectors]
         for layer in self.layers:
             if isinstance(layer, RotationLayer):
@@ -193,7 +193,8 @@ class LoraWeights:
                 tensors += [layer.columns, layer.lora_A]
             else:
                 tensors += [layer.lora_A, layer.lora_B]
-        return sum({id(tensor): tensor.numel() * tensor.element_size() for tensor in tensors}.values())
+        storages = [tensor.untyped_storage() for tensor in tensors]
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def reads_weight(layer: Layer) -> bool:
@@ -290,6 +291,11 @@ def check_finite(source: str, tensor: Tensor) -> None:
             f"{source} holds NaN or infinity. Its training diverged or the file is damaged: choose another file or "
             "an earlier checkpoint."
         )
+
+
+def own_vector(tensor: Tensor) -> Tensor:
+    """The values in one dimension, float32, in memory of their own: a view would keep a whole file's."""
+    return tensor.flatten().to(torch.float32, copy=True)
 
 
 def to_float(tensor: Tensor) -> Tensor:

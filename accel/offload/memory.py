@@ -144,7 +144,8 @@ class CudaMemory:
 
     def upload(self, tensor: Tensor) -> Tensor:
         """See `DeviceMemory`."""
-        return tensor.to(self.device, non_blocking=True)
+        # Only page-locked memory is surely still the same when the copy runs: other buffers are used again at once.
+        return tensor.to(self.device, non_blocking=tensor.is_pinned())
 
     def holds(self, tensor: Tensor) -> bool:
         """See `DeviceMemory`."""
