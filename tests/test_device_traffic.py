@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from accel.families.flux1 import Flux1, Flux1Inputs
 from accel.families.flux1.forward import BlockState, Hooks, Residuals
-from accel.lora import kernels, layers
+from accel.lora import kernels, layers, operators
 from accel.lora.bound import Bound
 from accel.lora.slots import Bindings, LoraSlots
 from benchmarks.block_variants import block_modules, one_of_each, quantize_float8
@@ -101,11 +101,11 @@ def forward(request, skeleton, fake, monkeypatch):
     )
     slots.bind(Bindings(tuple(loras)))
     for name in ("linears", "joint_linears", "split_linears"):
-        monkeypatch.setattr(torch.ops.flux_hotswap, name, getattr(layers, f"_{name}"))
+        monkeypatch.setattr(torch.ops.flux_hotswap, name, getattr(operators, f"_{name}"))
     # A fake Parameter is not of Parameter's type.
     monkeypatch.setattr(layers, "is_plain", lambda base: not hasattr(base.weight, "qdata"))
     # A FakeTensor has no address, and Triton cannot read one.
-    monkeypatch.setattr(layers, "_down", lambda multiply, matrices: [multiply(matrix) for matrix in matrices])
+    monkeypatch.setattr(operators, "_down", lambda multiply, matrices: [multiply(matrix) for matrix in matrices])
     # PyTorch does not say what the one that writes to a given tensor does to fake ones.
     product = torch._scaled_mm
     monkeypatch.setattr(torch, "_scaled_mm", lambda *args, out=None, **options: written(product(*args, **options), out))
