@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LoraError
-from .weights import InputLayer, KroneckerLayer, Layer, LoraLayer, RotationLayer, reads_weight, to_float
+from .weights import InputLayer, KroneckerLayer, Layer, LoraLayer, RotationLayer, only_adds, to_float
 
 # Rotations with blocks of different sizes share blocks of the least common multiple, up to this size.
 MAX_BLOCK = 2048
@@ -67,7 +67,7 @@ class Composed:
 
 def is_plain(layers: Sequence[tuple[Layer, float]]) -> bool:
     """Whether a linear's layers only add to its weight."""
-    return all(not isinstance(layer, RotationLayer) and not reads_weight(layer) for layer, _ in layers)
+    return all(only_adds(layer) for layer, _ in layers)
 
 
 def compose(

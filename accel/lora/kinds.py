@@ -53,8 +53,8 @@ COMPANIONS: Mapping[str, tuple[str, ...]] = {
     "difference": ("diff",),
     "bias": (),
 }
-# Roles that cannot be carried beside the weights -> why, and what to do.
 UNREAD = "ComfyUI does not read it either: choose a LoRA of another kind."
+# Roles that cannot be carried beside the weights -> why, and what to do.
 REFUSED: Mapping[str, tuple[str, str]] = {
     "set_weight": ("a whole weight, which is as large as the model", INSTEAD),
     "reshape_weight": (

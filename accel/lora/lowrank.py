@@ -89,7 +89,7 @@ def compress(factors: Factors, error: float, max_rank: int) -> Factors:
     """
     u, s, v = _svd(factors)
     values = s.double()
-    kept = _cut(values, error, max_rank)
+    kept = _cut(values, error, max_rank, float(values.square().sum()))
     root = values[:kept].sqrt().float()
     return Factors(v[:kept] * root[:, None], u[:, :kept] * root, *_left(values, kept))
 
@@ -112,12 +112,9 @@ def sketch(matrix: Tensor, error: float, max_rank: int) -> Factors:
         basis = torch.linalg.qr(matrix.T @ torch.linalg.qr(matrix @ basis).Q).Q
     u, s, v = torch.linalg.svd(matrix @ basis, full_matrices=False)
     values, energy = s.double(), float(matrix.double().square().sum())
-    left = (energy - values.square().cumsum(0)).clamp(min=0.0)
-    enough = torch.nonzero(left <= error**2 * energy)
-    kept = min(int(enough[0]) + 1 if len(enough) else len(values), max_rank)
-    root = values[:kept].sqrt().float()
-    norm = energy**0.5
-    rest = float(left[kept - 1]) ** 0.5 / norm if norm else 0.0
+    kept = _cut(values, error, max_rank, energy)
+    root, norm = values[:kept].sqrt().float(), energy**0.5
+    rest = max(0.0, energy - float(values[:kept].square().sum())) ** 0.5 / norm if norm else 0.0
     return Factors((v[:kept] @ basis.T) * root[:, None], u[:, :kept] * root, rest, norm)
 
 
@@ -132,11 +129,10 @@ def _svd(factors: Factors) -> tuple[Tensor, Tensor, Tensor]:
     return q_left @ u, s, v @ q_right.T
 
 
-def _cut(values: Tensor, error: float, max_rank: int) -> int:
-    """How many of the descending singular values to keep."""
-    energy = values.square()
-    left = energy.sum() - energy.cumsum(0)  # after keeping 1, 2, ... values
-    enough = torch.nonzero(left <= error**2 * energy.sum())
+def _cut(values: Tensor, error: float, max_rank: int, energy: float) -> int:
+    """How many of the descending singular values to keep, where the squares of all sum up to `energy`."""
+    left = energy - values.square().cumsum(0)  # after keeping 1, 2, ... values
+    enough = torch.nonzero(left <= error**2 * energy)
     needed = int(enough[0]) + 1 if len(enough) else len(values)
     return min(needed, max_rank, len(values))
 

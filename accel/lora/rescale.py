@@ -19,7 +19,7 @@ from ..errors import LoraError
 from .buffers import HostBuffers
 from .flatten import FlatLora
 from .stack import StackEntry
-from .weights import KroneckerLayer, Layer, RotationLayer, reads_weight
+from .weights import KroneckerLayer, only_adds
 
 
 @dataclass(frozen=True)
@@ -51,13 +51,7 @@ class _Run:
 
 def rescalable(entries: Sequence[StackEntry]) -> bool:
     """Whether strengths only multiply lora_B and left matrices."""
-    return all(
-        not entry.weights.vectors and not any(map(_depends, entry.weights.layers)) for entry in entries
-    )
-
-
-def _depends(layer: Layer) -> bool:
-    return isinstance(layer, RotationLayer) or reads_weight(layer)
+    return all(not entry.weights.vectors and all(map(only_adds, entry.weights.layers)) for entry in entries)
 
 
 class UnscaledB:

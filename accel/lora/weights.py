@@ -197,6 +197,11 @@ class LoraWeights:
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
+def only_adds(layer: Layer) -> bool:
+    """Whether a layer only adds to the weight, whatever that is: its strength is then a factor."""
+    return not isinstance(layer, RotationLayer) and not reads_weight(layer)
+
+
 def reads_weight(layer: Layer) -> bool:
     """Whether what a layer becomes depends on the weight that it changes."""
     return isinstance(layer, InputLayer) or getattr(layer, "magnitude", None) is not None

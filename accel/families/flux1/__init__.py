@@ -55,10 +55,7 @@ class Flux1:
 
     def lora_absent(self, config: Flux1Config) -> Mapping[str, str]:
         """Names of linears that other models of the family have and this one lacks -> what to say of their keys."""
-        if config.guidance:
-            return {}
-        names = _lora_names(replace(config, guidance=True))[0].keys() - _lora_names(config)[0].keys()
-        return dict.fromkeys(names, "of the guidance embedder, which FLUX.1-schnell does not have")
+        return _absent_names(config)
 
     def lora_norms(self, config: Flux1Config) -> Mapping[str, VectorWeight]:
         """See `lora_names.lora_norms`."""
@@ -160,3 +157,11 @@ def _lora_names(config: Flux1Config) -> tuple[Mapping[str, LoraTarget], Mapping[
     # 5,000 names, wanted for every LoRA that is read.
     layout = checkpoint_layout(config)
     return lora_aliases(layout), lora_norms(layout)
+
+
+@functools.lru_cache(maxsize=4)
+def _absent_names(config: Flux1Config) -> Mapping[str, str]:
+    if config.guidance:
+        return {}
+    names = _lora_names(replace(config, guidance=True))[0].keys() - _lora_names(config)[0].keys()
+    return dict.fromkeys(names, "of the guidance embedder, which FLUX.1-schnell does not have")

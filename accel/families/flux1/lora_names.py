@@ -73,7 +73,7 @@ def lora_aliases(layout: Layout) -> dict[str, LoraTarget]:
             qkv = _attention(linear)
             for name in (f"{block}processor.qkv_lora", f"{block}linear1_qkv"):
                 aliases[name] = aliases[f"diffusion_model.{name}"] = qkv
-            for name in _diffusers_names(f"{block.replace('single', 'single_transformer')}attn.to_qkv"):
+            for name in _diffusers_names(f"{_diffusers_block(block)}attn.to_qkv"):
                 aliases[name] = qkv
     return aliases
 
@@ -122,10 +122,11 @@ def _fused_diffusers_names(linear: FusedLinear) -> Iterator[str]:
     """A block's linears as diffusers names them where q, k and v are one, in single blocks with the MLP (FLUX.2)."""
     for suffix, other in FUSED_DIFFUSERS.items():
         if linear.name.endswith(suffix):
-            block = linear.name.removesuffix(suffix)
-            for original, diffusers in (("single_blocks", "single_transformer_blocks"), ("double_", "transformer_")):
-                block = block.replace(original, diffusers)
-            yield from _diffusers_names(block + other)
+            yield from _diffusers_names(_diffusers_block(linear.name.removesuffix(suffix)) + other)
+
+
+def _diffusers_block(name: str) -> str:
+    return name.replace("single_blocks", "single_transformer_blocks").replace("double_blocks", "transformer_blocks")
 
 
 def _split(linear: FusedLinear) -> Iterator[tuple[LinearPart, LoraTarget]]:
