@@ -149,14 +149,17 @@ class Comfy:
 
     def free(self, *, unload_models: bool, free_memory: bool) -> None:
         """Ask for memory back, and wait until the loaded weights are gone: ComfyUI collects garbage itself then."""
-        self.client.free(unload_models=unload_models, free_memory=free_memory)
-        deadline = time.monotonic() + 20
-        while True:
-            state = self.engines()
-            if not any(engine["loaded"] for engine in state["held"]) and not any(state["weight_bytes"].values()):
-                return
-            assert time.monotonic() < deadline, f"/free did not give the weights back: {state}"
-            time.sleep(0.05)
+        # ComfyUI's worker overlooks a request that comes while it collects garbage after a prompt, until the next
+        # prompt (main.py: it has looked for requests before, and waits for a notification afterwards). So ask again.
+        for _ in range(6):
+            self.client.free(unload_models=unload_models, free_memory=free_memory)
+            again = time.monotonic() + 5
+            while time.monotonic() < again:
+                state = self.engines()
+                if not any(engine["loaded"] for engine in state["held"]) and not any(state["weight_bytes"].values()):
+                    return
+                time.sleep(0.05)
+        pytest.fail(f"/free did not give the weights back: {state}")
 
 
 @pytest.fixture(scope="session")
