@@ -368,7 +368,8 @@ class Engine:
             LoraError: see `lora.flatten.flatten`.
         """
         if stack.active and (self.loaded or not stack.needs_base):
-            self._library.prepare(stack)  # takes long, so outside the lock: a swap must not wait for it
+            # Takes long, so outside the lock: a swap must not wait for it.
+            self._library.prepare(stack, background=True)
             with self._lock:
                 if self.loaded:
                     self._library.bring(stack, make_room=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,10 +13,13 @@ PROC_IO = Path("/proc/self/io")
 
 
 class ColdFiles:
-    """Writes each file anew, under a new name, and drops it from the page cache.
+    """Files that are written once, and dropped from the page cache before each reading.
 
-    `come_from_disk` tells afterwards what really happened: a RAM disk, or a system without posix_fadvise, keeps the
-    content in memory.
+    Writing them anew each time would keep the disk busy with that when they are read. `describe` tells afterwards what
+    really came from the disk: a RAM disk, or a system without posix_fadvise, keeps the content in memory.
+
+    Attributes:
+        path: the file that was dropped last.
     """
 
     can_drop = hasattr(os, "posix_fadvise")
@@ -25,22 +27,28 @@ class ColdFiles:
     def __init__(self, folder: Path) -> None:
         """Write into `folder`, which should not be a RAM disk."""
         self._folder = folder
-        self._number = itertools.count()
         self._disk_shares: list[float] = []
         self._start_bytes: int | None = None
         self.path = folder / "none"
 
-    def write(self, tensors: Mapping[str, Tensor]) -> Path:
-        """Replace the last file by a new one that is on the disk alone."""
-        self.path.unlink(missing_ok=True)
-        self.path = self._folder / f"lora-{next(self._number)}.safetensors"
-        save_file(dict(tensors), self.path)
-        self._drop()
+    def add(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Write a file."""
+        path = self._path(name)
+        save_file(dict(tensors), path)
+        with open(path, "rb+") as stream:
+            os.fsync(stream.fileno())  # dirty pages cannot be dropped
+
+    def drop(self, name: str) -> Path:
+        """Leave a file on the disk alone."""
+        self.path = self._path(name)
+        if self.can_drop:
+            with open(self.path, "rb") as stream:
+                os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         self._start_bytes = _bytes_from_disk()
         return self.path
 
     def note_read(self) -> None:
-        """Call after a file was read: counts how much of it the system fetched from the disk."""
+        """Call after that file was read: counts how much of it the system fetched from the disk."""
         end = _bytes_from_disk()
         if end is not None and self._start_bytes is not None:
             self._disk_shares.append((end - self._start_bytes) / self.path.stat().st_size)
@@ -49,20 +57,14 @@ class ColdFiles:
         """How cold the files were, for the notes."""
         how = "dropped from memory by posix_fadvise(DONTNEED)" if self.can_drop else "NOT dropped from the page cache"
         if not self._disk_shares:
-            return f"Each cold file is new, fsynced and {how}; this system does not tell what came from the disk."
+            return f"Before each reading a cold file is {how}; this system does not tell what came from the disk."
         return (
-            f"Each cold file is new, fsynced and {how}; at least {min(self._disk_shares):.0%} of each was then fetched "
+            f"Before each reading a cold file is {how}; at least {min(self._disk_shares):.0%} of it was then fetched "
             "from the block device (a virtual machine's host may still have cached it)."
         )
 
-    def _drop(self) -> None:
-        descriptor = os.open(self.path, os.O_RDWR)
-        try:
-            os.fsync(descriptor)  # dirty pages cannot be dropped
-            if self.can_drop:
-                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(descriptor)
+    def _path(self, name: str) -> Path:
+        return self._folder / f"{name}.safetensors"
 
 
 def read_into(path: Path, target: memoryview) -> int:

@@ -23,6 +23,8 @@ BUDGETS = PoolBudgets(1, 16 * GIB, 16 * GIB)
 RANKS = (64, 128)
 STRENGTHS = (STRENGTH, -0.6)
 BETWEEN = 0.3
+# Of what takes milliseconds, see `Variant.runs`.
+SHORT_RUNS = 10
 # Variant -> the remark in the table.
 POOLED = {
     "stack3": "a stack of three on the device: bind",
@@ -52,8 +54,7 @@ class Pooled:
         strengths = itertools.cycle(STRENGTHS)
         variants = [
             self._hot("stack3", self._stack(*((lora, STRENGTH) for lora in self._loras)), _stacked(self._loras)),
-            # The product before it touches the same memory, as the switch before `strength` does.
-            Variant("multiply", lambda: self._multiply(next(strengths)), lambda: self._multiply(next(strengths))),
+            Variant("multiply", lambda: self._multiply(next(strengths)), runs=SHORT_RUNS),
             self._strength(),
             self._prefetched(),
         ]
@@ -67,7 +68,7 @@ class Pooled:
             self._switch(stack)  # as the step before the last would have
             self._switch(self._other)
 
-        return Variant(name, lambda: self._switch(stack), before, lambda: self._check(name, expected))
+        return Variant(name, lambda: self._switch(stack), before, lambda: self._check(name, expected), SHORT_RUNS)
 
     def _strength(self) -> Variant:
         lora, turns = self._loras[0], itertools.cycle(STRENGTHS)
@@ -82,7 +83,10 @@ class Pooled:
         def run() -> None:
             self._switch(self._stack((lora, strength)))
 
-        return Variant("strength", run, before, lambda: self._check("strength", lora.scaled_by(strength)))
+        def check() -> None:
+            self._check("strength", lora.scaled_by(strength))
+
+        return Variant("strength", run, before, check, SHORT_RUNS)
 
     def _prefetched(self) -> Variant:
         lora = self._loras[1]
@@ -95,7 +99,7 @@ class Pooled:
             library.bring(self._other)
             library.bind(self._other)
             # What `Engine.prefetch` does.
-            library.prepare(stack)
+            library.prepare(stack, background=True)
             library.bring(stack, make_room=False)
             self._slots.bind(self._slots.empty)
             library.bind(self._other)  # as the step that sampled meanwhile has touched every layer, see `Switch._step`
@@ -104,7 +108,7 @@ class Pooled:
             library.bring(stack)
             library.bind(stack)
 
-        return Variant("prefetched", run, before, lambda: self._check("prefetched", lora.scaled))
+        return Variant("prefetched", run, before, lambda: self._check("prefetched", lora.scaled), SHORT_RUNS)
 
     def _multiply(self, strength: float) -> None:
         source, target = self._product

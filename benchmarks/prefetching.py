@@ -74,7 +74,7 @@ class Prefetching:
 
     def prefetch(self, stack: LoraStack) -> None:
         """See `Engine.prefetch`; then forgets the stack, so that there is always more to do."""
-        self._library.prepare(stack)
+        self._library.prepare(stack, background=True)
         self._library._host.clear()
         self._library._files.clear()
         self.prepared_count += 1

@@ -35,12 +35,15 @@ class Variant:
         run: the work. What it returns is taken as its own measurement in ms; None: it is timed from outside.
         before: not timed, before each run.
         check: not timed, after each run; raises BenchmarkError when the work was not done.
+        runs: in each turn. Memory that lay idle while the others had theirs is slow at first (half as long again, on a
+            virtual machine), so the turn's sample is the median of the second half.
     """
 
     name: str
     run: Callable[[], float | None]
     before: Callable[[], None] = _nothing
     check: Callable[[], None] = _nothing
+    runs: int = 1
 
 
 def interleave(variants: Sequence[Variant], rounds: int, warm_up: int) -> dict[str, list[float]]:
@@ -59,7 +62,7 @@ def interleave(variants: Sequence[Variant], rounds: int, warm_up: int) -> dict[s
     samples: dict[str, list[float]] = {variant.name: [] for variant in variants}
     for number in range(warm_up + rounds):
         for variant in variants:
-            elapsed_ms = _time(variant)
+            elapsed_ms = statistics.median([_time(variant) for _ in range(variant.runs)][variant.runs // 2 :])
             if number >= warm_up:
                 samples[variant.name].append(elapsed_ms)
     return samples

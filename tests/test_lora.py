@@ -8,8 +8,11 @@ from safetensors.torch import load_file, save_file
 
 from accel.checkpoint import inspect_checkpoint
 from accel.errors import FileError, LoraError
+from accel.files import read_header
+from accel.lora import bulk, writing
+from accel.lora.buffers import BYTES_ALIGNMENT
 from accel.lora.file import read_lora
-from accel.lora.flatten import BYTES_ALIGNMENT, HEAD_BYTES, aligned_rank, flatten
+from accel.lora.flatten import HEAD_BYTES, aligned_rank, flatten
 from accel.lora.pool import ByteLru
 from accel.lora.stack import LoraStack
 from harness import broken_files
@@ -190,6 +193,49 @@ def test_every_refused_file_of_the_generator_is_tested():
 def test_a_missing_file(spec, tmp_path):
     with pytest.raises(FileError, match=r"none\.safetensors"):
         read_lora(str(tmp_path / "none.safetensors"), spec)
+
+
+@pytest.mark.parametrize("chunk_bytes", [64, 1000 * 8, 2**23])
+@pytest.mark.parametrize("format", ["kohya", "native", "diffusers"])
+def test_a_file_is_read_alike_in_any_pieces(tmp_path, spec, monkeypatch, format, chunk_bytes):
+    path = write_lora(tmp_path / "a.safetensors", format, rank=5, alpha=2.0)
+    stored = load_file(path)
+    monkeypatch.setattr(bulk, "CHUNK_BYTES", chunk_bytes)
+    with bulk.BulkReader(path) as reader:
+        keys = sorted(stored, key=lambda key: key[::-1])
+        reader.expect(read_header(path), keys)
+        read = {key: reader.tensor(key) for key in keys}
+        reader.finish()
+        assert reader.peak == max(float(tensor.abs().max()) for tensor in stored.values())
+    assert all(torch.equal(read[key], tensor) for key, tensor in stored.items())
+    assert all(read[key].data_ptr() % BYTES_ALIGNMENT == 0 for key in keys)
+
+
+def test_what_a_text_encoder_needs_is_not_kept_in_memory(tmp_path, spec):
+    tensors = lora_state_dict("kohya", rank=3)
+    others = {"lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": torch.zeros(4000, 768)}
+    save_file(tensors | others, tmp_path / "both.safetensors")
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    assert size <= read_lora(str(tmp_path / "both.safetensors"), spec).bytes < 1.1 * size
+
+
+@pytest.mark.parametrize("format", ["kohya", "native", "diffusers"])
+def test_a_file_that_was_read_becomes_a_buffer_in_few_operations(tmp_path, spec, monkeypatch, format):
+    """As many as there are stretches without a rank to fill up, halves to swap or another alpha: not one a matrix."""
+    weights = read_lora(str(write_lora(tmp_path / "a.safetensors", format, rank=16)), spec)
+    entries = LoraStack().with_lora(weights, 0.7).active
+    order = spec.family.layout(spec.config).modules
+    separate = flatten(entries, torch.float32, pin=False, order=order, background=True)
+    monkeypatch.setattr(writing, "PARALLEL_ELEMENTS", 1)
+    put, count = writing.Writer._put, []
+    monkeypatch.setattr(writing.Writer, "_put", lambda self, *args: count.append(put(self, *args)))
+    flat = flatten(entries, torch.float32, pin=False, order=order)
+    assert 2 <= len(count) <= 8 < len(weights.layers)
+    assert torch.equal(flat.buffer, separate.buffer)
+    count.clear()
+    monkeypatch.setattr(writing._Run, "append", lambda *args: False)
+    assert torch.equal(flatten(entries, torch.float32, pin=False, order=order).buffer, flat.buffer)
+    assert len(count) >= len(weights.layers)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

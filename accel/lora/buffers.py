@@ -15,6 +15,8 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
+# Compiled kernels assume the alignment of the pointers that they saw first.
+BYTES_ALIGNMENT = 64
 # Smaller buffers come from the C library, which keeps their pages itself.
 LARGE_BYTES = 2**22
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from .lowrank import Tolerance
 from .metadata import adapter_config
 from .report import LoraReport, overall_error
 from .weights import Layer, LoraLayer, LoraWeights, VectorLayer, check_finite, own_vector, to_float
+
+# Role -> where its tensors stand among the wanted ones; all others behind.
+ORDER = {"A": 0, "B": 1}
 
 
 def read_lora(
@@ -50,10 +53,11 @@ def read_lora(
     with torch.inference_mode(False), torch.no_grad(), BulkReader(path, buffers) as reader:
         file = read_header(path)
         keys = account(file, spec)
-        reader.expect(file)
         config = adapter_config(file)
         products = Products(keys.changes, file.identity, tolerance, cache_dir)
-        wanted = _wanted(keys, products.known)
+        wanted = _wanted(keys, products.known, spec.family.layout(spec.config).modules)
+        reader.expect(file, wanted)
+        format_name = name_format(file)
         values = _Values(file, keys, wanted, reader)
         vectors = [
             VectorLayer(vector.parameter, own_vector(values.of_norm(vector)), 1.0, vector.replaces)
@@ -73,7 +77,7 @@ def read_lora(
         products.store()
     # What was computed may be larger than what was read.
     computed = any(change.kind != "LoRA" or "mid" in change.pieces for change in keys.changes)
-    report = make_report(name_format(file), keys, layers, vectors, products.errors)
+    report = make_report(format_name, keys, layers, vectors, products.errors)
     return LoraWeights(
         file.identity, tuple(layers), keys.text_encoder, tuple(vectors), math.inf if computed else reader.peak, report
     )
@@ -123,14 +127,19 @@ def make_report(
     )
 
 
-def _wanted(keys: FileKeys, known: Collection[str]) -> set[str]:
-    """Keys of all tensors that are needed: not those of matrices that a known product stands for."""
-    wanted = {vector.key for vector in keys.vectors}
-    for change in keys.changes:
-        for role, piece in change.pieces.items():
-            if change.name not in known or role in ("alpha", "dora_scale", "diff_b"):
-                wanted.add(piece.key)
-    return wanted
+def _wanted(keys: FileKeys, known: Collection[str], modules: Sequence[str]) -> list[str]:
+    """Keys of all tensors that are needed: not those of matrices that a known product stands for.
+
+    As `flatten` will place them: lora_A in the order of the model's linears, then lora_B.
+    """
+    position = {module: index for index, module in enumerate(modules)}
+    wanted = [
+        (ORDER.get(role, len(ORDER)), position[change.target.parts[0].module], piece.key)
+        for change in keys.changes
+        for role, piece in change.pieces.items()
+        if change.name not in known or role in ("alpha", "dora_scale", "diff_b")
+    ]
+    return [key for *_, key in sorted(wanted)] + [vector.key for vector in keys.vectors]
 
 
 class _Values:

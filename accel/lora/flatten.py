@@ -7,10 +7,9 @@ matrix. Where DoRA, OFT or GLoRA is among them, see `compose`.
 
 from __future__ import annotations
 
-import ctypes
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -18,22 +17,17 @@ from torch import Tensor
 
 from ..errors import LoraError
 from ..tensors import all_finite
-from .buffers import HostBuffers
+from .buffers import BYTES_ALIGNMENT, HostBuffers
 from .compose import BaseWeights, Composed, KroneckerTerm, compose, is_plain
 from .kronecker import Term
 from .stack import StackEntry
 from .weights import InputLayer, KroneckerLayer, Layer, LoraLayer, VectorLayer, reads_weight, to_float
+from .writing import Scaled, Writer
 
 # GEMMs on a GPU want sizes in multiples of 16 bytes; 16 columns serve every dtype down to float8.
 RANK_ALIGNMENT = 16
-# Compiled kernels assume the alignment of the pointers that they saw first.
-BYTES_ALIGNMENT = 64
 # What every buffer begins with, zeros: a stack of biases alone has no matrix, and not every memory gives 0 bytes.
 HEAD_BYTES = BYTES_ALIGNMENT
-# at::internal::GRAIN_SIZE: elementwise operations on fewer elements take one thread (ATen/Parallel.h, torch 2.14).
-SERIAL_ELEMENTS = 32768
-# Few enough to be in a core's cache still when they are multiplied after they were moved; many enough for few calls.
-SCALED_ELEMENTS = 2**19
 
 
 @dataclass(frozen=True)
@@ -104,6 +98,8 @@ def flatten(
     base: BaseWeights | None = None,
     buffers: HostBuffers | None = None,
     order: Sequence[str] = (),
+    *,
+    background: bool = False,
 ) -> FlatLora:
     """Concatenate, scale and cast a stack into one flat host buffer.
 
@@ -115,6 +111,7 @@ def flatten(
         buffers: where memory comes from that is not page-locked; None takes it from the system, which is slower.
         order: modules in the order in which they run. lora_A of linears that read the same input then adjoin, and one
             product serves them all, see `operators`.
+        background: see `writing.Writer`.
 
     Returns:
         The buffer on the CPU; ranks are rounded up to `RANK_ALIGNMENT` with zeros.
@@ -142,8 +139,8 @@ def flatten(
                 mixing[module] = _store(mixed, dtype, pin)
         room = Room(dtype)
         kroneckers = _place_kroneckers(terms, room)
-        buffer, placed = flat_buffer(composed, dtype, pin, buffers, room)
-        _write_kroneckers(buffer, kroneckers, terms)
+        buffer, placed = flat_buffer(composed, dtype, pin, buffers, room, background=background)
+        _write_kroneckers(Writer(buffer, background=background), kroneckers, terms)
         vectors = {name: _store(value, dtype, pin) for name, value in _vectors(entries, base).items()}
         if not (
             ((not mixing and _fits(entries, dtype)) or all_finite(buffer))
@@ -155,7 +152,13 @@ def flatten(
 
 
 def flat_buffer(
-    by_module: Mapping[str, Layers], dtype: torch.dtype, pin: bool, buffers: HostBuffers | None, room: Room
+    by_module: Mapping[str, Layers],
+    dtype: torch.dtype,
+    pin: bool,
+    buffers: HostBuffers | None,
+    room: Room,
+    *,
+    background: bool = False,
 ) -> tuple[Tensor, dict[str, Placed]]:
     """Write low-rank layers, module by module, into one buffer, behind what `room` has handed out; see `flatten`."""
     placed = _place(by_module, room)
@@ -163,45 +166,20 @@ def flat_buffer(
         buffer = torch.empty(room.end, dtype=dtype, pin_memory=pin)
     else:
         buffer = buffers.take(room.end * dtype.itemsize).view(dtype)
-    _write_lora_A(buffer, room.gaps, placed, by_module)
-    _write_lora_B(buffer, placed, by_module)
-    return buffer, placed
-
-
-def _write_lora_A(
-    buffer: Tensor, gaps: Sequence[tuple[int, int]], placed: Mapping[str, Placed], by_module: Mapping[str, Layers]
-) -> None:
-    """Write what is not scaled."""
-    for start, end in gaps:
+    for start, end in room.gaps:
         buffer[start:end].zero_()
-    filled = set()
+    writer, filled = Writer(buffer, background=background), set()
     for module, layers in by_module.items():
         place = placed[module]
         if place.a_start not in filled:
             filled.add(place.a_start)
-            if not _moved(buffer, place.a_start, place.a_shape, [layer.lora_A for layer, _ in layers]):
-                _fill(buffer.as_strided(place.a_shape, (place.a_shape[1], 1), place.a_start), layers)
-
-
-def _write_lora_B(buffer: Tensor, placed: Mapping[str, Placed], by_module: Mapping[str, Layers]) -> None:
-    """Write strength · scale · B, rounded once: neighbours that only have to be moved are multiplied together."""
-    start, end, factor = 0, 0, 1.0  # what was moved and is not multiplied yet
+            writer.write(place.a_start, place.a_shape, [Scaled(layer.lora_A, 1.0) for layer, _ in layers])
     for module, layers in by_module.items():
-        place, (layer, strength) = placed[module], layers[0]
-        own = strength * layer.scale
-        if (place.b_start, own) != (end, factor) or end - start >= SCALED_ELEMENTS:
-            _scale(buffer[start:end], factor)
-            start, end, factor = place.b_start, place.b_start, own
-        if _moved(buffer, place.b_start, place.b_shape, [layer.lora_B for layer, _ in layers]):
-            end += math.prod(place.b_shape)
-        else:
-            _fill_scaled(buffer.as_strided(place.b_shape, (place.b_shape[1], 1), place.b_start), layers)
-    _scale(buffer[start:end], factor)
-
-
-def _scale(values: Tensor, factor: float) -> None:
-    if factor != 1.0:
-        values.mul_(factor)
+        place = placed[module]
+        terms = [Scaled(layer.lora_B, strength * layer.scale) for layer, strength in layers]
+        writer.write(place.b_start, place.b_shape, terms, axis=1)
+    writer.finish()
+    return buffer, placed
 
 
 def _place_kroneckers(terms: Mapping[str, Sequence[KroneckerTerm]], room: Room) -> dict[str, tuple[Term, ...]]:
@@ -226,33 +204,20 @@ def _place_kroneckers(terms: Mapping[str, Sequence[KroneckerTerm]], room: Room) 
 
 
 def _write_kroneckers(
-    buffer: Tensor, placed: Mapping[str, Sequence[Term]], terms: Mapping[str, Sequence[KroneckerTerm]]
+    writer: Writer, placed: Mapping[str, Sequence[Term]], terms: Mapping[str, Sequence[KroneckerTerm]]
 ) -> None:
     """Write factor · left, rounded once, and the others as they are."""
     filled = set()
     for module, places in placed.items():
         for place, term in zip(places, terms[module], strict=True):
-            left, right = place.matrices(buffer)
-            torch.mul(_multipliable(term.layer.left, buffer.dtype), term.factor, out=left)
+            layer = term.layer
+            writer.write(place.left, layer.left.shape, [Scaled(layer.left, term.factor)])
             if place.right not in filled:
                 filled.add(place.right)
-                if not _moved(buffer, place.right, right.shape, [term.layer.right]):
-                    right.copy_(term.layer.right)
+                writer.write(place.right, layer.right.shape, [Scaled(layer.right, 1.0)])
             if term.mixing is not None:
-                place.blocks(buffer, term.layer.rows).copy_(term.mixing.flatten())
-
-
-def _moved(buffer: Tensor, start: int, shape: tuple[int, int], matrices: Sequence[Tensor]) -> bool:
-    """Move a matrix to its place if it is there byte for byte as it will be; False: it must be converted or joined.
-
-    Without torch, whose calls take as long for a small matrix as the copy, and without the interpreter's lock.
-    """
-    matrix = matrices[0]
-    as_it_is = matrix.dtype == buffer.dtype and matrix.shape == shape and matrix.is_contiguous() and matrix.is_cpu
-    if len(matrices) > 1 or not as_it_is:
-        return False
-    ctypes.memmove(buffer.data_ptr() + start * buffer.element_size(), matrix.data_ptr(), matrix.nbytes)
-    return True
+                place.blocks(writer.buffer, layer.rows).copy_(term.mixing.flatten())
+    writer.finish()
 
 
 def _divide(
@@ -344,42 +309,3 @@ def _place(by_module: Mapping[str, Layers], room: Room) -> dict[str, Placed]:
         b_shape = by_module[module][0][0].lora_B.shape[0], a_shape[0]
         placed[module] = Placed(a_start, a_shape, room.take(math.prod(b_shape)), b_shape)
     return placed
-
-
-def _fill(target: Tensor, layers: Layers) -> None:
-    start = 0
-    for layer, _ in layers:
-        for part, lora_A in _serial(target[start : start + layer.rank], layer.lora_A):
-            part.copy_(lora_A)
-        start += layer.rank
-    if start < len(target):
-        target[start:].zero_()
-
-
-def _fill_scaled(target: Tensor, layers: Layers) -> None:
-    """Write strength · scale · B, rounded once, without a temporary where the kernel computes in float32 by itself."""
-    start = 0
-    for layer, strength in layers:
-        lora_B = _multipliable(layer.lora_B, target.dtype)
-        for part, values in _serial(target.narrow(1, start, layer.rank), lora_B):
-            torch.mul(values, strength * layer.scale, out=part)
-        start += layer.rank
-    if start < target.shape[1]:
-        target[:, start:].zero_()
-
-
-def _multipliable(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """The same values, of a dtype whose product with a number torch writes into this one without rounding before."""
-    return values if values.dtype in (dtype, torch.float32) else values.float()
-
-
-def _serial(target: Tensor, source: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Rows of both, in parts that torch works on with the calling thread alone.
-
-    A thousand small operations that wait for other threads each take five times as long on a machine that is busy.
-    """
-    rows = max(1, (SERIAL_ELEMENTS - 1) // max(1, target.shape[1]))
-    if rows >= len(target):
-        yield target, source
-    else:
-        yield from zip(target.split(rows), source.split(rows), strict=True)

@@ -166,8 +166,12 @@ class LoraLibrary:
                 self._drop_older(weights.identity)
         return weights
 
-    def prepare(self, stack: LoraStack) -> tuple[Prepared, bool]:
+    def prepare(self, stack: LoraStack, *, background: bool = False) -> tuple[Prepared, bool]:
         """Flatten a stack into host memory, unless it is there, at whatever strengths.
+
+        Args:
+            stack: at least one LoRA of it active.
+            background: see `writing.Writer`.
 
         Returns:
             The stack, and whether it was there.
@@ -179,7 +183,8 @@ class LoraLibrary:
         if prepared is not None:
             return prepared, True
         generation = self._generation
-        flat, error = flatten(stack.active, self._dtype, self._pin, self._slots, self._buffers, self._order), 0.0
+        sources = self._slots, self._buffers, self._order
+        flat, error = flatten(stack.active, self._dtype, self._pin, *sources, background=background), 0.0
         if stack.max_rank:
             cut = truncate(flat, stack.max_rank)
             flat, error = cut.flat, cut.overall_error

@@ -8,6 +8,7 @@ lora_B is to a LoRA.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from .buffers import HostBuffers
 from .flatten import FlatLora
 from .stack import StackEntry
 from .weights import KroneckerLayer, only_adds
+from .writing import Scaled, Writer
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,10 @@ class _Run:
     rank: int
     strips: tuple[_Strip, ...]
     largest: tuple[float, ...]
+
+    @property
+    def elements(self) -> int:
+        return self.rows * self.rank
 
 
 def rescalable(entries: Sequence[StackEntry]) -> bool:
@@ -82,6 +88,7 @@ class UnscaledB:
             self._placed, self._kroneckers = flat.placed, flat.kroneckers
             self._runs = tuple(_fill(host, _neighbours(matrices)))
             self._values = host.to(flat.buffer.device) if upload is None else upload(host)
+            self._sources = [self._values.narrow(0, run.source_start, run.elements) for run in self._runs]
 
     @property
     def bytes(self) -> int:
@@ -116,10 +123,8 @@ class UnscaledB:
     def multiply(self, entries: Sequence[StackEntry], flat: FlatLora) -> None:
         """Write strength · scale · lora_B, or left, into a flat buffer of this stack, rounded once; the rest stays."""
         with torch.inference_mode(False), torch.no_grad():
-            for run in self._runs:
-                count = run.rows * run.rank
-                source = self._values[run.source_start :][:count]
-                target = flat.buffer[run.start :][:count]
+            for run, source in zip(self._runs, self._sources, strict=True):
+                target = flat.buffer.narrow(0, run.start, run.elements)
                 factors = [entries[strip.entry].strength * strip.scale for strip in run.strips]
                 if len(set(factors)) == 1:
                     torch.mul(source, factors[0], out=target)
@@ -185,18 +190,16 @@ def _neighbours(matrices: Sequence[_Matrix]) -> list[list[_Matrix]]:
 
 
 def _fill(host: Tensor, groups: Sequence[Sequence[_Matrix]]) -> list[_Run]:
+    writer, start = Writer(host), 0
+    for matrix in (matrix for group in groups for matrix in group):
+        place = matrix.rows, matrix.rank
+        writer.write(start, place, [Scaled(tensor, 1.0) for tensor in matrix.tensors], axis=1)
+        start += math.prod(place)
+    writer.finish()
     runs, start = [], 0
     for group in groups:
         first, rows = group[0], sum(matrix.rows for matrix in group)
         whole = host[start : start + rows * first.rank].view(rows, first.rank)
-        row = 0
-        for matrix in group:
-            column = 0
-            for tensor in matrix.tensors:
-                whole[row : row + tensor.shape[0], column : column + tensor.shape[1]].copy_(tensor)
-                column += tensor.shape[1]
-            row += matrix.rows
-        whole[:, sum(strip.columns for strip in first.strips) :].zero_()
         largest, column = [], 0
         for strip in first.strips:
             low, high = torch.aminmax(whole[:, column : column + strip.columns])
