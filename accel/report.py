@@ -30,12 +30,12 @@ Rows = Sequence[tuple[str, str]]
 
 @dataclass(frozen=True)
 class Sampling:
-    """One finished sampling.
+    """One sampling that is over.
 
     Attributes:
         loras: as `ScheduledStack.__str__` writes them.
         size: (batch, h, w) of the latents.
-        steps: noise levels at which the transformer was called; an interrupted sampling has fewer than were asked for.
+        steps: noise levels at which the transformer was called; one that was stopped has fewer than were asked for.
         calls: of the transformer; more than steps where conditions were not joined.
         seconds: from before the LoRAs were bound to the end, with compiling.
         swaps: every switch of LoRAs.
@@ -43,6 +43,7 @@ class Sampling:
         recompiles: see there.
         compile_s: what the calls that compiled took.
         step_cache: as `StepCache.__str__` writes it; empty without one.
+        stopped: "interrupted" or "failed"; empty when it came to its end.
     """
 
     loras: str
@@ -55,6 +56,7 @@ class Sampling:
     recompiles: int = 0
     compile_s: float = 0.0
     step_cache: str = ""
+    stopped: str = ""
 
     @property
     def swap_s(self) -> float:
@@ -210,6 +212,8 @@ def _samplings(reported: Reported) -> Rows:
     rows = []
     for number, sampling in enumerate(reported.samplings, start=1):
         parts = [sampling.picture, f"{sampling.steps} steps in {sampling.seconds:.2f} s"]
+        if sampling.stopped:
+            parts.append(f"{sampling.stopped} in the last of them")
         if sampling.calls != sampling.steps:
             parts.append(f"{sampling.calls} calls")
         if sampling.steps_s and sampling.steps:

@@ -84,7 +84,7 @@ class AcceleratedFlux(comfy.model_base.Flux):
         begin_call = None
         if self.current_patcher is not None:
             self.current_patcher.ensure_applied(transformer_options)
-            begin_call = self.current_patcher.record_call(x.shape, transformer_options or {})
+            begin_call = self.sampling_record.note_call(x.shape, transformer_options or {})
         # super() casts every condition to the model's dtype, and guidance is multiplied by 1000 afterwards: 3.5 would
         # become 3504 in bfloat16. It travels beside the others, in float32.
         options = {**(transformer_options or {}), GUIDANCE: kwargs.pop("guidance", None), STEP_CACHE: begin_call}

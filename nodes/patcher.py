@@ -2,35 +2,34 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import math
+import sys
 import time
 import uuid
 import weakref
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import comfy.model_management
 import comfy.model_patcher
 import torch
 
-from ..accel.engine import Engine, SwapReport
+from ..accel.engine import Engine
 from ..accel.errors import LoraError, SettingsError
 from ..accel.lora.schedule import Keyframes, Playback, ScheduledStack
 from ..accel.lora.stack import LoraStack
 from ..accel.lora.weights import LoraWeights
 from ..accel.offload.planner import Planner
 from ..accel.prefetch import Prefetcher
-from ..accel.report import Sampling
-from ..accel.step_cache import StepCache, StepCacheSettings, StepCall
+from ..accel.step_cache import StepCache, StepCacheSettings
 from .native_lora import chosen_lora
 from .offload import further_reserve, out_of_memory
 from .prefetch import prefetcher_for
 from .progress import show_text
+from .sampling import SamplingRecord, summary
 
 log = logging.getLogger(__name__)
 
@@ -42,22 +41,6 @@ MERGING = (
 
 # ComfyUI writes 1e32 for "whatever it needs".
 UNLIMITED = 1e30
-
-
-@dataclass
-class SamplingRecord:
-    """What happened on an engine since a sampler started."""
-
-    started: float
-    compiles_before: int
-    recompiles_before: int
-    compile_s_before: float = 0.0
-    swaps: list[SwapReport] = field(default_factory=list)
-    step_cache: StepCache | None = None
-    size: tuple[int, ...] = ()
-    steps: int = 0
-    calls: int = 0
-    sigmas: torch.Tensor | None = None
 
 
 class AcceleratedModelPatcher(comfy.model_patcher.ModelPatcher):
@@ -214,11 +197,8 @@ class AcceleratedModelPatcher(comfy.model_patcher.ModelPatcher):
             )
         super().pre_run()
         engine = self.engine
-        self.model.sampling_record = SamplingRecord(
-            time.perf_counter(), engine.compile_count, engine.recompile_count, engine.compile_s
-        )
-        if self.step_cache is not None:
-            self.model.sampling_record.step_cache = self._new_step_cache(self.step_cache)
+        step_cache = None if self.step_cache is None else self._new_step_cache(self.step_cache)
+        self.model.sampling_record = SamplingRecord(engine, step_cache)
         if not engine.loaded:
             self._load()
         if self.loras.varies:
@@ -248,26 +228,6 @@ class AcceleratedModelPatcher(comfy.model_patcher.ModelPatcher):
             first = options.get("sample_sigmas")
             self._apply(self._playback.at(sigma, sigma if first is None else float(first.max())))
 
-    def record_call(self, shape: torch.Size, options: dict[str, Any]) -> Callable[[], StepCall] | None:
-        """Note one call of the model, once its LoRAs are bound.
-
-        Args:
-            shape: (B, C, h, w) of its latents.
-            options: its transformer options.
-
-        Returns:
-            What asks the step cache of this sampling, if it has one.
-        """
-        record, sigmas = self.model.sampling_record, options.get("sigmas")
-        conditions = tuple(options.get("uuids", ()))
-        record.calls += 1
-        record.size = (shape[0] // max(1, len(conditions)), *shape[2:])
-        if sigmas is not record.sigmas:  # one tensor for all calls of a step
-            record.steps, record.sigmas = record.steps + 1, sigmas
-        if record.step_cache is None or sigmas is None:
-            return None
-        return functools.partial(record.step_cache.call, sigmas, conditions, self.engine.bound)
-
     def _new_step_cache(self, settings: StepCacheSettings) -> StepCache:
         sigma_of = self.model.model_sampling.percent_to_sigma
         start = float(sigma_of(settings.start_percent)) if settings.start_percent > 0.0 else math.inf
@@ -291,39 +251,12 @@ class AcceleratedModelPatcher(comfy.model_patcher.ModelPatcher):
         record, self.model.sampling_record = getattr(self.model, "sampling_record", None), None
         if record is None or not record.calls:
             return  # it failed before the first step, and the error says how
-        engine = self.engine
-        swap_ms = sum(swap.swap_ms for swap in record.swaps)
-        counts = Counter(swap.source for swap in record.swaps)
-        sources = ", ".join(f"{count} × {source}" if count > 1 else source for source, count in counts.items())
-        error = max((swap.error for swap in record.swaps), default=0.0)
-        cut = f" cut to rank {self.loras.stack.max_rank} (error {error:.2%})" if error else ""
-        seconds = time.perf_counter() - record.started
-        self.model.samplings.append(self._sampling(record, seconds))
-        summary = (
-            f"LoRAs {self.loras}{cut} | swap {swap_ms:.2f} ms ({sources or 'already bound'}) | "
-            f"compiled {engine.compile_count - record.compiles_before} | "
-            f"recompiles {engine.recompile_count - record.recompiles_before} | "
-            f"sampling {seconds:.2f} s"
-        )
-        if record.step_cache is not None:
-            summary += f" | step cache {record.step_cache}"
-        log.info("Flux Hotswap: %s", summary)
-        show_text(summary)
-
-    def _sampling(self, record: SamplingRecord, seconds: float) -> Sampling:
-        engine, cache = self.engine, record.step_cache
-        return Sampling(
-            loras=str(self.loras),
-            size=record.size,
-            steps=record.steps,
-            calls=record.calls,
-            seconds=seconds,
-            swaps=tuple(record.swaps),
-            compiles=engine.compile_count - record.compiles_before,
-            recompiles=engine.recompile_count - record.recompiles_before,
-            compile_s=engine.compile_s - record.compile_s_before,
-            step_cache="" if cache is None else str(cache),
-        )
+        # ComfyUI calls this in a `finally`.
+        sampling = record.finished(self.loras, sys.exc_info()[1])
+        self.model.samplings.append(sampling)
+        line = summary(sampling, self.loras.stack.max_rank)
+        log.info("Flux Hotswap: %s", line)
+        show_text(line)
 
     def _load(self, device_bytes: float | None = None) -> None:
         """Load, or move blocks, by a plan for so much of the device; by default for what is free."""

@@ -1,5 +1,6 @@
 """The report as text and as a picture, from a script, without ComfyUI."""
 
+import dataclasses
 import re
 
 import numpy as np
@@ -98,6 +99,11 @@ def test_without_anything_done(models):
     assert found["LoRAs"] == ["stack  none"]
     assert found["Step cache"] == ["mode  off"]
     assert not {"Last samplings", "Last switches of LoRAs"} & set(found)
+
+
+def test_a_sampling_that_was_stopped_is_said_to_be_so(engine):
+    found = sections(write_report(Reported(engine, samplings=[dataclasses.replace(FIRST, stopped="interrupted")])))
+    assert "28 steps in 50.00 s, interrupted in the last of them, " in found["Last samplings"][0]
 
 
 def test_an_unbound_stack_is_said_to_be_so(engine, loras):

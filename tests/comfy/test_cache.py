@@ -1,6 +1,7 @@
 """What stays from one prompt to the next, what is noticed, and what is given back."""
 
 import os
+import re
 from dataclasses import replace
 
 import pytest
@@ -165,8 +166,13 @@ def test_interrupted_while_sampling(comfy):
     expected = [comfy.sample(DEV), comfy.sample(with_lora)]
     comfy.sample(replace(DEV, seed=1000))
 
+    mark = comfy.server.mark()
     interrupt(comfy, replace(with_lora, steps=13), total=13)
+    said = r"Flux Hotswap: LoRAs .* sampling [\d.]+ s"
+    assert re.search(said + r", interrupted in step \d+\n", comfy.server.log_since(mark))
+    mark = comfy.server.mark()
     assert torch.equal(comfy.sample(DEV), expected[0])
+    assert re.search(said + r"\n", comfy.server.log_since(mark))
     interrupt(comfy, replace(DEV, steps=13), total=13)
     assert torch.equal(comfy.sample(with_lora), expected[1])
 
