@@ -150,7 +150,7 @@ class _Values:
 
     def __init__(self, file: TensorFile, keys: FileKeys, wanted: Collection[str], reader: BulkReader) -> None:
         self._file = file
-        self._wanted = wanted
+        self._wanted = dict.fromkeys(wanted)  # in order, and found at once
         self._ignored = frozenset().union(*(change.ignored for change in keys.changes))
         self._reader = reader
         self._checked = False

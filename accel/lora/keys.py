@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,8 +22,6 @@ ROLES: Mapping[str, str] = {
     ".lora_up.weight": "B",
     ".lora_A.weight": "A",  # PEFT, diffusers, ai-toolkit, SimpleTuner
     ".lora_B.weight": "B",
-    ".lora_A.default.weight": "A",  # PEFT, saved with its adapter's name
-    ".lora_B.default.weight": "B",
     ".lora_A": "A",  # the matrices themselves as parameters
     ".lora_B": "B",
     ".lora.down.weight": "A",  # diffusers before PEFT
@@ -38,10 +37,7 @@ ROLES: Mapping[str, str] = {
     ".dora_scale": "dora_scale",
     ".lora_magnitude_vector": "magnitude",  # PEFT's DoRA
     ".lora_magnitude_vector.weight": "magnitude",
-    ".lora_magnitude_vector.default": "magnitude",
-    ".lora_magnitude_vector.default.weight": "magnitude",
     ".lora_B.bias": "up_bias",  # PEFT with lora_bias, BFL
-    ".lora_B.default.bias": "up_bias",
     **{f".hada_{part}": f"hada_{part}" for part in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
     **{f".lokr_{part}": f"lokr_{part}" for part in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
     ".oft_blocks": "oft_blocks",
@@ -51,12 +47,14 @@ ROLES: Mapping[str, str] = {
     ".set_weight": "set_weight",
     ".reshape_weight": "reshape_weight",
     **{f".{part}.weight": part for part in ("a1", "a2", "b1", "b2")},
-    **{f".oft_R{end}": "oft_R" for end in (".weight", ".default.weight", ".scaled_oft")},
+    **{f".oft_R{end}": "oft_R" for end in (".weight", ".scaled_oft")},
     ".on_input": "ia3",
     ".w_norm": "w_norm",
     ".b_norm": "b_norm",
     ".weight": "weight",
 }
+# PEFT's own names of what it adds to a layer, with the adapter's name in the middle ("default" if nobody gave it one).
+ADAPTER_NAME = re.compile(r"^(\.(?:lora_A|lora_B|lora_magnitude_vector|oft_R))\.[^.]+(\.weight|\.bias|)$")
 # What may stand behind the name of a norm -> whether it replaces its scale, or is added to it.
 NORM_ENDS: Mapping[str, bool] = {
     ".diff": False,
@@ -197,8 +195,8 @@ def name_format(file: TensorFile) -> str:
 
 def _module(key: str, names: Mapping[str, LoraTarget]) -> tuple[str, str] | None:
     for module, end in _ends(key):
-        if module in names and end in ROLES:
-            return module, ROLES[end]
+        if module in names and (role := ROLES.get(end) or ROLES.get(ADAPTER_NAME.sub(r"\1\2", end))):
+            return module, role
     return None
 
 
