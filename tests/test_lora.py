@@ -71,6 +71,7 @@ def test_formats_that_say_the_same_read_the_same(tmp_path, spec):
 
 SPELLINGS = {
     "PEFT with an adapter's name": ("lora_A.default.weight", "lora_B.default.weight"),
+    "PEFT with an adapter's name of one's own": ("lora_A.my_style-2.weight", "lora_B.my_style-2.weight"),
     "down and up": ("lora_down.weight", "lora_up.weight"),
     "parameters": ("lora_A", "lora_B"),
     "linear layers": ("lora_linear_layer.down.weight", "lora_linear_layer.up.weight"),
@@ -272,6 +273,28 @@ def test_matrices_do_not_overlap_and_fused_layers_share_lora_A(tmp_path, spec):
     ordered = sorted(spans)
     assert all(end <= start for (_, end), (start, _) in pairwise(ordered))
     assert ordered[-1][1] <= flat.buffer.numel()
+
+
+@pytest.mark.parametrize(("rank", "alpha"), [(128, 1.0), (64, 0.5), (16, 48.0)])
+def test_a_small_alpha_costs_no_digits_in_float16(tmp_path, spec, rank, alpha):
+    """alpha / rank on lora_B alone would leave numbers of 1e-3, as trained LoRAs have, a percent off."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = {"A": 0.01, "B": 1e-3}
+    tensors = {
+        key: tensor
+        if key.endswith("alpha")
+        else torch.randn(tensor.shape, generator=generator) * sizes["A" if "lora_down" in key else "B"]
+        for key, tensor in lora_state_dict("kohya", rank=rank, alpha=alpha).items()
+    }
+    save_file(tensors, tmp_path / "weak.safetensors")
+    weights = read_lora(str(tmp_path / "weak.safetensors"), spec)
+    flat = flatten(LoraStack().with_lora(weights, 0.3).active, torch.float16, pin=False)
+    for layer in weights.layers:
+        place = flat.placed[layer.module]
+        lora_A = flat.buffer.as_strided(place.a_shape, (place.a_shape[1], 1), place.a_start).double()
+        lora_B = flat.buffer.as_strided(place.b_shape, (place.b_shape[1], 1), place.b_start).double()
+        expected = 0.3 * alpha / rank * layer.lora_B.double() @ layer.lora_A.double()
+        assert (lora_B @ lora_A - expected).norm() < 1e-3 * expected.norm()
 
 
 def test_strength_zero_leaves_the_stack(tmp_path, spec):

@@ -1,8 +1,8 @@
 """The one flat buffer that a stack of LoRAs becomes before it is bound.
 
 Stacks are exact: the ranks of all LoRAs on a linear are concatenated, A = [A₁; A₂; …], B = [s₁ B₁, s₂ B₂, …], with
-strength · alpha / rank folded into B in float32. Kronecker products stay side by side, with it folded into the left
-matrix. Where DoRA, OFT or GLoRA is among them, see `compose`.
+strength · alpha / rank folded into B in float32 (in float16 partly into A, see `LoraLayer.factors`). Kronecker products
+stay side by side, with it folded into the left matrix. Where DoRA, OFT or GLoRA is among them, see `compose`.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ def flat_buffer(
     background: bool = False,
 ) -> tuple[Tensor, dict[str, Placed]]:
     """Write low-rank layers, module by module, into one buffer, behind what `room` has handed out; see `flatten`."""
-    placed = _place(by_module, room)
+    placed = _place(by_module, dtype, room)
     if pin or buffers is None:
         buffer = torch.empty(room.end, dtype=dtype, pin_memory=pin)
     else:
@@ -173,10 +173,11 @@ def flat_buffer(
         place = placed[module]
         if place.a_start not in filled:
             filled.add(place.a_start)
-            writer.write(place.a_start, place.a_shape, [Scaled(layer.lora_A, 1.0) for layer, _ in layers])
+            terms = [Scaled(layer.lora_A, layer.factors(dtype)[0]) for layer, _ in layers]
+            writer.write(place.a_start, place.a_shape, terms)
     for module, layers in by_module.items():
         place = placed[module]
-        terms = [Scaled(layer.lora_B, strength * layer.scale) for layer, strength in layers]
+        terms = [Scaled(layer.lora_B, strength * layer.factors(dtype)[1]) for layer, strength in layers]
         writer.write(place.b_start, place.b_shape, terms, axis=1)
     writer.finish()
     return buffer, placed
@@ -278,7 +279,7 @@ def _fits(entries: Sequence[StackEntry], dtype: torch.dtype) -> bool:
     """Whether no element can overflow, from what is known without looking at it."""
     largest = torch.finfo(dtype).max
     for entry in entries:
-        scales = {layer.scale for layer in entry.weights.layers if isinstance(layer, LoraLayer)}
+        scales = {layer.factors(dtype)[1] for layer in entry.weights.layers if isinstance(layer, LoraLayer)}
         bounds = [entry.weights.peak * factor for factor in (1.0, *(abs(entry.strength * scale) for scale in scales))]
         if not all(bound <= largest for bound in bounds):  # nor where one is NaN
             return False
@@ -290,15 +291,15 @@ def aligned_rank(rank: int) -> int:
     return -(-rank // RANK_ALIGNMENT) * RANK_ALIGNMENT
 
 
-def _place(by_module: Mapping[str, Layers], room: Room) -> dict[str, Placed]:
+def _place(by_module: Mapping[str, Layers], dtype: torch.dtype, room: Room) -> dict[str, Placed]:
     """Where the low-rank matrices lie."""
     downs: dict[str, tuple[int, tuple[int, int]]] = {}
-    shared: dict[tuple[int, ...], int] = {}
+    shared: dict[tuple[tuple[int, float], ...], int] = {}
     for module, layers in by_module.items():
         rank = aligned_rank(sum(layer.rank for layer, _ in layers))
         first = layers[0][0]
         # q, k and v of a fused file have the same lora_A: stored once, copied once, read from the cache.
-        same = tuple(id(layer.lora_A) for layer, _ in layers)
+        same = tuple((id(layer.lora_A), layer.factors(dtype)[0]) for layer, _ in layers)
         a_shape = (rank, first.lora_A.shape[1])
         if same not in shared:
             shared[same] = room.take(math.prod(a_shape))

@@ -171,7 +171,8 @@ def _matrices(entries: Sequence[StackEntry], flat: FlatLora) -> list[_Matrix]:
                 lefts.append(_Matrix(term.left, term.a, term.b))
                 lefts[-1].append(_Strip(index, layer.scale, term.b), layer.left)
             else:
-                found[layer.module].append(_Strip(index, layer.scale, layer.rank), layer.lora_B)
+                scale = layer.factors(flat.buffer.dtype)[1]
+                found[layer.module].append(_Strip(index, scale, layer.rank), layer.lora_B)
     return sorted([*found.values(), *lefts], key=lambda matrix: matrix.start)
 
 

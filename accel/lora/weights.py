@@ -52,6 +52,17 @@ class LoraLayer:
         """Columns of lora_B."""
         return self.lora_B.shape[1]
 
+    def factors(self, dtype: torch.dtype) -> tuple[float, float]:
+        """What lora_A and lora_B are multiplied with when they are stored in a dtype; together that is `scale`.
+
+        float16 has no small numbers with all digits: alpha / rank on lora_B alone, 1 / 128 for example, would cost it a
+        percent of its values. Half of it goes into lora_A, as a power of two, which costs nothing there.
+        """
+        if dtype != torch.float16 or not 0.0 < abs(self.scale) < 1.0:
+            return 1.0, self.scale
+        half = 2.0 ** round(math.log2(abs(self.scale)) / 2)
+        return half, self.scale / half
+
     @property
     def rows(self) -> int:
         """out_features of the linear."""
