@@ -392,12 +392,12 @@ class Engine:
             start = time.perf_counter()
             source, size, error = "unchanged", 0, 0.0
             if stack.key != self._applied:
-                source = self._library.bring(stack) if stack.active else "hot"
+                brought = self._library.bring(stack)
                 # An interrupt can rise between any two lines: what is not known to be bound counts as unknown.
                 self._applied = None
-                size = self._library.bind(stack)
+                size = self._library.bind(brought)
                 self._applied = stack.key
-                error = self._library.error(stack)
+                source, error = brought.source, brought.error
             return SwapReport(str(stack), source, (time.perf_counter() - start) * 1e3, size, error)
 
     @property

@@ -9,14 +9,15 @@ import torch
 
 from accel.families.flux1 import Flux1Config
 from accel.files import FileIdentity
+from accel.lora.buffers import HostBuffers
 from accel.lora.library import LoraLibrary
 from accel.lora.stack import LoraStack
 from accel.lora.weights import LoraLayer, LoraWeights
 from accel.memory import GIB, PoolBudgets
 
 from . import flux_loras
-from .flux_loras import DTYPE, STRENGTH, Pairs, RandomLora, check_bound, random_lora
-from .report import Variant
+from .flux_loras import DTYPE, STRENGTH, Pairs, RandomLora, check_bound, random_lora, same_bits
+from .report import BenchmarkError, Variant
 
 CPU = torch.device("cpu")
 BUDGETS = PoolBudgets(1, 16 * GIB, 16 * GIB)
@@ -46,15 +47,16 @@ class Pooled:
         self._model, self._slots = flux_loras.slots_of(config)
         self._library = self._new_library()
         lora_B = torch.cat([b.flatten() for _, b in loras[0].pairs.values()])
-        self._product = lora_B, torch.zeros_like(lora_B)
+        buffers = HostBuffers(0)  # where the library's memory comes from
+        source, target = (buffers.take(lora_B.nbytes).view(lora_B.dtype) for _ in range(2))
+        self._product = source.copy_(lora_B), target
         self._other = self._stack((loras[-1], STRENGTH))
 
     def variants(self) -> list[Variant]:
         """One for each of `POOLED`."""
-        strengths = itertools.cycle(STRENGTHS)
         variants = [
             self._hot("stack3", self._stack(*((lora, STRENGTH) for lora in self._loras)), _stacked(self._loras)),
-            Variant("multiply", lambda: self._multiply(next(strengths)), runs=SHORT_RUNS),
+            self._multiplied(),
             self._strength(),
             self._prefetched(),
         ]
@@ -88,6 +90,25 @@ class Pooled:
 
         return Variant("strength", run, before, check, SHORT_RUNS)
 
+    def _multiplied(self) -> Variant:
+        """The product alone, among the same work as in `_strength`."""
+        lora, turns = self._loras[0], itertools.cycle(STRENGTHS)
+        strength = STRENGTHS[-1]
+
+        def before() -> None:
+            nonlocal strength
+            strength = next(turns)
+            self._switch(self._stack((lora, BETWEEN)))
+            self._multiply(BETWEEN)
+
+        def check() -> None:
+            self._check("multiply", lora.scaled_by(BETWEEN))
+            source, target = self._product
+            if not same_bits(target, source * strength):
+                raise BenchmarkError(f"multiply: the target does not hold the product with {strength}.")
+
+        return Variant("multiply", lambda: self._multiply(strength), before, check, SHORT_RUNS)
+
     def _prefetched(self) -> Variant:
         lora = self._loras[1]
         stack = self._stack((lora, STRENGTH))
@@ -96,17 +117,16 @@ class Pooled:
         def before() -> None:
             library.clear()
             library.attach(self._slots, BUDGETS)
-            library.bring(self._other)
-            library.bind(self._other)
+            library.bind(library.bring(self._other))
             # What `Engine.prefetch` does.
             library.prepare(stack, background=True)
             library.bring(stack, make_room=False)
             self._slots.bind(self._slots.empty)
-            library.bind(self._other)  # as the step that sampled meanwhile has touched every layer, see `Switch._step`
+            # As the step that sampled meanwhile has touched every layer, see `Switch._step`.
+            library.bind(library.bring(self._other))
 
         def run() -> None:
-            library.bring(stack)
-            library.bind(stack)
+            library.bind(library.bring(stack))
 
         return Variant("prefetched", run, before, lambda: self._check("prefetched", lora.scaled), SHORT_RUNS)
 
@@ -115,8 +135,7 @@ class Pooled:
         torch.mul(source, strength, out=target)
 
     def _switch(self, stack: LoraStack) -> None:
-        self._library.bring(stack)
-        self._library.bind(stack)
+        self._library.bind(self._library.bring(stack))
 
     def _check(self, name: str, expected: Pairs) -> None:
         check_bound(name, self._model, None, expected)

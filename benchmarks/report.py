@@ -47,7 +47,7 @@ class Variant:
 
 
 def interleave(variants: Sequence[Variant], rounds: int, warm_up: int) -> dict[str, list[float]]:
-    """Time variants in turn, A B C A B C …, so that drift of the machine hits all of them alike.
+    """Time variants in turn, A B C A B C …, so that drift of the machine hits all of them alike; see `Variant.runs`.
 
     Args:
         rounds: samples of each.

@@ -44,8 +44,9 @@ QUICK_ROUNDS = 3
 # Two fit on the device and three take turns, so that every `put` finds its LoRA gone.
 LORA_COUNT = 3
 RESIDENT_COUNT = 2
-# See `Variant.runs`: the first ones use every buffer; of three others one may find the disk busy.
-COLD_RUNS = RESIDENT_COUNT + 3
+# See `Variant.runs`. Of what takes tens of milliseconds: the first ones use every buffer; of three others one may find
+# the disk busy.
+LONG_RUNS = RESIDENT_COUNT + 3
 # Formats of the cold files beside the main one, diffusers'.
 FUSED_FORMATS = ("kohya", "native")
 # The system itself takes a percent or two.
@@ -56,6 +57,8 @@ NOTES = (
     "The pack, PEFT and diffusers each switch a whole model of their own with its base weights on the meta device; "
     "PEFT and diffusers put the LoRA there too, so its layers got real memory before the first switch.",
     "PEFT and diffusers find their tensors in memory and are not prepared for torch.compile, which would slow them.",
+    f"In each round all but ComfyUI's merge and the steps run {LONG_RUNS} or {SHORT_RUNS} times on end; the median of "
+    "the second half is the round's sample, because memory that lay idle while others ran is slow at first.",
     "The step of the prefetch figure is plain matrix products on all cores, not a model; neighbours are compared.",
 )
 
@@ -111,7 +114,7 @@ def peer_variants(config: Flux1Config, loras: Sequence[RandomLora]) -> Iterator[
     """PEFT and diffusers; both have the last LoRA loaded, so that the first switch changes something."""
     for name, kind in (("peft", PeftHotswap), ("diffusers", DiffusersHotswap)):
         peer = kind(config, loras[-1])
-        yield in_turn(name, loras, lambda lora, peer=peer: peer.swap(), peer.check, peer.prepare)
+        yield in_turn(name, loras, lambda lora, peer=peer: peer.swap(), peer.check, peer.prepare, LONG_RUNS)
 
 
 class Switch:
@@ -121,7 +124,7 @@ class Switch:
         layer_count: linears that a LoRA changes.
         lora_bytes: what one switch brings to the device.
         files: the cold files.
-        cold_phases_ms: where the time of `cold` goes; one sample for each of its runs.
+        cold_phases_ms: where the time of `cold` goes; for each of its runs, those that do not count included.
     """
 
     def __init__(self, config: Flux1Config, loras: Sequence[RandomLora], files: ColdFiles) -> None:
@@ -162,8 +165,8 @@ class Switch:
             in_turn("hot", residents, self._bind_hot, lambda lora: self._check("hot", lora), self._step, SHORT_RUNS),
             in_turn("warm", self._loras, self._put_and_bind, self._check_warm, self._expect_absent, SHORT_RUNS),
             in_turn("memcpy", self._loras, self._copy, self._check_copy, self._choose_target, SHORT_RUNS),
-            in_turn("read", self._loras, self._read, lambda lora: self.files.note_read(), self._drop, COLD_RUNS),
-            in_turn("cold", self._loras, self._read_and_bind, self._check_cold, self._drop, COLD_RUNS),
+            in_turn("read", self._loras, self._read, lambda lora: self.files.note_read(), self._drop, LONG_RUNS),
+            in_turn("cold", self._loras, self._read_and_bind, self._check_cold, self._drop, LONG_RUNS),
             *(self._cold_fused(format) for format in FUSED_FORMATS),
         ]
 
@@ -181,7 +184,7 @@ class Switch:
             self.files.note_read()
             self._check(name, lora)
 
-        return in_turn(name, self._fused, bind, check, drop, COLD_RUNS)
+        return in_turn(name, self._fused, bind, check, drop, LONG_RUNS)
 
     def _choose_target(self, lora: RandomLora) -> None:
         self._target = next(self._targets)
@@ -297,7 +300,8 @@ def _report(
         "stock_merge_sampled_layers": stock.sampled_layers,
         "stock_merge_layers": stock.layers,
         "cold_phases_ms": {
-            phase: statistics.median(each[-rounds * COLD_RUNS :]) for phase, each in switch.cold_phases_ms.items()
+            phase: statistics.median(_counted(each[-rounds * LONG_RUNS :], LONG_RUNS))
+            for phase, each in switch.cold_phases_ms.items()
         },
         "other_cpu_share": other_cpu_share,
         "rounds": rounds,
@@ -330,6 +334,11 @@ def _report(
             "most of all those of many small operations. Run it again alone."
         )
     return Report(title, tuple(_rows(samples, values)), values, goals, notes, samples)
+
+
+def _counted(values: Sequence[float], runs: int) -> list[float]:
+    """Those of the second half of each turn of so many runs."""
+    return [value for number, value in enumerate(values) if number % runs >= runs // 2]
 
 
 def _over(samples: Mapping[str, Sequence[float]], name: str, others: Sequence[str]) -> float:

@@ -265,7 +265,7 @@ def test_loras_differ_by_seed_and_strength(loras):
     assert not flux_loras.same_bits(lora_B, lora_B.float())
 
 
-@pytest.mark.parametrize("name", ["stack3", "strength", "prefetched", "rank64_hot", "rank128_hot"])
+@pytest.mark.parametrize("name", ["stack3", "multiply", "strength", "prefetched", "rank64_hot", "rank128_hot"])
 def test_a_pooled_switch_that_does_nothing_is_noticed(loras, name):
     variant = variant_of(Pooled(flux_loras.QUICK, loras).variants(), name)
     interleave([variant], rounds=2, warm_up=0)

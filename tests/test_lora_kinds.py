@@ -908,6 +908,21 @@ def test_a_file_that_is_overwritten_in_place_is_refused(tmp_path, spec, monkeypa
         read_lora(str(path), spec)
 
 
+def test_a_float64_value_that_float32_cannot_hold_is_named(tmp_path, spec):
+    file = {key: tensor.double() for key, tensor in lora_state_dict("kohya", rank=3).items()}
+    key = next(key for key in file if key.endswith("lora_up.weight"))
+    file[key][0, 0] = -1e300
+    with pytest.raises(LoraError, match=f"'{re.escape(key)}' holds NaN or infinity"):
+        read_lora(str(write(tmp_path, "large", file)), spec)
+
+
+def test_an_empty_tensor_is_refused_by_name(tmp_path, spec):
+    oft = kind_state_dict("OFT")
+    key = next(key for key in oft if key.endswith(".oft_blocks")).replace(".oft_blocks", ".rescale")
+    with pytest.raises(LoraError, match=re.escape(f"'{key}' is (0,), expected")):
+        read_lora(str(write(tmp_path, "empty", {**oft, key: torch.zeros(0)})), spec)
+
+
 def test_a_nan_that_is_not_used_does_not_hide_an_overflow(tmp_path, spec):
     file = lora_state_dict("kohya", rank=1, alpha=1.0, scale=1000.0)
     file["lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight"] = torch.full((4, 768), math.nan)

@@ -310,6 +310,7 @@ def test_a_swap_interrupted_at_any_line_is_made_good_by_the_next(small, one_thre
         with pytest.raises(ERRORS), Lines(number, ERRORS[number % len(ERRORS)]("injected")):
             engine.swap(wanted)
         where = lines.seen[number - 1]
+        assert gc.isenabled(), where
         # What is applied is what is computed with, or nothing is said to be applied.
         for one in (before, wanted):
             if engine.applied(one):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -16,25 +17,26 @@ from ..errors import FileError
 from ..files import FileIdentity, TensorFile
 from .buffers import BYTES_ALIGNMENT, HostBuffers
 
-# What is read at once: as much as Linux reads ahead, few enough for the thread to need the interpreter seldom.
+# What is read at once: whole elements of every size, and so much that the thread needs the interpreter seldom.
 CHUNK_BYTES = 2**23
 # What is read ahead of its use, in chunks: more than comes until the header is understood.
 AHEAD_CHUNKS = 8
 
 
 class BulkReader:
-    """Reads a safetensors file on a thread from the moment when it is made, before anyone has looked at its header.
+    """Reads a safetensors file on a thread from the moment when it is entered, before anyone looked at its header.
 
     Nearly all of a LoRA file is wanted, and its header takes as long to understand as a tenth of it to read. While the
     disk works, each tensor is moved to its place: `flatten` can then write whole stretches of them at once. A context
     manager: when the block ends early, what is not read yet is left.
 
     Attributes:
-        peak: no float element of what has come so far is larger; NaN or infinity where one is not finite.
+        peak: no float element of the wanted tensors, as far as they have come, is larger; NaN or infinity where one is
+            not finite.
     """
 
     def __init__(self, path: str | os.PathLike[str], buffers: HostBuffers | None = None) -> None:
-        """Begin to read.
+        """Make sure that the file is there.
 
         Args:
             path: a file.
@@ -54,10 +56,13 @@ class BulkReader:
         self._stopped = False
         self._progress = threading.Condition()
         self._thread = threading.Thread(target=self._read, name="flux-hotswap-read", daemon=True)
+        self._places: dict[str, int] = {}
+        self._checks: deque[_Check] = deque()
+        self._moves: deque[_Move] = deque()
         self.peak = 0.0
-        self._thread.start()
 
     def __enter__(self) -> BulkReader:
+        self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -65,12 +70,13 @@ class BulkReader:
             self._stopped = True
             self._progress.notify_all()
         self._thread.join()
+        self._error = None  # its frames hold the buffers
 
     def expect(self, file: TensorFile, keys: Sequence[str]) -> None:
         """Say what is in the file; before the first `tensor`.
 
         Args:
-            file: its header.
+            file: its header, as `read_header` checks it: all tensors lie within the file.
             keys: of the tensors that are wanted. They will adjoin in this order, but for `BYTES_ALIGNMENT`.
 
         Raises:
@@ -79,24 +85,20 @@ class BulkReader:
         if file.identity != self._identity:
             raise FileError(_changed(file))
         self._file = file
-        places, end = {}, 0
+        spans, end = [], 0
         for key in keys:
             if file.starts[key] % file.tensors[key].dtype.itemsize:
                 raise FileError(
                     f"'{file.name}': '{key}' does not begin at a multiple of its dtype's size. Save the file again."
                 )
-            places[key] = end
+            self._places[key] = end
+            spans.append((file.starts[key], file.tensors[key].bytes, file.tensors[key].dtype, end))
             end += -(-file.tensors[key].bytes // BYTES_ALIGNMENT) * BYTES_ALIGNMENT
         self._buffer = self._buffers.take(end)
         self._target = self._buffer.numpy()
-        spans = [
-            _Span(file.starts[key], file.starts[key] + file.tensors[key].bytes, file.tensors[key].dtype, place)
-            for key, place in places.items()
-        ]
-        spans.sort(key=lambda span: span.start)
-        self._checks = _join(spans, lambda one, other: one.dtype is other.dtype)
-        self._moves = _join(spans, lambda one, other: one.place + one.bytes == other.place)
-        self._places = places
+        for start, size, dtype, place in sorted(spans, key=lambda span: span[0]):
+            _append(self._checks, _Check(start, start + size, dtype))
+            _append(self._moves, _Move(start, start + size, place))
 
     def tensor(self, key: str) -> Tensor:
         """One of the wanted tensors on the CPU, as soon as it is read; they share one buffer of their own.
@@ -125,11 +127,12 @@ class BulkReader:
         end = min(start + self._chunk_bytes, self._size)
         self._wait(end)
         chunk = self._ring[start % len(self._ring) :]
-        for span in _before(self._checks, end):
-            found = max_magnitude(chunk[span.start - start : span.end - start], span.dtype)
+        for check in _before(self._checks, end):
+            found = max_magnitude(chunk[check.start - start : check.end - start], check.dtype)
             self.peak = float(np.max([self.peak, found]))  # unlike max, it keeps NaN
-        for span in _before(self._moves, end):
-            self._target[span.place : span.place + span.bytes] = chunk[span.start - start : span.end - start]
+        for move in _before(self._moves, end):
+            part = chunk[move.start - start : move.end - start]
+            self._target[move.place : move.place + len(part)] = part
         with self._progress:
             self._used_bytes = end
             self._progress.notify_all()
@@ -174,50 +177,59 @@ def _changed(file: TensorFile) -> str:
     return f"'{file.name}' was changed while it was read. Queue the prompt again to use the new file."
 
 
-@dataclass(frozen=True)
-class _Span:
-    """Neighbouring tensors of a file.
-
-    Attributes:
-        start: first byte in the file.
-        end: byte behind the last.
-        dtype: of all of them, where that matters.
-        place: where they go, in bytes.
-    """
+@dataclass
+class _Check:
+    """Neighbouring tensors of one dtype: first byte in the file, byte behind the last."""
 
     start: int
     end: int
     dtype: torch.dtype
+
+    def goes_on_with(self, other: _Check) -> bool:
+        return self.end == other.start and self.dtype is other.dtype
+
+    def cut(self, at: int) -> _Check:
+        """Take off what lies before a byte of the file."""
+        first = _Check(self.start, at, self.dtype)
+        self.start = at
+        return first
+
+
+@dataclass
+class _Move:
+    """Neighbouring tensors that stay neighbours: first byte in the file, byte behind the last; where the first goes."""
+
+    start: int
+    end: int
     place: int
 
-    @property
-    def bytes(self) -> int:
-        return self.end - self.start
+    def goes_on_with(self, other: _Move) -> bool:
+        return self.end == other.start and self.place + self.end - self.start == other.place
 
-    def cut(self, at: int) -> tuple[_Span, _Span]:
-        """What lies before a byte of the file, and what lies behind it."""
-        return replace(self, end=at), replace(self, start=at, place=self.place + at - self.start)
+    def cut(self, at: int) -> _Move:
+        """Take off what lies before a byte of the file."""
+        first = _Move(self.start, at, self.place)
+        self.start, self.place = at, self.place + at - self.start
+        return first
 
 
-def _join(spans: Iterable[_Span], belong: Callable[[_Span, _Span], bool]) -> deque[_Span]:
-    """One span for each group of neighbours that belong together: a LoRA has a thousand small tensors."""
-    joined: list[_Span] = []
-    for span in spans:
-        if joined and joined[-1].end == span.start and belong(joined[-1], span):
-            joined[-1] = replace(joined[-1], end=span.end)
-        else:
-            joined.append(span)
-    return deque(joined)
+_Span = TypeVar("_Span", _Check, _Move)
+
+
+def _append(spans: deque[_Span], span: _Span) -> None:
+    """One for each group of neighbours: a LoRA has a thousand small tensors. None for empty ones."""
+    if span.start == span.end:
+        return
+    if spans and spans[-1].goes_on_with(span):
+        spans[-1].end = span.end
+    else:
+        spans.append(span)
 
 
 def _before(spans: deque[_Span], end: int) -> Iterator[_Span]:
     """Take what lies before a byte of the file."""
     while spans and spans[0].start < end:
-        span = spans.popleft()
-        if span.end > end:
-            span, rest = span.cut(end)
-            spans.appendleft(rest)
-        yield span
+        yield spans[0].cut(end) if spans[0].end > end else spans.popleft()
 
 
 # Size of an element -> the integers that order magnitudes as their bits do.
@@ -236,8 +248,9 @@ def max_magnitude(memory: np.ndarray, dtype: torch.dtype) -> float:
     """
     if not dtype.is_floating_point:
         return 0.0
-    if dtype.itemsize not in _INTEGERS:  # float64, which only an alpha is
-        return float(np.abs(memory.view(np.float64)).max())
+    if dtype.itemsize not in _INTEGERS:  # float64, which is used as float32
+        with np.errstate(over="ignore"):
+            return float(np.abs(memory.view(np.float64)).astype(np.float32).max())
     signed, unsigned = _INTEGERS[dtype.itemsize]
     sign = 1 << (8 * dtype.itemsize - 1)
     positive = int(memory.view(signed).max())

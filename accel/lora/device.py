@@ -107,10 +107,6 @@ class DeviceLoras:
         self._bound = None
         self._slots.bind(self._slots.empty)
 
-    def size_of(self, key: Hashable) -> int:
-        """Bytes of one stack's buffer."""
-        return self._residents[key].bytes
-
     def flat(self, key: Hashable) -> FlatLora:
         """One stack as it lies on the device; with `share_host` the very object that `put` got."""
         return self._residents[key].flat

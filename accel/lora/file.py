@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..files import TensorFile, read_header
+from ..garbage import collected_later
 from ..spec import ModelSpec
 from .buffers import HostBuffers
 from .bulk import BulkReader
@@ -23,7 +24,7 @@ from .report import LoraReport, overall_error
 from .weights import Layer, LoraLayer, LoraWeights, VectorLayer, check_finite, own_vector, to_float
 
 # Role -> where its tensors stand among the wanted ones; all others behind.
-ORDER = {"A": 0, "B": 1}
+_ROLE_ORDER = {"A": 0, "B": 1}
 
 
 def read_lora(
@@ -50,7 +51,7 @@ def read_lora(
         LoraError: an unknown key, a missing half, a wrong shape, NaN, a kind that cannot be carried, or nothing for
             this model in it.
     """
-    with torch.inference_mode(False), torch.no_grad(), BulkReader(path, buffers) as reader:
+    with torch.inference_mode(False), torch.no_grad(), collected_later(), BulkReader(path, buffers) as reader:
         file = read_header(path)
         keys = account(file, spec)
         config = adapter_config(file)
@@ -134,7 +135,7 @@ def _wanted(keys: FileKeys, known: Collection[str], modules: Sequence[str]) -> l
     """
     position = {module: index for index, module in enumerate(modules)}
     wanted = [
-        (ORDER.get(role, len(ORDER)), position[change.target.parts[0].module], piece.key)
+        (_ROLE_ORDER.get(role, len(_ROLE_ORDER)), position[change.target.parts[0].module], piece.key)
         for change in keys.changes
         for role, piece in change.pieces.items()
         if change.name not in known or role in ("alpha", "dora_scale", "diff_b")

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LoraError
+from ..garbage import collected_later
 from ..tensors import all_finite
 from .buffers import BYTES_ALIGNMENT, HostBuffers
 from .compose import BaseWeights, Composed, KroneckerTerm, compose, is_plain
@@ -120,7 +121,7 @@ def flatten(
         LoraError: a strength makes a matrix overflow the dtype, or see `compose.compose`.
         ValueError: an entry needs `base`, and there is none.
     """
-    with torch.inference_mode(False), torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad(), collected_later():
         by_module: dict[str, Layers] = defaultdict(list)
         for entry in entries:
             for layer in entry.weights.layers:

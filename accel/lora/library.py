@@ -56,6 +56,33 @@ class Prepared:
     error: float = 0.0
 
 
+@dataclass(frozen=True)
+class Brought:
+    """A stack that lies on the device.
+
+    Attributes:
+        source: "hot", "strength" (there, with another lora_B), "warm" or "cold", see `engine.SwapReport`.
+        stack: with the strengths that are wanted.
+        key: what it is found by.
+        resident: the buffer; None: nothing of the stack is active.
+        unscaled: what lora_B is to be multiplied from; None: it has the right strengths.
+    """
+
+    source: str
+    stack: LoraStack
+    key: StackKey | None = None
+    resident: Prepared | None = None
+    unscaled: UnscaledB | None = None
+
+    @property
+    def error(self) -> float:
+        """How far it was cut: relative error; 0 for an exact one."""
+        return 0.0 if self.resident is None else self.resident.error
+
+
+NOTHING_BROUGHT = Brought("hot", LoraStack())
+
+
 class LoraLibrary:
     """LoRAs on their way from a file to the device.
 
@@ -183,8 +210,7 @@ class LoraLibrary:
         if prepared is not None:
             return prepared, True
         generation = self._generation
-        sources = self._slots, self._buffers, self._order
-        flat, error = flatten(stack.active, self._dtype, self._pin, *sources, background=background), 0.0
+        flat, error = self._flatten(stack, background), 0.0
         if stack.max_rank:
             cut = truncate(flat, stack.max_rank)
             flat, error = cut.flat, cut.overall_error
@@ -199,18 +225,21 @@ class LoraLibrary:
         """Whether `prepare` would find a stack."""
         return self._key(stack) in self._host
 
-    def bring(self, stack: LoraStack, *, make_room: bool = True) -> str:
-        """Bring an active stack to the device, and make sure that its strengths can be had. Changes nothing bound.
+    def bring(self, stack: LoraStack, *, make_room: bool = True) -> Brought | None:
+        """Bring a stack to the device, and make sure that its strengths can be had. Changes nothing bound.
 
         Args:
+            stack: at any strengths.
             make_room: whether others may have to leave; otherwise it stays in host memory when there is no room.
 
         Returns:
-            "hot", "strength" (there, with another lora_B), "warm" or "cold", see `engine.SwapReport`.
+            What `bind` takes, at once; None: there was no room.
 
         Raises:
             LoraError: see `flatten.flatten`.
         """
+        if not stack.active:
+            return NOTHING_BROUGHT
         key, loras = self._key(stack), self._loras
         resident = self._on_device.get(key) if key in loras else None
         source = "hot"
@@ -218,40 +247,47 @@ class LoraLibrary:
             prepared, warm = self.prepare(stack)
             key, source = self._key(stack), "warm" if warm else "cold"
             if not make_room and not loras.fits(prepared.flat.bytes):
-                return source
+                return None
             self._on_device.pop(key, None)  # what an interrupt leaves is then unknown, not wrong
             loras.put(key, prepared.flat)
             flat = loras.flat(key)
             resident = prepared if flat is prepared.flat else Prepared(flat, prepared.strengths, prepared.error)
             self._on_device = {known: value for known, value in self._on_device.items() if known in loras}
             self._on_device[key] = resident
+        unscaled = None
         if resident.strengths != stack.strengths:
-            self._unscaled_of(key, stack, resident).check(stack.active, self._dtype)
+            unscaled = self._unscaled_of(key, stack, resident)
+            unscaled.check(stack.active, self._dtype)
             source = "strength" if source == "hot" else source
-        return source
+        return Brought(source, stack, key, resident, unscaled)
 
-    def bind(self, stack: LoraStack) -> int:
-        """Bind a stack that `bring` has just brought, at its strengths.
+    def bind(self, brought: Brought) -> int:
+        """Bind a stack, at its strengths.
 
         Returns:
             Its size on the device in bytes.
         """
-        if not stack.active:
+        resident, stack = brought.resident, brought.stack
+        if resident is None:
             self._loras.bind_empty()
             return 0
-        key = self._key(stack)
-        resident = self._on_device[key]
-        if resident.strengths != stack.strengths:
-            unscaled = self._unscaled_of(key, stack, resident)
+        if brought.unscaled is not None:
             resident.strengths = None
-            unscaled.multiply(stack.active, resident.flat)
+            brought.unscaled.multiply(stack.active, resident.flat)
             resident.strengths = stack.strengths
-        self._loras.bind(key)
-        return self._loras.size_of(key)
+        self._loras.bind(brought.key)
+        return resident.flat.bytes
 
-    def error(self, stack: LoraStack) -> float:
-        """How far a stack that is on the device was cut: relative error; 0 for an exact one."""
-        return self._on_device[self._key(stack)].error if stack.active else 0.0
+    def _flatten(self, stack: LoraStack, background: bool) -> FlatLora:
+        return flatten(
+            stack.active,
+            self._dtype,
+            self._pin,
+            base=self._slots,
+            buffers=self._buffers,
+            order=self._order,
+            background=background,
+        )
 
     def _key(self, stack: LoraStack) -> StackKey:
         identities, max_rank = stack.identities, stack.max_rank

@@ -8,7 +8,6 @@ lora_B is to a LoRA.
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -193,9 +192,8 @@ def _neighbours(matrices: Sequence[_Matrix]) -> list[list[_Matrix]]:
 def _fill(host: Tensor, groups: Sequence[Sequence[_Matrix]]) -> list[_Run]:
     writer, start = Writer(host), 0
     for matrix in (matrix for group in groups for matrix in group):
-        place = matrix.rows, matrix.rank
-        writer.write(start, place, [Scaled(tensor, 1.0) for tensor in matrix.tensors], axis=1)
-        start += math.prod(place)
+        writer.write(start, (matrix.rows, matrix.rank), [Scaled(tensor, 1.0) for tensor in matrix.tensors], axis=1)
+        start += matrix.rows * matrix.rank
     writer.finish()
     runs, start = [], 0
     for group in groups:

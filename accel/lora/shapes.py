@@ -187,6 +187,8 @@ def _check_oft(shapes: Shapes) -> int:
         )
     good = len(shape) == 3 and shape[1] == shape[2] and shape[0] * shape[1] == out_features and shape[1] > 1
     shapes.expect("oft_blocks", good, f"(blocks, b, b) with blocks · b = {out_features}")
+    if "rescale" in shapes:
+        shapes.expect("rescale", _numel(shapes.pieces["rescale"].shape) == out_features, f"{out_features} numbers")
     return 0
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -11,8 +10,9 @@ from torch import Tensor
 
 # at::internal::GRAIN_SIZE: elementwise operations on fewer elements take one thread (ATen/Parallel.h, torch 2.14).
 SERIAL_ELEMENTS = 32768
-# So many that an operation is worth waking the other threads for, whatever else they do.
-PARALLEL_ELEMENTS = 2**21
+# So many that an operation is worth waking the other threads for, whatever else they do; what a conversion makes on the
+# way is then still in a processor's last cache.
+PARALLEL_ELEMENTS = 2**20
 
 
 class Scaled(NamedTuple):
@@ -23,7 +23,7 @@ class Scaled(NamedTuple):
 
 
 class Writer:
-    """Fills a flat buffer matrix by matrix.
+    """Fills a flat buffer matrix by matrix; places do not overlap.
 
     What adjoins in the buffer as it does where it comes from is written in one operation: a thousand small ones, as
     many as a LoRA has matrices, take longer than the memory does. `BulkReader` lays files out for that.
@@ -34,10 +34,10 @@ class Writer:
 
         Args:
             buffer: (elements,).
-            background: whether to leave the other processors to those who are in a hurry.
+            background: whether to write on the calling thread alone, for something else is in a hurry.
         """
         self.buffer = buffer
-        self._parallel_elements = math.inf if background else PARALLEL_ELEMENTS
+        self._background = background
         self._run: _Run | None = None
 
     def write(self, start: int, shape: tuple[int, int], terms: Sequence[Scaled], axis: int = 0) -> None:
@@ -46,7 +46,7 @@ class Writer:
         Args:
             start: the first element.
             shape: of the place.
-            terms: what fills it, or less.
+            terms: what fills it, or less; at least one.
             axis: along which they are joined.
         """
         matrix, factor = terms[0]
@@ -59,7 +59,7 @@ class Writer:
     def finish(self) -> None:
         """Write what is still to be written."""
         if self._run is not None:
-            self._put(*self._run.matrices(self.buffer))
+            self._put(*self._run.columns(self.buffer), self._run.factor)
             self._run = None
 
     def _fill(self, place: Tensor, terms: Sequence[Scaled], axis: int) -> None:
@@ -71,23 +71,27 @@ class Writer:
             place.narrow(axis, end, place.shape[axis] - end).zero_()
 
     def _put(self, place: Tensor, matrix: Tensor, factor: float) -> None:
-        """Write factor · matrix, rounded once, without a temporary where the kernel computes in float32 by itself."""
-        if factor == 1.0:
-            for part, values in self._parts(place, matrix):
-                part.copy_(values)
-            return
-        if matrix.dtype not in (place.dtype, torch.float32):
-            matrix = matrix.float()  # torch would round to the matrix's dtype before the place's
+        """Write factor · matrix, rounded once."""
+        # Of two small dtypes torch would round to the matrix's before the place's.
+        widen = matrix.dtype not in (place.dtype, torch.float32)
         for part, values in self._parts(place, matrix):
-            torch.mul(values, factor, out=part)
+            if factor == 1.0:
+                part.copy_(values)
+            else:
+                torch.mul(values.float() if widen else values, factor, out=part)
 
     def _parts(self, place: Tensor, matrix: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Rows of both, in parts that torch works on with the calling thread alone, unless they are very many.
 
         A thousand small operations that wait for other threads each take five times as long on a machine that is busy.
+        Where dtypes differ torch makes a copy of what it multiplies: of parts, not of a whole LoRA.
         """
-        rows = max(1, (SERIAL_ELEMENTS - 1) // max(1, place.shape[1]))
-        if rows >= len(place) or place.numel() >= self._parallel_elements:
+        parallel = not self._background and place.numel() >= PARALLEL_ELEMENTS
+        if parallel and matrix.dtype == place.dtype:
+            yield place, matrix
+            return
+        rows = max(1, (PARALLEL_ELEMENTS if parallel else SERIAL_ELEMENTS - 1) // max(1, place.shape[1]))
+        if rows >= len(place):
             yield place, matrix
         else:
             yield from zip(place.split(rows), matrix.split(rows), strict=True)
@@ -97,24 +101,25 @@ class _Run:
     """Matrices of one factor that adjoin in both memories."""
 
     def __init__(self, start: int, matrix: Tensor, factor: float) -> None:
+        self.factor = factor
         self._start, self._end = start, start + matrix.numel()
-        self._first, self._factor = matrix, factor
+        self._first = matrix
+        self._storage = matrix.untyped_storage().data_ptr()
         self._source_end = matrix.data_ptr() + matrix.nbytes
 
     def append(self, start: int, matrix: Tensor, factor: float) -> bool:
         """Take one more matrix, if it belongs here."""
         if (
-            (start, factor, matrix.data_ptr()) != (self._end, self._factor, self._source_end)
+            (start, factor, matrix.data_ptr()) != (self._end, self.factor, self._source_end)
             or matrix.dtype != self._first.dtype
-            # Neighbours by chance otherwise.
-            or matrix.untyped_storage().data_ptr() != self._first.untyped_storage().data_ptr()
+            or matrix.untyped_storage().data_ptr() != self._storage  # neighbours by chance
         ):
             return False
         self._end += matrix.numel()
         self._source_end += matrix.nbytes
         return True
 
-    def matrices(self, buffer: Tensor) -> tuple[Tensor, Tensor, float]:
-        """Their place in a buffer, they themselves, each as one column, and the factor."""
+    def columns(self, buffer: Tensor) -> tuple[Tensor, Tensor]:
+        """Their place in a buffer and they themselves, each as one column."""
         column = (self._end - self._start, 1)
-        return buffer[self._start : self._end].view(column), self._first.as_strided(column, (1, 1)), self._factor
+        return buffer[self._start : self._end].view(column), self._first.as_strided(column, (1, 1))
