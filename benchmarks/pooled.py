@@ -74,21 +74,19 @@ class Pooled:
 
     def _strength(self) -> Variant:
         lora, turns = self._loras[0], itertools.cycle(STRENGTHS)
-        strength = STRENGTHS[-1]
+        strength, stack = STRENGTHS[-1], LoraStack()
 
         def before() -> None:
-            nonlocal strength
+            nonlocal strength, stack
             strength = next(turns)
+            stack = self._stack((lora, strength))
             # Another one than `run` leaves there: so this writes lora_B too, over the same memory.
             self._switch(self._stack((lora, BETWEEN)))
-
-        def run() -> None:
-            self._switch(self._stack((lora, strength)))
 
         def check() -> None:
             self._check("strength", lora.scaled_by(strength))
 
-        return Variant("strength", run, before, check, SHORT_RUNS)
+        return Variant("strength", lambda: self._switch(stack), before, check, SHORT_RUNS)
 
     def _multiplied(self) -> Variant:
         """The product alone, among the same work as in `_strength`."""
