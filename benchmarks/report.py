@@ -62,10 +62,15 @@ def interleave(variants: Sequence[Variant], rounds: int, warm_up: int) -> dict[s
     samples: dict[str, list[float]] = {variant.name: [] for variant in variants}
     for number in range(warm_up + rounds):
         for variant in variants:
-            elapsed_ms = statistics.median([_time(variant) for _ in range(variant.runs)][variant.runs // 2 :])
+            elapsed_ms = statistics.median(counted([_time(variant) for _ in range(variant.runs)]))
             if number >= warm_up:
                 samples[variant.name].append(elapsed_ms)
     return samples
+
+
+def counted(turn: Sequence[float]) -> Sequence[float]:
+    """What counts of a turn's runs, see `Variant.runs`."""
+    return turn[len(turn) // 2 :]
 
 
 def _time(variant: Variant) -> float:

@@ -35,7 +35,7 @@ from .flux_loras import DTYPE, KEY_PREFIX, RANK, STRENGTH, FusedLora, RandomLora
 from .peers import DiffusersHotswap, PeftHotswap
 from .pooled import POOLED, SHORT_RUNS, Pooled
 from .prefetching import Prefetching, slowdown
-from .report import BenchmarkError, Goal, OtherLoad, Report, Row, Variant, figure, interleave, spread
+from .report import BenchmarkError, Goal, OtherLoad, Report, Row, Variant, counted, figure, interleave, spread
 from .stock_merge import StockMerge
 
 CPU = torch.device("cpu")
@@ -300,7 +300,7 @@ def _report(
         "stock_merge_sampled_layers": stock.sampled_layers,
         "stock_merge_layers": stock.layers,
         "cold_phases_ms": {
-            phase: statistics.median(_counted(each[-rounds * LONG_RUNS :], LONG_RUNS))
+            phase: statistics.median(itertools.chain(*map(counted, _turns(each[-rounds * LONG_RUNS :]))))
             for phase, each in switch.cold_phases_ms.items()
         },
         "other_cpu_share": other_cpu_share,
@@ -335,9 +335,8 @@ def _report(
     return Report(title, tuple(_rows(samples, values)), values, goals, notes, samples)
 
 
-def _counted(values: Sequence[float], runs: int) -> list[float]:
-    """Those of the second half of each turn of so many runs."""
-    return [value for number, value in enumerate(values) if number % runs >= runs // 2]
+def _turns(runs: Sequence[float]) -> list[Sequence[float]]:
+    return [runs[start : start + LONG_RUNS] for start in range(0, len(runs), LONG_RUNS)]
 
 
 def _over(samples: Mapping[str, Sequence[float]], name: str, others: Sequence[str]) -> float:

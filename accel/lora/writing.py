@@ -27,6 +27,9 @@ class Writer:
 
     What adjoins in the buffer as it does where it comes from is written in one operation: a thousand small ones, as
     many as a LoRA has matrices, take longer than the memory does. `BulkReader` lays files out for that.
+
+    Attributes:
+        buffer: what is filled.
     """
 
     def __init__(self, buffer: Tensor, *, background: bool = False) -> None:
