@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import functools
 import inspect
+import math
 import os
 import platform
 import time
@@ -44,6 +45,10 @@ INDUCTOR_OPTIONS = {
     },
     "full": {},
 }
+# How far compiled blocks may be from uncompiled ones, relative L2. Compiled code rounds fewer intermediate results to
+# bfloat16; where activations are quantized, some fall on the other side of a step.
+TOLERANCE = 3e-2
+SMALLEST = torch.finfo(torch.float32).tiny
 FIRST_TIME = "the first time with this kind of model and these settings"
 
 
@@ -113,6 +118,8 @@ class RegionCompiler:
                 self._observer.compiling(name)
             result, compiled = self._compile_and_run(function, compiled, block, args)
             if self.count != before and self.failure is None:
+                result = self._compared(function, block, args, result)
+            if self.count != before and self.failure is None:
                 self.recompiles += known
                 known = True
                 seconds = time.perf_counter() - start
@@ -164,6 +171,31 @@ class RegionCompiler:
         self._observer.notice(failure_notice(function.__name__, failed), True)
         return result, compiled
 
+    def _compared(self, function: Callable, block: nn.Module, args: tuple[Any, ...], result: Any) -> Any:
+        """Compare what was compiled just now with the same block uncompiled. From a difference on, do without it."""
+        try:
+            expected = function(block, *args)
+        except torch.OutOfMemoryError:
+            self._observer.notice(
+                f"the compiled {function.__name__} blocks were not compared with uncompiled ones: the device has no "
+                "room for both.",
+                False,
+            )
+            return result
+        distance = _distance(result, expected)
+        if distance <= TOLERANCE:
+            return result
+        if self.files is not None:
+            self.files.drop(function.__name__, ValueError("they compute wrong numbers"))
+        self.failure = f"the compiled {function.__name__} blocks are {distance:.2g} from uncompiled ones (relative L2)"
+        self._observer.notice(
+            f"{self.failure}: what torch.compile makes of them is wrong on this machine. The model goes on without "
+            "compiling: right pictures, but slower. Update torch, Triton and the GPU's driver, or set 'compile' to "
+            "'off' in Accelerated Flux Loader.",
+            True,
+        )
+        return expected
+
     def _just_in_time(self, function: Callable) -> JustInTime:
         return JustInTime(function, self._backend, self.files)
 
@@ -193,6 +225,17 @@ class RegionCompiler:
         # Counted when done: dynamo may drop an attempt and trace again.
         self.count += 1
         return compiled
+
+
+def _distance(result: Any, expected: Any) -> float:
+    """Relative L2 distance of the tensors, the largest one; NaN is infinitely far, but from NaN."""
+    if isinstance(expected, Tensor):
+        length = float(torch.linalg.vector_norm(expected.float()))
+        if not math.isfinite(length):
+            return 0.0  # with such inputs uncompiled blocks fail as well, and say nothing
+        distance = float(torch.linalg.vector_norm(result.float() - expected.float())) / max(length, SMALLEST)
+        return math.inf if math.isnan(distance) else distance
+    return max(map(_distance, result, expected))
 
 
 def is_compiler_failure(exc: BaseException) -> bool:

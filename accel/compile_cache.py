@@ -43,7 +43,10 @@ KERNELS, REGIONS = "kernels/", "regions/"
 FOLDER_VARIABLES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 # Environment variables that change what compilers make of the same source.
 COMPILER_VARIABLES = ("TORCHINDUCTOR_", "TORCHDYNAMO_", "TRITON_", "CUDA_HOME", "CXX", "CC", "CFLAGS", "CXXFLAGS")
-LIBRARIES = ("torch", "triton", "triton-windows", "torchao", "bitsandbytes", "diffusers", "transformers")
+LIBRARIES = (
+    "torch", "triton", "triton-windows", "torchao", "mslk", "bitsandbytes", "diffusers", "transformers",
+    "flash-attn", "flash_attn_3", "flash-attn-4", "sageattention", "xformers", "kernels",
+)  # fmt: skip
 
 Notice = Callable[[str, bool], None]
 

@@ -27,6 +27,7 @@ from .lora.weights import LoraWeights
 from .memory import PoolBudgets
 from .offload.memory import DeviceMemory, memory_of
 from .offload.plan import OffloadPlan
+from .offload.prove import restrict
 from .offload.weights import Weights
 from .quantize import check, find_mode
 from .settings import EngineSettings
@@ -127,8 +128,8 @@ class Engine:
         self.dtype = resolve_dtype(settings.dtype, spec.stored_dtype, self.device)
         self._mode = find_mode(settings.quantization.mode)
         if self._mode is not None:
-            check(self._mode, self.device)
             self.dtype = self._mode.compute_dtype(self.dtype, self.device, explicit=settings.dtype != "auto")
+            check(self._mode, self.device, self.dtype)
         self.bytes = model_bytes(spec, self.dtype, self._mode)
         self.load_count = 0
         self._observer = observer or Silent()
@@ -143,6 +144,8 @@ class Engine:
         self._pools = pools
         self._plan = plan
         self._memory = memory or memory_of(self.device)
+        for sentence in restrict(self._memory):
+            self._observer.notice(sentence, True)
         self._weights: Weights | None = None
         budgets = self._budgets(reserved_bytes=self.bytes)
         self.lora_cache = lora_cache
@@ -338,6 +341,8 @@ class Engine:
         mode, observer = self._mode, self._observer
         if mode is None:
             return load_model(self.spec, self.dtype, self.device, observer.loading, placement=weights)
+        for sentence in mode.does_without(self.device, self.dtype):
+            observer.notice(f"{mode.name}: {sentence}.", False)
         if mode.needs_compile and self.settings.compile == "off":
             observer.notice(
                 f"{mode.name} without compiling is slower than no quantization: set 'compile' to 'regional', or choose "

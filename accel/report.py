@@ -15,6 +15,7 @@ from .build import conversion_of
 from .engine import Engine, SwapReport
 from .lora.schedule import ScheduledStack
 from .memory import available_host_bytes, free_device_bytes
+from .prove import proofs
 from .quantize import find_mode
 from .step_cache import StepCacheSettings
 
@@ -251,6 +252,11 @@ def _memory(reported: Reported) -> Rows:
     return rows
 
 
+def _proofs(reported: Reported) -> Rows:
+    """What was tried on the device before it was used; see `prove`."""
+    return [(proof.name, proof.sentence) for proof in proofs().all if proof.device == str(reported.engine.device)]
+
+
 def _machine(reported: Reported) -> Rows:
     device = reported.engine.device
     rows = [*reported.host.items(), ("system", f"{platform.system()} {platform.release()}, {platform.machine()}")]
@@ -302,6 +308,7 @@ SECTIONS: tuple[tuple[str, Callable[[Reported], Rows]], ...] = (
     ("Step cache", _step_cache),
     ("Last samplings", _samplings),
     ("Memory", _memory),
+    ("What proved itself on this device", _proofs),
     ("Machine", _machine),
     ("Libraries", _libraries),
 )

@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-import torch
-
 from .attention import BACKENDS
 from .errors import SettingsError
+from .hardware import DTYPES
 
-DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 COMPILE_MODES = ("regional", "regional max-autotune", "full", "off")
 OFFLOAD_MODES = ("auto", "none", "model", "stream")
 QUANTIZATION_MODES = (
@@ -80,7 +78,7 @@ class EngineSettings:
     """How an engine is built.
 
     Attributes:
-        dtype: one of `DTYPES`; "auto" takes the checkpoint's own where the device computes in it.
+        dtype: a key of `hardware.DTYPES`; "auto" takes the checkpoint's own where the device computes in it.
         attention: a name of `accel.attention.BACKENDS`, or "auto".
         compile: one of `COMPILE_MODES`.
         device: where the transformer runs, such as "cuda:0" or "cpu".

@@ -8,6 +8,7 @@ import torch
 from comfy_api.latest import io
 
 from ..accel.checkpoint import read_file
+from ..accel.hardware import hardware_of
 from ..accel.quantize.bitsandbytes_modes import NF4
 from ..accel.registry import TEXT_ENCODERS
 from ..accel.text_encoder.modes import MODES, check_mode, choose_mode
@@ -94,7 +95,7 @@ def _mode(quantization: str, t5: EncoderSpec, device: torch.device) -> str:
     on_cpu = comfy.model_management.is_device_cpu(device)
     measure = comfy.model_management.get_free_memory if on_cpu else comfy.model_management.get_total_memory
     where = "free RAM" if on_cpu else "GPU memory"
-    mode, reason = choose_mode(t5, measure(device), where, bitsandbytes=NF4.missing(device) is None)
+    mode, reason = choose_mode(t5, measure(device), where, bitsandbytes=NF4.missing(hardware_of(device)) is None)
     say(f"T5 quantization auto: {mode} ({reason})")
     return mode
 

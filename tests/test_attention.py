@@ -36,6 +36,7 @@ from accel.checkpoint import inspect_checkpoint
 from accel.engine import Engine, Silent
 from accel.errors import SettingsError
 from accel.families.flux1 import Flux1Inputs
+from accel.prove import proofs
 from accel.settings import EngineSettings
 from harness.attention_packages import PACKAGES, write_package
 from harness.paths import REPO
@@ -53,7 +54,7 @@ MODULES = ("flash_attn", "flash_attn_interface", "sageattention", "xformers", "k
 OPERATORS = ("flash_attn::_flash_attn_forward", "flash_attn_3::_flash_attn_forward")
 
 
-REMEMBERED = (library.find, verify, choose.measure, flash._hub_function)
+REMEMBERED = (library.find, proofs, choose.measure, flash._hub_function)
 
 
 def clear_caches() -> None:
@@ -781,7 +782,7 @@ def test_on_a_gpu_a_backend_computes_attention(name, dtype):
     reason = BACKENDS[name].missing(target)
     if reason is not None:
         pytest.skip(f"{name} {reason}")
-    assert verify(name, target).refusal is None
+    assert verify(name, target).verdict.refusal is None
     attention = BACKENDS[name].make()
     function = torch.compile(attention, fullgraph=True, dynamic=True)
     with torch.inference_mode():

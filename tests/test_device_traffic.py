@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from accel.families.flux1 import Flux1, Flux1Inputs
 from accel.families.flux1.forward import BlockState, Hooks, Residuals
-from accel.lora import kernels, layers, operators
+from accel.lora import kernels, layers, operators, scaled
 from accel.lora.bound import Bound
 from accel.lora.slots import Bindings, LoraSlots
 from benchmarks.block_variants import block_modules, one_of_each, quantize_float8
@@ -81,7 +81,7 @@ def fake(skeleton):
         yield mode
 
 
-@pytest.fixture(params=["bf16", "fp8"])
+@pytest.fixture(params=["bf16", *scaled.WAYS])
 def forward(request, skeleton, fake, monkeypatch):
     """A forward over a model with a LoRA on every linear, the operators' own code in place of their stand-ins."""
     config = one_of_each(256)
@@ -90,7 +90,12 @@ def forward(request, skeleton, fake, monkeypatch):
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 module._parameters[name] = on_device(*parameter.shape)
-    if request.param == "fp8":
+    if request.param != "bf16":
+        # Which one a device takes it has to try, which a fake one cannot.
+        way = scaled.Way(request.param, scaled.WAYS[request.param], {})
+        monkeypatch.setattr(scaled, "way_on", lambda device, dtype: way)
+        # It remembers its tensor, and must not remember a fake one.
+        monkeypatch.setattr(scaled, "_one", scaled._one.__wrapped__)
         for module in block_modules(config):
             quantize_float8(model.get_submodule(module))
     modules = [part.module for linear in Flux1().layout(config).linears for part in linear.parts]
@@ -109,6 +114,7 @@ def forward(request, skeleton, fake, monkeypatch):
     # PyTorch does not say what the one that writes to a given tensor does to fake ones.
     product = torch._scaled_mm
     monkeypatch.setattr(torch, "_scaled_mm", lambda *args, out=None, **options: written(product(*args, **options), out))
+    monkeypatch.setattr(operators, "gelu_fuses", lambda device, dtype: True)
     monkeypatch.setattr(kernels, "fastest", lambda x, shape, fused, separate, configs=(): separate())
 
     def make(attend=attention):

@@ -17,12 +17,14 @@ import torch.nn.functional as F
 
 import accel.load
 import accel.quantize.mode
+import accel.quantize.modes
 from accel.build import conversion_of, load_model, model_bytes
 from accel.checkpoint import inspect_checkpoint
 from accel.engine import Engine, Silent
 from accel.errors import CheckpointError, SettingsError
 from accel.files import FileIdentity
 from accel.lora.stack import LoraStack
+from accel.prove import Proof, Verdict
 from accel.quantize import choose, dequantize, find_mode, parameter_bytes
 from accel.quantize.bitsandbytes_modes import Nf4Linear
 from accel.quantize.cache import SUFFIX, CacheKey, CacheWriter, DamagedCacheError, open_cached
@@ -455,9 +457,11 @@ def test_modes_that_do_not(spec, mode, reason, nearest):
 
 
 class Card:
-    """Stands for a CUDA device: what the modes ask about it."""
+    """Stands for a CUDA device: what the modes ask about it. That they compute on it is taken for granted."""
 
     def __init__(self, monkeypatch, name, capability):
+        proven = Proof("", "", Verdict(None), 0.0)
+        monkeypatch.setattr(accel.quantize.modes, "prove", lambda mode, device, dtype: proven)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
 

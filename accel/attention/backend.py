@@ -9,6 +9,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from ..hardware import Hardware, hardware_of
+
 Attention: TypeAlias = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
 
 HALF = (torch.bfloat16, torch.float16)
@@ -24,6 +26,7 @@ class Target:
         heads: per token.
         head_dim: width of a head.
         compiled: whether torch.compile traces the call.
+        assumed: what the device is taken to be; None for what it is.
     """
 
     device: torch.device
@@ -31,6 +34,12 @@ class Target:
     heads: int
     head_dim: int
     compiled: bool
+    assumed: Hardware | None = None
+
+    @property
+    def hardware(self) -> Hardware:
+        """What the device is."""
+        return self.assumed or hardware_of(self.device)
 
 
 @dataclass(frozen=True)
@@ -107,14 +116,11 @@ def nvidia(*majors: int, max_head_dim: int, amd: bool = False) -> Callable[[Targ
     """
 
     def missing(target: Target) -> str | None:
-        wanted = f"needs an NVIDIA card of compute capability {_ranges(majors)}"
-        if target.device.type != "cuda":
-            return f"{wanted}; this is the device {target.device}"
-        if torch.version.hip is not None:
-            return None if amd else f"{wanted}; this is an AMD card"
-        major, minor = torch.cuda.get_device_capability(target.device)
-        if major not in majors:
-            return f"{wanted}; {torch.cuda.get_device_name(target.device)} has {major}.{minor}"
+        hardware = target.hardware
+        if amd and hardware.kind == "rocm":
+            return None
+        if hardware.capability is None or hardware.capability[0] not in majors:
+            return f"needs an NVIDIA card of compute capability {_ranges(majors)}; {hardware.sentence}"
         if target.head_dim > max_head_dim or target.head_dim % 8:
             return f"takes heads of up to {max_head_dim} channels, in eights; this model's have {target.head_dim}"
         return None

@@ -75,7 +75,7 @@ def choose_attention(name: str, target: Target) -> Choice:
         attention = BACKENDS[name].make()
     except ImportError as exc:
         raise SettingsError(_refusal(name, target, str(exc))) from exc
-    verdict = verify(name, target)
+    verdict = verify(name, target).verdict
     if verdict.refusal is not None:
         raise SettingsError(_refusal(name, target, verdict.refusal))
     what = f"{verdict.deviation:.2g} from float32" + ("" if BACKENDS[name].exact else ", an approximation")
@@ -84,7 +84,7 @@ def choose_attention(name: str, target: Target) -> Choice:
 
 def _choose_fastest(target: Target) -> Choice:
     present = [name for name in AUTO if _usable_as_it_is(BACKENDS[name], target)]
-    refusals = {name: verify(name, target).refusal for name in present if name != "sdpa"}
+    refusals = {name: verify(name, target).verdict.refusal for name in present if name != "sdpa"}
     names = tuple(name for name in present if refusals.get(name) is None)
     warnings = tuple(f"attention '{name}' {reason}, and is not used." for name, reason in refusals.items() if reason)
     seconds = measure(names, target) if len(names) > 1 else {}

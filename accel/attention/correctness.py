@@ -8,15 +8,14 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..prove import Proof, Verdict, proofs
 from .backend import Attention, Backend, Target
 from .backends import BACKENDS
-from .library import first_line
 
 # Two pictures, and no multiple of any kernel's tile: what is wrong is often wrong in the last tile.
 BATCH = 2
@@ -26,21 +25,7 @@ TOKENS = 1_173
 SHARPNESS = 2.0
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """What a comparison found.
-
-    Attributes:
-        refusal: why the backend is not used: what the sentence after its name says; or None.
-        deviation: relative L2 distance of the whole result from float32.
-    """
-
-    refusal: str | None
-    deviation: float = 0.0
-
-
-@functools.cache
-def verify(name: str, target: Target) -> Verdict:
+def verify(name: str, target: Target) -> Proof:
     """Run a backend once on inputs of a model's shapes. Once per process, backend and target.
 
     Args:
@@ -50,16 +35,16 @@ def verify(name: str, target: Target) -> Verdict:
     Raises:
         torch.OutOfMemoryError: there is no room for 0.3 GB: says nothing of the backend.
     """
+    dtype = str(target.dtype).removeprefix("torch.")
+    subject = f"attention {name}, {target.heads} heads of {target.head_dim}, {dtype}"
+    return proofs().of(subject, target.device, functools.partial(_compare, name, target))
+
+
+def _compare(name: str, target: Target) -> Verdict:
     backend = BACKENDS[name]
-    with torch.inference_mode():
-        query, key, value = make_inputs(target, BATCH, TOKENS)
-        try:
-            output = _as_in_a_block(backend, backend.make())(query, key, value, None)
-            return judge(backend, target, output, _reference(query, key, value))
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as exc:  # a library raises what it likes
-            return Verdict(f"does not run here ({type(exc).__name__}: {first_line(exc)})")
+    query, key, value = make_inputs(target, BATCH, TOKENS)
+    output = _as_in_a_block(backend, backend.make())(query, key, value, None)
+    return judge(backend, target, output, _reference(query, key, value))
 
 
 def judge(backend: Backend, target: Target, output: Tensor, reference: Tensor) -> Verdict:

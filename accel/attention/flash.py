@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import first_line
 from .backend import EXACT, HALF, Attention, Backend, nvidia
-from .library import Library, first_line, has_operator
+from .library import Library, has_operator
 from .native import sdpa
 from .operator import opaque, register
 

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from ..errors import first_line
+
 
 @dataclass(frozen=True)
 class Library:
@@ -89,11 +91,6 @@ def has_operator(namespace: str, name: str, arguments: tuple[str, ...], keywords
         and {argument.name for argument in rest} >= set(keywords)
         and all(argument.has_default_value() or argument.name in keywords for argument in rest)
     )
-
-
-def first_line(exc: BaseException) -> str:
-    """An exception's message, short."""
-    return next((line.strip() for line in str(exc).splitlines() if line.strip()), "no message")
 
 
 def _is_older(found: str, oldest: str) -> bool:

@@ -47,14 +47,14 @@ def flex(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tens
 
 def _cudnn_hardware(target: Target) -> str | None:
     reason = nvidia(8, 9, 10, 11, 12, max_head_dim=128)(target)
-    if reason is None and not torch.backends.cudnn.is_available():
+    if reason is None and target.assumed is None and not torch.backends.cudnn.is_available():
         return "needs cuDNN, which this build of PyTorch lacks: install PyTorch from pytorch.org"
     return reason
 
 
 def _flex_hardware(target: Target) -> str | None:
-    if target.device.type not in ("cpu", "cuda", "xpu"):
-        return f"has no kernels for the device {target.device}"
+    if target.hardware.kind not in ("cpu", "cuda", "rocm", "xpu"):
+        return f"has no kernels for the device {target.hardware.name}"
     if not target.compiled:
         return "runs compiled only: set 'compile' to 'regional'"
     return None

@@ -16,6 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..prove import Proof, Verdict, judge, proofs, random
+
 log = logging.getLogger(__name__)
 
 # How far the kernel's result may be from two separate products, relative L2: both round a bfloat16 sum differently.
@@ -227,6 +229,21 @@ def choose(
         if took < least:
             best, least = config, took
     return best
+
+
+def prove(device: torch.device, dtype: torch.dtype) -> Proof:
+    """Run the kernel once on a device, for a table of what works there; `fastest` compares it at each shape anyway."""
+    subject = f"fused LoRA kernel, {str(dtype).removeprefix('torch.')}"
+    return proofs().of(subject, device, functools.partial(_compare, device, dtype))
+
+
+def _compare(device: torch.device, dtype: torch.dtype) -> Verdict:
+    x, weight, bias, hidden, lora_B = (
+        random(shape, device, seed, 0.1).to(dtype)
+        for seed, shape in enumerate(((134, 512), (384, 512), (384,), (134, 16), (384, 16)))
+    )
+    reference = torch.addmm(bias.float(), x.float(), weight.float().t()) + hidden.float() @ lora_B.float().t()
+    return judge(fused_linear(x, weight, bias, hidden, lora_B, None, CONFIGS[0]), reference, TOLERANCE)
 
 
 def _seconds(run: Callable[[], Tensor]) -> float:

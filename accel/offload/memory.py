@@ -99,7 +99,11 @@ class DeviceMemory(Protocol):
 
 
 class CudaMemory:
-    """A GPU. Copies run on a stream of their own; marks are events."""
+    """A GPU. Copies run on a stream of their own; marks are events.
+
+    Attributes:
+        beside: whether they do. Otherwise copies and computation take turns, and there is nothing to mark.
+    """
 
     separate = True
 
@@ -116,6 +120,7 @@ class CudaMemory:
         """
         self.device = device
         self.pin = self.flat = pin
+        self.beside = True
         self._streams = streams or getattr(torch, device.type)
         self._copies: Any = None
         if pin and device.type == "cuda":
@@ -123,6 +128,15 @@ class CudaMemory:
             self._pages = HostPages(_pin, _unpin, limit)
         else:
             self._pages = HostPages()
+
+    def without_pinning(self) -> None:
+        """Use ordinary host memory from now on."""
+        self.pin = self.flat = False
+        self._pages = HostPages()
+
+    def without_stream(self) -> None:
+        """Copy in turn with the computation from now on."""
+        self.beside = False
 
     @property
     def host_bytes(self) -> int:
@@ -153,6 +167,10 @@ class CudaMemory:
 
     def copy(self, target: Tensor, pieces: Pieces, after: Mark) -> Mark:
         """See `DeviceMemory`."""
+        if not self.beside:
+            for start, piece in pieces:
+                target[start : start + piece.numel()].copy_(piece)
+            return None
         if self._copies is None:
             self._copies = self._streams.Stream(self.device)
         if after is not None:
@@ -166,13 +184,16 @@ class CudaMemory:
 
     def mark(self) -> Mark:
         """See `DeviceMemory`."""
+        if not self.beside:
+            return None
         event = self._streams.Event()
         event.record(self._streams.current_stream(self.device))
         return event
 
     def wait(self, mark: Mark) -> None:
         """See `DeviceMemory`."""
-        self._streams.current_stream(self.device).wait_event(mark)
+        if mark is not None:
+            self._streams.current_stream(self.device).wait_event(mark)
 
     def finish(self) -> None:
         """See `DeviceMemory`."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import SettingsError
+from ..hardware import hardware_of
 from ..memory import device_pool_bytes
 from ..quantize.modes import MODES, find_mode
 from ..settings import Offload
@@ -103,7 +104,7 @@ def demand_of(
     activations = workload.activation_bytes(spec, dtype, quantization, compiled)
     quantized = []
     for mode in MODES.values():
-        if device is None or mode.missing(device) is None:
+        if device is None or mode.missing(hardware_of(device)) is None:
             # Quantized rows of activations take memory too: a mode with smaller weights may need more in all.
             streamed = weight_sizes(spec, dtype, mode).on_device(0)
             quantized.append((mode.name, streamed + workload.activation_bytes(spec, dtype, mode.name, compiled)))

@@ -65,5 +65,6 @@ NF4 = Mode(
     multiple_of=(1, BLOCK),  # so that a block never spans two rows
     weight_bytes=_nf4_bytes,
     convert=_to_nf4,
+    error=0.14,
     instead=("int4", "int8_weight_only", "fp8_weight_only"),
 )

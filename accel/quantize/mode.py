@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import SettingsError
+from ..hardware import Hardware
 
 
 @dataclass(frozen=True)
@@ -23,13 +24,17 @@ class Mode:
         name: one of `settings.QUANTIZATION_MODES`.
         summary: what it does, in a few words, for a user.
         library: distribution that it builds on, and the oldest version that has what it uses.
-        lacks: device -> why it cannot run there, or None.
+        lacks: hardware -> why it cannot run there by what is known of it, or None; `prove` then tries it.
         multiple_of: what out_features and in_features must be multiples of.
         weight_bytes: (out_features, in_features) -> bytes of a converted weight with its scales, without bias.
         convert: (weight (out, in) of a float dtype, bias (out,) of the same, whether the linear runs once per picture
             instead of on every token) -> a module with `in_features`, `out_features` and `forward`, on the weight's
             device; its parameters do not require gradients, and their `dtype` is the weight's.
+        error: what the relative L2 distance of a linear's output from the unquantized one may be, on normal random
+            data; see `prove`.
         instead: the nearest other modes, nearest first.
+        does_without: (device, dtype of activations) -> what failed there and was replaced by something that gives the
+            same, a sentence each; asked after the mode proved itself.
         needs_compile: without compiling it is slower than no quantization.
         bf16_only: on a GPU its kernels compute in bfloat16 alone.
         needs_device: the conversion itself runs on the GPU alone.
@@ -38,11 +43,13 @@ class Mode:
     name: str
     summary: str
     library: tuple[str, str]
-    lacks: Callable[[torch.device], str | None]
+    lacks: Callable[[Hardware], str | None]
     multiple_of: tuple[int, int]
     weight_bytes: Callable[[int, int], int]
     convert: Callable[[Tensor, Tensor, bool], nn.Module]
+    error: float
     instead: tuple[str, ...]
+    does_without: Callable[[torch.device, torch.dtype], tuple[str, ...]] = lambda device, dtype: ()
     needs_compile: bool = False
     bf16_only: bool = False
     needs_device: bool = False
@@ -57,15 +64,15 @@ class Mode:
         """Whether the mode's kernels take a linear of this size."""
         return out_features % self.multiple_of[0] == 0 and in_features % self.multiple_of[1] == 0
 
-    def missing(self, device: torch.device) -> str | None:
-        """Why the mode cannot run on a device: what the sentence after its name says. None: it can."""
+    def missing(self, hardware: Hardware) -> str | None:
+        """Why the mode cannot run: what the sentence after its name says. None: nothing speaks against it."""
         name, oldest = self.library
         found = _installed(name)
         if found is None:
             return f"needs {name}, which is not installed: pip install '{name}>={oldest}' in ComfyUI's Python"
         if _is_older(found, oldest):
             return f"needs {name} {oldest} or newer, installed is {found}: pip install --upgrade {name}"
-        return self.lacks(device)
+        return self.lacks(hardware)
 
     def compute_dtype(self, dtype: torch.dtype, device: torch.device, explicit: bool) -> torch.dtype:
         """The dtype to compute in.
@@ -88,23 +95,18 @@ class Mode:
         return torch.bfloat16
 
 
-def runs_anywhere(device: torch.device) -> None:
-    """A `Mode.lacks` of what PyTorch itself computes on every device."""
+def runs_anywhere(hardware: Hardware) -> None:
+    """A `Mode.lacks` of what is known of no device that it does not run there."""
 
 
-def cuda_from(major: int, minor: int, what: str, or_on: tuple[str, ...] = ()) -> Callable[[torch.device], str | None]:
-    """A `Mode.lacks` for kernels that NVIDIA cards have from a compute capability on, and other devices by name."""
+def cuda_from(major: int, minor: int, what: str, or_on: tuple[str, ...] = ()) -> Callable[[Hardware], str | None]:
+    """A `Mode.lacks` for kernels that NVIDIA cards have from a compute capability on, and other hardware by kind."""
 
-    def lacks(device: torch.device) -> str | None:
-        if device.type in or_on:
+    def lacks(hardware: Hardware) -> str | None:
+        if hardware.kind in or_on or (hardware.capability or (0, 0)) >= (major, minor):
             return None
         wanted = f"needs {what}, which NVIDIA cards have from compute capability {major}.{minor} on"
-        if device.type != "cuda" or torch.version.hip is not None:
-            return f"{wanted}; this is {'an AMD card' if device.type == 'cuda' else 'the device ' + str(device)}"
-        found = torch.cuda.get_device_capability(device)
-        if found < (major, minor):
-            return f"{wanted}; {torch.cuda.get_device_name(device)} has {found[0]}.{found[1]}"
-        return None
+        return f"{wanted}; {hardware.sentence}"
 
     return lacks
 

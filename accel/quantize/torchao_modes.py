@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from ..lora.scaled import way_on
 from .mode import Mode, cuda_from, runs_anywhere
 
 LIBRARY = ("torchao", "0.18")
@@ -147,6 +148,11 @@ def _tiled(rows: int, columns: int) -> int:
     return -(-rows // 128) * 128 * (-(-columns // 4) * 4)
 
 
+def _fp8_does_without(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
+    way = way_on(device, dtype)
+    return tuple(f"float8 products {name}: {why}; they are {way.name}" for name, why in way.refusals.items())
+
+
 FP8 = Mode(
     name="fp8",
     summary="weights and activations in 8-bit floats, scaled by row (torchao)",
@@ -155,6 +161,8 @@ FP8 = Mode(
     multiple_of=(16, 16),
     weight_bytes=_row_bytes(ROW_SCALE_BYTES),
     convert=_to_fp8,
+    does_without=_fp8_does_without,
+    error=0.06,
     instead=("fp8_weight_only", "int8", "int8_weight_only"),
     needs_compile=True,
     bf16_only=True,
@@ -167,6 +175,7 @@ FP8_WEIGHT_ONLY = Mode(
     multiple_of=(1, 1),
     weight_bytes=_row_bytes(ROW_SCALE_BYTES),
     convert=_to_fp8_weight_only,
+    error=0.045,
     instead=("int8_weight_only", "nf4"),
 )
 INT8 = Mode(
@@ -177,6 +186,7 @@ INT8 = Mode(
     multiple_of=(16, 16),
     weight_bytes=_row_bytes(ROW_SCALE_BYTES + 1),  # and a zero point, which is zero
     convert=_to_int8,
+    error=0.03,
     instead=("int8_weight_only", "fp8_weight_only", "nf4"),
     needs_compile=True,
 )
@@ -188,6 +198,7 @@ INT8_WEIGHT_ONLY = Mode(
     multiple_of=(1, 1),
     weight_bytes=_row_bytes(ROW_SCALE_BYTES + 1),
     convert=_to_int8_weight_only,
+    error=0.02,
     instead=("fp8_weight_only", "nf4"),
 )
 INT4 = Mode(
@@ -198,6 +209,7 @@ INT4 = Mode(
     multiple_of=(8, INT4_GROUP),
     weight_bytes=_int4_bytes,
     convert=_to_int4,
+    error=0.17,
     instead=("nf4", "int8_weight_only"),
     bf16_only=True,
     needs_device=True,
@@ -210,6 +222,7 @@ NVFP4 = Mode(
     multiple_of=(16, 16),
     weight_bytes=_nvfp4_bytes,
     convert=_to_nvfp4,
+    error=0.2,
     instead=("int4", "nf4", "fp8", "int8_weight_only"),
     needs_compile=True,
     bf16_only=True,
@@ -223,6 +236,7 @@ MXFP8 = Mode(
     multiple_of=(16, MXFP8_BLOCK),
     weight_bytes=_mxfp8_bytes,
     convert=_to_mxfp8,
+    error=0.08,
     instead=("fp8", "fp8_weight_only", "int8", "int8_weight_only"),
     needs_compile=True,
     bf16_only=True,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..errors import SettingsError
+from ..quantize import refusal
 from ..quantize.bitsandbytes_modes import NF4
 from ..spec import StoredTensor
 from .linear import Nf4, RowScaled, WeightFormat
@@ -32,7 +33,7 @@ def check_mode(mode: str, device: torch.device) -> None:
     """
     if mode not in MODES:
         raise SettingsError(f"quantization is '{mode}', expected one of: {', '.join(MODES)}.")
-    reason = NF4.missing(device) if mode == "nf4" else None
+    reason = refusal(NF4, device) if mode == "nf4" else None
     if reason is not None:
         raise SettingsError(f"quantization 'nf4' {reason}. Or choose 'int8'.")
     if mode == "fp8" and device.type == "mps":

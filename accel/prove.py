@@ -1,0 +1,224 @@
+"""Nothing computes before it has proved itself on its device.
+
+A kernel may be missing from an operating system's wheels, refuse one card of those that its rules allow, or run and
+give wrong numbers. So whatever an engine is about to use runs once on small random data and is compared with a plain
+reference: milliseconds, once per process. What passed is remembered on the disk for this device, driver, these
+libraries and this version of the package. What failed is tried again in the next process, because what ails it may have
+been mended by then without any version having changed.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .compile_cache import machine
+from .errors import first_line
+
+# Only files of this name are ever deleted; none is larger than a few kilobytes.
+SUFFIX = ".flux-hotswap-proofs"
+KEPT_FILES = 20
+# How far the product of a result with its reference may be from the square of the reference. Rounding is hardly ever
+# in proportion to what is rounded, so this tells a scale that is wrong by 10 % from 4-bit weights, which the distance
+# does not.
+GAIN = 0.03
+# A row or column of so many values may be that much further from its reference than the whole: what is wrong is often
+# the last tile. Of fewer values, all may happen to be near zero.
+WORST, FEWEST = 2.5, 32
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What one comparison found.
+
+    Attributes:
+        refusal: why a thing is not used, as what the sentence after its name says; or None.
+        deviation: relative L2 distance of the result from the reference.
+    """
+
+    refusal: str | None
+    deviation: float = 0.0
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What is known of a thing on a device.
+
+    Attributes:
+        name: of the thing, such as "quantization fp8, bfloat16".
+        device: as torch names it.
+        verdict: of the comparison.
+        ms: what it took, its library's import included.
+        remembered: whether an earlier process ran it.
+    """
+
+    name: str
+    device: str
+    verdict: Verdict
+    ms: float
+    remembered: bool = False
+
+    @property
+    def sentence(self) -> str:
+        """What it found, for a person."""
+        if self.verdict.refusal is not None:
+            return f"FAILED: {self.verdict.refusal}"
+        away = f", {self.verdict.deviation:.2g} from the reference" if self.verdict.deviation else ""
+        return f"works{away}, {self.ms:.0f} ms{' in an earlier start' if self.remembered else ''}"
+
+
+class Proofs:
+    """What proved itself, and what failed, in this process; and on the disk what passed. Thread-safe."""
+
+    def __init__(self) -> None:
+        """Know nothing, and remember nothing for the next process."""
+        self._found: dict[tuple[str, str], Proof] = {}
+        self._folder: Path | None = None
+        self._lock = threading.RLock()
+
+    def remember_in(self, folder: str | os.PathLike[str]) -> None:
+        """Read what earlier processes found there, and write to it. It is made when it is first written to."""
+        with self._lock:
+            self._folder = Path(folder)
+
+    def of(self, name: str, device: torch.device, compare: Callable[[], Verdict]) -> Proof:
+        """The proof of a thing on a device.
+
+        Args:
+            name: what it is, with everything that changes how it computes, such as the dtype.
+            device: where.
+            compare: runs it; called if nothing is known yet. An error that it raises is a refusal.
+
+        Raises:
+            torch.OutOfMemoryError: there was no room: that says nothing of the thing.
+        """
+        key = (name, str(device))
+        with self._lock:
+            if key not in self._found:
+                self._found[key] = self._recalled(key, device) or self._run(key, device, compare)
+            return self._found[key]
+
+    @property
+    def all(self) -> tuple[Proof, ...]:
+        """Everything that was asked for in this process, in that order."""
+        with self._lock:
+            return tuple(self._found.values())
+
+    def _run(self, key: tuple[str, str], device: torch.device, compare: Callable[[], Verdict]) -> Proof:
+        start = time.perf_counter()
+        with torch.inference_mode():
+            verdict = attempt(compare)
+        proof = Proof(*key, verdict, (time.perf_counter() - start) * 1e3)
+        if verdict.refusal is None:
+            self._write(proof, device)
+        return proof
+
+    def _recalled(self, key: tuple[str, str], device: torch.device) -> Proof | None:
+        name, place = key
+        stored = self._read(device).get(name)
+        if stored is None:
+            return None
+        return Proof(name, place, Verdict(None, stored["deviation"]), stored["ms"], remembered=True)
+
+    def _read(self, device: torch.device) -> dict[str, dict[str, float]]:
+        if self._folder is None:
+            return {}
+        try:
+            found = json.loads(self._path(device).read_text(encoding="utf-8"))
+            return {
+                str(name): {"ms": float(each["ms"]), "deviation": float(each["deviation"])}
+                for name, each in found.items()
+            }
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):  # none yet, or damaged: proved again
+            return {}
+
+    def _write(self, proof: Proof, device: torch.device) -> None:
+        if self._folder is None:
+            return
+        path = self._path(device)
+        content = {**self._read(device), proof.name: {"ms": proof.ms, "deviation": proof.verdict.deviation}}
+        temporary = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
+        # A disk that is full or read-only costs the next process these milliseconds again, nothing else.
+        with suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                temporary.write_text(json.dumps(content, indent=1, sort_keys=True), encoding="utf-8")
+                os.replace(temporary, path)
+            finally:
+                temporary.unlink(missing_ok=True)
+            _delete_oldest(path.parent)
+
+    def _path(self, device: torch.device) -> Path:
+        facts = json.dumps(machine(str(device)), sort_keys=True, default=str)
+        return self._folder / f"{hashlib.sha256(facts.encode()).hexdigest()[:24]}{SUFFIX}"
+
+
+@functools.cache
+def proofs() -> Proofs:
+    """This process's: its devices are what they are, whichever engine asks."""
+    return Proofs()
+
+
+def attempt(compare: Callable[[], Verdict]) -> Verdict:
+    """Run a comparison; what it raises is a refusal in the words of whoever raised it.
+
+    Raises:
+        torch.OutOfMemoryError: there was no room: that says nothing of the thing.
+    """
+    try:
+        return compare()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as exc:  # a library raises what it likes
+        return Verdict(f"does not run here ({type(exc).__name__}: {first_line(exc)})")
+
+
+def judge(output: Tensor, reference: Tensor, error: float) -> Verdict:
+    """Compare a product with what it should be.
+
+    Args:
+        output: (rows, columns), any float dtype.
+        reference: likewise, float32, on the same device; `FEWEST` values or more in one direction.
+        error: relative L2 distance that is allowed for the whole; rows and columns may have `WORST` times that.
+    """
+    if output.shape != reference.shape:
+        return Verdict(f"returns {tuple(output.shape)}, expected {tuple(reference.shape)}")
+    difference = output.float() - reference
+    overall = float(difference.norm() / reference.norm())
+    worst = max(
+        float((difference.norm(dim=dim) / reference.norm(dim=dim)).max())
+        for dim in (0, 1) if reference.shape[dim] >= FEWEST
+    )  # fmt: skip
+    gain = float((output.float() * reference).sum() / reference.square().sum())
+    if overall <= error and worst <= WORST * error and abs(gain - 1) <= GAIN:  # NaN is none of these
+        return Verdict(None, overall)
+    return Verdict(
+        f"computes wrong numbers here: {overall:.2g} from the reference (relative L2), {worst:.2g} at the worst row or "
+        f"column, {gain:.3g} times as large; allowed are {error:g}, {WORST * error:g} and {1 - GAIN:g} to {1 + GAIN:g}",
+        overall,
+    )
+
+
+def random(shape: tuple[int, ...], device: torch.device, seed: int, scale: float = 1.0) -> Tensor:
+    """Normal values: float32, the same on every device and each time."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator).mul_(scale).to(device)
+
+
+def _delete_oldest(folder: Path) -> None:
+    files = sorted(folder.glob(f"*{SUFFIX}"), key=lambda path: path.stat().st_mtime_ns)
+    for path in files[:-KEPT_FILES]:
+        path.unlink(missing_ok=True)
+

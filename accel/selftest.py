@@ -1,0 +1,135 @@
+"""Everything that an engine might use on a device, tried there: what `python -m harness.selftest` prints."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .attention import BACKENDS, Target
+from .attention.correctness import verify
+from .compile import RegionCompiler
+from .errors import AccelError
+from .hardware import hardware_of, has_bf16
+from .lora import kernels
+from .lora.bound import NOTHING, make_slot
+from .lora.layers import LoraLinear, linears
+from .lora.operators import gelu_fuses
+from .offload.memory import memory_of
+from .offload.prove import restrict
+from .prove import Proof, Verdict, proofs, random
+from .quantize.modes import MODES
+from .quantize.prove import prove
+
+# Heads of the families' models.
+HEADS, HEAD_DIM = 24, 128
+
+
+@dataclass(frozen=True)
+class Row:
+    """One thing on one device.
+
+    Attributes:
+        name: of the thing.
+        proof: what trying it found; None where it was not tried.
+        reason: why it was not.
+    """
+
+    name: str
+    proof: Proof | None
+    reason: str = ""
+
+    @property
+    def state(self) -> str:
+        """In one word."""
+        if self.proof is None:
+            return "not here"
+        return "works" if self.proof.verdict.refusal is None else "FAILED"
+
+
+def try_everything(device: torch.device) -> Iterator[Row]:
+    """Try each thing on a device, in the dtype that it is best at; yields as soon as each is tried.
+
+    Args:
+        device: of this machine.
+    """
+    hardware = hardware_of(device)
+    dtype = torch.bfloat16 if has_bf16(hardware) else torch.float16
+    target = Target(device, dtype, HEADS, HEAD_DIM, compiled=True)
+    for name, backend in BACKENDS.items():
+        reason = backend.missing(target)
+        if reason is None and backend.downloads():
+            reason = "would be fetched from the network first"
+        yield _row(f"attention {name}", reason, functools.partial(verify, name, target))
+    for name, mode in MODES.items():
+        computed_in = mode.compute_dtype(dtype, device, explicit=False)
+        run = functools.partial(prove, mode, device, computed_in)
+        yield _row(f"quantization {name}", mode.missing(hardware), run)
+    yield from _made_by(device, "float8 product", lambda: None)
+    on_gpus = None if device.type == "cuda" else f"is for GPUs; {hardware.sentence}"
+    yield _row("fused LoRA kernel", on_gpus, lambda: kernels.prove(device, dtype))
+    for name, run in (
+        ("product with GELU", lambda: gelu_fuses(device, dtype)),
+        ("page-locked host memory", lambda: restrict(memory_of(device))),
+        ("copying beside the computation", lambda: restrict(memory_of(device))),
+    ):
+        if on_gpus is not None:
+            yield Row(name, None, on_gpus)
+        else:
+            yield from _made_by(device, name, run)
+    yield _row("compiled region", None, lambda: prove_compiling(device, dtype))
+
+
+def prove_compiling(device: torch.device, dtype: torch.dtype) -> Proof:
+    """Compile a small region and compare it with the same uncompiled. Takes seconds where nothing is cached."""
+    subject = f"compiled region, {str(dtype).removeprefix('torch.')}"
+    return proofs().of(subject, device, lambda: _compare_compiled(device, dtype))
+
+
+def _compare_compiled(device: torch.device, dtype: torch.dtype) -> Verdict:
+    compiler = RegionCompiler("regional", _Deaf())
+    block = LoraLinear(nn.Linear(256, 256, device=device, dtype=dtype).requires_grad_(False))
+    block.lora = make_slot(device)
+    block.lora.bound_lora = NOTHING
+    region = compiler.region(_region)
+    with compiler.scope():
+        for tokens in (67, 134):
+            region(block, random((2, tokens, 256), device, tokens).to(dtype))
+    return Verdict(None if compiler.failure is None else f"does not work here ({compiler.failure})")
+
+
+def _region(block: nn.Module, x: Tensor) -> Tensor:
+    return x + F.silu(linears(F.layer_norm(x, x.shape[-1:]), block)[0])
+
+
+class _Deaf:
+    """A `compile.CompileObserver` for a trial, whose result is said elsewhere."""
+
+    def notice(self, text: str, warning: bool) -> None:
+        """Ignore."""
+
+    def compiling(self, region: str) -> None:
+        """Ignore."""
+
+    def compiled(self, region: str, seconds: float, count: int, why: str) -> None:
+        """Ignore."""
+
+
+def _row(name: str, reason: str | None, run: Callable[[], Proof]) -> Row:
+    if reason is not None:
+        return Row(name, None, reason)
+    try:
+        return Row(name, run())
+    except (AccelError, torch.OutOfMemoryError) as exc:
+        return Row(name, None, str(exc))
+
+
+def _made_by(device: torch.device, name: str, run: Callable[[], object]) -> Iterator[Row]:
+    """The proofs of a name that `run` asks for, or that were asked for before."""
+    run()
+    found = [proof for proof in proofs().all if proof.name.startswith(name) and proof.device == str(device)]
+    yield from (Row(proof.name.partition(",")[0], proof) for proof in found)
