@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from .compile_cache import CompiledFiles
 from .compile_region import CompilerError, JustInTime, NotStorable, Precompiled
+from .hardware import Hardware
 
 # Private names, in force only around our own calls, all checked by tests/test_engine.py:
 # One region serves every block of its type and every variant of its inputs, so the default limit of 8 is near. Floats
@@ -238,6 +239,13 @@ def _distance(result: Any, expected: Any) -> float:
     return max(map(_distance, result, expected))
 
 
+def compiler_for(hardware: Hardware) -> str:
+    """What torch.compile needs on a device, in a few words."""
+    if hardware.kind == "cpu":
+        return "a C++ compiler"
+    return {"mps": "nothing more (early Metal support)"}.get(hardware.kind, "Triton")
+
+
 def is_compiler_failure(exc: BaseException) -> bool:
     """Whether an error says that something could not be compiled, not that the computation itself is wrong."""
     if isinstance(exc, torch._dynamo.exc.RecompileError):  # what `error_on_recompile` asks for
@@ -266,6 +274,8 @@ def _advice(exc: BaseException) -> str:
         return f"Free space on the disk of '{full.filename or os.environ.get('TORCHINDUCTOR_CACHE_DIR', 'temp')}'."
     if _cause(exc, BrokenProcessPool) is not None:
         return "A compile worker was ended, as systems do when memory is short: close other programs and restart."
+    if "fp8e4nv" in text:
+        return "This card's compiled code reads no 8-bit floats: choose int8_weight_only in Quantize Transformer."
     if "triton" in text.lower():
         return "Install Triton: pip install triton on Linux, pip install triton-windows on Windows; then restart."
     if any(word in text for word in ("CppCompileError", "InvalidCxxCompiler", "C++ compiler", "cl is not found")):

@@ -66,9 +66,12 @@ def available_host_bytes() -> int:
 
 
 def free_device_bytes(device: torch.device) -> int:
-    """Memory of a CUDA device that nothing uses, with what torch keeps in reserve."""
-    free, _ = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    """Memory of a GPU that nothing uses, with what torch keeps in reserve."""
+    if device.type == "mps":  # shared with the host; what Metal recommends to take, less what it has taken
+        return max(0, torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
+    api = getattr(torch, device.type)
+    free, _ = api.mem_get_info(device)
+    return free + api.memory_reserved(device) - api.memory_allocated(device)
 
 
 def give_back_freed() -> None:

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..hardware import Hardware
 from ..lora.buffers import new_block
 from .host import HostPages
 
@@ -27,6 +28,9 @@ Pieces = Sequence[tuple[int, Tensor]]
 Mark = Any
 # Page-locked memory is taken from all other programs. Windows locks no more than half.
 PINNED_SHARE = 0.4
+# Kinds of `Hardware`: where pages of our own can be locked, and where torch has streams with events.
+LOCKS_PAGES = ("cuda", "rocm")
+HAS_STREAMS = ("cuda", "rocm", "xpu")
 
 
 class DeviceMemory(Protocol):
@@ -113,17 +117,17 @@ class CudaMemory:
         """Allocate nothing yet.
 
         Args:
-            device: "cuda" or another type whose torch module has streams.
+            device: a GPU of any kind.
             pin: whether host buffers are page-locked: copies are then twice as fast, and run beside the computation.
             pin_limit_bytes: how much may be; by default 40 % of the machine's memory.
             streams: what has `Stream`, `Event`, `stream` and `current_stream`; by default the device's torch module.
         """
         self.device = device
         self.pin = self.flat = pin
-        self.beside = True
+        self.beside = streams is not None or device.type in HAS_STREAMS
         self._streams = streams or getattr(torch, device.type)
         self._copies: Any = None
-        if pin and device.type == "cuda":
+        if pin and device.type in LOCKS_PAGES:
             limit = int(_host_bytes() * PINNED_SHARE) if pin_limit_bytes is None else pin_limit_bytes
             self._pages = HostPages(_pin, _unpin, limit)
         else:
@@ -313,6 +317,14 @@ def memory_of(device: torch.device, pin: bool = True) -> DeviceMemory:
         pin: whether host memory may be page-locked.
     """
     return HostMemory() if device.type == "cpu" else CudaMemory(device, pin)
+
+
+def copies_on(hardware: Hardware) -> str:
+    """How `memory_of` copies on a device, in a few words."""
+    if hardware.kind == "cpu":
+        return "nothing: weights are where they are computed with"
+    pinned = "from page-locked memory, " if hardware.kind in LOCKS_PAGES else ""
+    return f"{pinned}{'beside the computation' if hardware.kind in HAS_STREAMS else 'in turn with the computation'}"
 
 
 def _move(target: Tensor, pieces: Pieces) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..prove import Verdict, proofs
-from .memory import CudaMemory, DeviceMemory
+from .memory import LOCKS_PAGES, CudaMemory, DeviceMemory
 
 BYTES = 2**20
 
@@ -29,7 +29,7 @@ def restrict(memory: DeviceMemory) -> tuple[str, ...]:
     if memory.pin and (refusal := _refusal("page-locked host memory", memory, _pinned)):
         memory.without_pinning()
         sentences.append(f"page-locked host memory {refusal}: copies to the GPU take about twice as long.")
-    if refusal := _refusal("copying beside the computation", memory, _copied):
+    if memory.beside and (refusal := _refusal("copying beside the computation", memory, _copied)):
         memory.without_stream()
         sentences.append(f"copying beside the computation {refusal}: the two take turns.")
     return tuple(sentences)
@@ -42,7 +42,7 @@ def _refusal(name: str, memory: CudaMemory, compare: Callable[[CudaMemory], Verd
 def _pinned(memory: CudaMemory) -> Verdict:
     before = memory.pinned_bytes
     pages = memory.host(BYTES).copy_(_random_bytes())
-    if memory.device.type == "cuda" and memory.pinned_bytes == before:
+    if memory.device.type in LOCKS_PAGES and memory.pinned_bytes == before:
         return Verdict("was refused by the driver")
     ours = torch.empty(BYTES, dtype=torch.uint8, pin_memory=True).copy_(_random_bytes())
     return _same(memory.upload(pages), pages) or _same(memory.upload(ours), ours) or Verdict(None)

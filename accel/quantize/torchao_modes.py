@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from ..hardware import Hardware
 from ..lora.scaled import way_on
 from .mode import Mode, cuda_from, runs_anywhere
 
@@ -122,6 +123,10 @@ def _quantized(linear: nn.Linear, config: object) -> nn.Module:
     return around[0]
 
 
+def _has_float8(hardware: Hardware) -> str | None:
+    return "needs 8-bit floats, which Apple GPUs do not have" if hardware.kind == "mps" else None
+
+
 def _row_bytes(extra: int) -> Callable[[int, int], int]:
     def weight_bytes(out_features: int, in_features: int) -> int:
         return out_features * (in_features + extra)
@@ -171,7 +176,7 @@ FP8_WEIGHT_ONLY = Mode(
     name="fp8_weight_only",
     summary="weights in 8-bit floats, scaled by row (torchao)",
     library=LIBRARY,
-    lacks=runs_anywhere,
+    lacks=_has_float8,
     multiple_of=(1, 1),
     weight_bytes=_row_bytes(ROW_SCALE_BYTES),
     convert=_to_fp8_weight_only,
