@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from .attention import Target, check_attention, choose_attention
+from .attention import Target, check_attention, choose_attention, prove_attention
 from .build import load_model, model_bytes
 from .compile import CompileObserver, RegionCompiler
 from .compile_cache import CompileCache
@@ -107,7 +107,7 @@ class Engine:
         plan: OffloadPlan | Callable[[], OffloadPlan] | None = None,
         memory: DeviceMemory | None = None,
     ) -> None:
-        """Check the settings against the machine; read nothing but the header.
+        """Check the settings against the machine, and try there what they ask for; read nothing but the header.
 
         Args:
             spec: the checkpoint.
@@ -140,6 +140,7 @@ class Engine:
             self.device, self.dtype, *spec.family.heads(spec.config), compiled=settings.compile != "off"
         )
         check_attention(settings.attention, self._attention_target)
+        prove_attention(settings.attention, self._attention_target)
         self._regions: tuple[Callable, ...] = ()
         self._pools = pools
         self._plan = plan

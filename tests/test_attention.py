@@ -660,13 +660,25 @@ def test_an_impossible_choice_fails_before_anything_is_read(spec):
         Engine(spec, EngineSettings(attention="flex", compile="off"))
 
 
-def test_a_wrong_kernel_draws_nothing(spec, install, on_cpu):
+def test_a_wrong_kernel_is_refused_before_anything_is_read(spec, install, on_cpu):
     install("flash_4", changes={"return attend(q, k, v), None": "return attend(q, k, v) * 1.1, None"})
-    engine = Engine(spec, EngineSettings(attention="flash_4", dtype="bf16", compile="off"))
+    with pytest.raises(SettingsError, match="'flash_4' computes wrong numbers here"):
+        Engine(spec, EngineSettings(attention="flash_4", dtype="bf16", compile="off"))
+
+
+def test_without_room_to_compare_it_is_compared_when_the_weights_load(spec, install, on_cpu, monkeypatch):
+    install("flash_4", changes={"return attend(q, k, v), None": "return attend(q, k, v) * 1.1, None"})
+    with monkeypatch.context() as meanwhile:
+        meanwhile.setattr(correctness, "make_inputs", no_room)
+        engine = Engine(spec, EngineSettings(attention="flash_4", dtype="bf16", compile="off"))
     with pytest.raises(SettingsError, match="'flash_4' computes wrong numbers here"):
         engine.load()
     assert not engine.loaded
     assert engine.load_count == 0
+
+
+def no_room(*_):
+    raise torch.OutOfMemoryError("tried to allocate 0.3 GB")
 
 
 def test_two_engines_have_each_their_own(spec, install, on_cpu):

@@ -2,7 +2,7 @@
 
 from .backend import Attention, Backend, Target, Tolerance
 from .backends import BACKENDS
-from .choose import Choice, check_attention, choose_attention
+from .choose import Choice, check_attention, choose_attention, prove_attention
 from .native import sdpa
 
 __all__ = [
@@ -14,5 +14,6 @@ __all__ = [
     "Tolerance",
     "check_attention",
     "choose_attention",
+    "prove_attention",
     "sdpa",
 ]

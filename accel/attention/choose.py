@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -54,6 +55,21 @@ def check_attention(name: str, target: Target) -> None:
         reason = BACKENDS[name].missing(target)
         if reason is not None:
             raise SettingsError(_refusal(name, target, reason))
+
+
+def prove_attention(name: str, target: Target) -> None:
+    """Compare an explicit choice with SDPA now. Where there is no room for that yet, `choose_attention` does it.
+
+    Args:
+        name: see `check_attention`, which ran before.
+        target: what it is for.
+
+    Raises:
+        SettingsError: it does not run, or computes wrong numbers.
+    """
+    if name not in ("auto", "sdpa"):
+        with suppress(torch.OutOfMemoryError):
+            choose_attention(name, target)
 
 
 def choose_attention(name: str, target: Target) -> Choice:
