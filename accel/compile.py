@@ -47,8 +47,8 @@ INDUCTOR_OPTIONS = {
     "full": {},
 }
 # How far compiled blocks may be from uncompiled ones, relative L2. Compiled code rounds fewer intermediate results to
-# bfloat16; where activations are quantized, some fall on the other side of a step.
-TOLERANCE = 3e-2
+# bfloat16; where activations are quantized, some fall on the other side of a step: 0.017 was seen (int8, 2026-11-26).
+TOLERANCE = 6e-2
 SMALLEST = torch.finfo(torch.float32).tiny
 FIRST_TIME = "the first time with this kind of model and these settings"
 

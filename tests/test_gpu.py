@@ -15,10 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from accel.checkpoint import inspect_checkpoint
 from accel.engine import Engine
+from accel.hardware import hardware_of
 from accel.lora import kernels
 from accel.lora.stack import LoraStack
 from accel.memory import MIB, PoolBudgets
 from accel.quantize.modes import MODES
+from accel.selftest import try_everything
 from accel.settings import EngineSettings, Quantization
 from harness.lora_files import write_lora
 from tests.test_engine import CHECKPOINT, distance, make_inputs
@@ -152,7 +154,7 @@ def test_swaps_sizes_and_batches_do_not_recompile(compiled, reference, loras):
 @pytest.mark.parametrize("device", BOTH)
 @pytest.mark.parametrize("mode", MODES)
 def test_quantized_modes(mode, device, spec, reference, loras):
-    missing = MODES[mode].missing(torch.device(device))
+    missing = MODES[mode].missing(hardware_of(torch.device(device)))
     if missing is not None:
         pytest.skip(f"{mode} {missing}")
     engine = engine_on(device, spec, dtype="bf16", compile="off", quantization=Quantization(mode))
@@ -163,7 +165,7 @@ def test_quantized_modes(mode, device, spec, reference, loras):
 @pytest.mark.parametrize("device", BOTH)
 @pytest.mark.parametrize("mode", ["fp8", "int8"])
 def test_quantized_and_compiled_is_quantized_and_eager(mode, device, spec, loras):
-    missing = MODES[mode].missing(torch.device(device))
+    missing = MODES[mode].missing(hardware_of(torch.device(device)))
     if missing is not None:
         pytest.skip(f"{mode} {missing}")
     engines = [
@@ -175,6 +177,15 @@ def test_quantized_and_compiled_is_quantized_and_eager(mode, device, spec, loras
         # Where the two round an activation differently, fp8 lands a sixteenth apart.
         assert distance(*outputs) < TOLERANCES["bf16"] * (2 if mode == "fp8" else 1)
     assert (engines[1].compile_count, engines[1].recompile_count) == (2, 0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_everything_proves_itself():
+    """What the rules allow should work; float8 products by rows are known to be missing on some systems."""
+    failed = {row.name: row.proof.sentence for row in try_everything(torch.device("cuda")) if row.state == "FAILED"}
+    failed.pop("float8 product scaled by row", None)
+    assert not failed
 
 
 def test_prefetch_on_another_thread_while_the_engine_computes(eager, loras):
