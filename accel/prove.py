@@ -71,11 +71,21 @@ class Proof:
     remembered: bool = False
 
     @property
+    def refusal(self) -> str | None:
+        """See `Verdict`."""
+        return self.verdict.refusal
+
+    @property
+    def deviation(self) -> float:
+        """See `Verdict`."""
+        return self.verdict.deviation
+
+    @property
     def sentence(self) -> str:
         """What it found, for a person."""
-        if self.verdict.refusal is not None:
-            return f"FAILED: {self.verdict.refusal}"
-        away = f", {self.verdict.deviation:.2g} from the reference" if self.verdict.deviation else ""
+        if self.refusal is not None:
+            return f"FAILED: {self.refusal}"
+        away = f", {self.deviation:.2g} from the reference" if self.deviation else ""
         return f"works{away}, {self.ms:.0f} ms{' in an earlier start' if self.remembered else ''}"
 
 
@@ -148,7 +158,7 @@ class Proofs:
         if self._folder is None:
             return
         path = self._path(device)
-        content = {**self._read(device), proof.name: {"ms": proof.ms, "deviation": proof.verdict.deviation}}
+        content = {**self._read(device), proof.name: {"ms": proof.ms, "deviation": proof.deviation}}
         temporary = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
         # A disk that is full or read-only costs the next process these milliseconds again, nothing else.
         with suppress(OSError):

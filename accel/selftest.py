@@ -48,7 +48,7 @@ class Row:
         """In one word."""
         if self.proof is None:
             return "not here"
-        return "works" if self.proof.verdict.refusal is None else "FAILED"
+        return "works" if self.proof.refusal is None else "FAILED"
 
 
 def try_everything(device: torch.device) -> Iterator[Row]:

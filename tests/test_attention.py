@@ -794,7 +794,7 @@ def test_on_a_gpu_a_backend_computes_attention(name, dtype):
     reason = BACKENDS[name].missing(target)
     if reason is not None:
         pytest.skip(f"{name} {reason}")
-    assert verify(name, target).verdict.refusal is None
+    assert verify(name, target).refusal is None
     attention = BACKENDS[name].make()
     function = torch.compile(attention, fullgraph=True, dynamic=True)
     with torch.inference_mode():

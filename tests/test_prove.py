@@ -177,7 +177,7 @@ def test_a_product_with_a_fault_is_refused(monkeypatch, name, fault):
         words = "has no float8 product that works: scaled by row, it computes wrong numbers here"
     else:
         words = IN_WORDS[fault]
-    assert re.search(words, prove(mode, CPU, BF16).verdict.refusal)
+    assert re.search(words, prove(mode, CPU, BF16).refusal)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -226,7 +226,7 @@ def test_out_of_memory_says_nothing_of_a_mode(monkeypatch):
     with pytest.raises(torch.OutOfMemoryError):
         prove(mode, CPU, BF16)
     full = False
-    assert prove(mode, CPU, BF16).verdict.refusal is None
+    assert prove(mode, CPU, BF16).refusal is None
 
 
 # float8 without a kernel that scales by rows.
@@ -418,7 +418,7 @@ def test_the_tolerance_tells_a_wrong_region_from_another_rounding(monkeypatch):
 
     monkeypatch.setattr(inductor, "compile_fx", lambda graph, *_, **__: lambda *args: [r * 1.1 for r in graph(*args)])
     proofs.cache_clear()
-    assert "from uncompiled ones" in prove_compiling(CPU, torch.float32).verdict.refusal
+    assert "from uncompiled ones" in prove_compiling(CPU, torch.float32).refusal
     assert x.isfinite().all()
 
 
@@ -441,11 +441,11 @@ def test_a_proof_runs_once_a_process_and_what_passed_once_a_machine(tmp_path):
     calls, compare = counting(Verdict(None, 0.25))
     for _ in range(3):
         proof = first.of("a thing", CPU, compare)
-    assert (len(calls), proof.remembered, proof.verdict.deviation) == (1, False, 0.25)
+    assert (len(calls), proof.remembered, proof.deviation) == (1, False, 0.25)
     later = Proofs()
     later.remember_in(tmp_path / "made" / "when needed")
     proof = later.of("a thing", CPU, compare)
-    assert (len(calls), proof.remembered, proof.verdict.deviation) == (1, True, 0.25)
+    assert (len(calls), proof.remembered, proof.deviation) == (1, True, 0.25)
     assert proof.sentence.endswith("ms in an earlier start")
     later.of("another thing", CPU, compare)
     assert len(calls) == 2
@@ -492,7 +492,7 @@ def test_a_folder_that_cannot_be_written_costs_only_the_next_start(tmp_path):
     known = Proofs()
     known.remember_in(tmp_path / "file" / "below")
     calls, compare = counting(Verdict(None))
-    assert known.of("a thing", CPU, compare).verdict.refusal is None
+    assert known.of("a thing", CPU, compare).refusal is None
     assert calls == [1]
 
 

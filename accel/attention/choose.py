@@ -100,7 +100,7 @@ def choose_attention(name: str, target: Target) -> Choice:
 
 def _choose_fastest(target: Target) -> Choice:
     present = [name for name in AUTO if _usable_as_it_is(BACKENDS[name], target)]
-    refusals = {name: verify(name, target).verdict.refusal for name in present if name != "sdpa"}
+    refusals = {name: verify(name, target).refusal for name in present if name != "sdpa"}
     names = tuple(name for name in present if refusals.get(name) is None)
     warnings = tuple(f"attention '{name}' {reason}, and is not used." for name, reason in refusals.items() if reason)
     seconds = measure(names, target) if len(names) > 1 else {}

@@ -100,7 +100,7 @@ class Product:
 def gelu_fuses(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether a product with GELU (tanh) in one call proved itself on a device."""
     subject = f"product with GELU, {str(dtype).removeprefix('torch.')}"
-    return proofs().of(subject, device, functools.partial(_compare_gelu, device, dtype)).verdict.refusal is None
+    return proofs().of(subject, device, functools.partial(_compare_gelu, device, dtype)).refusal is None
 
 
 def _product_with_gelu(bias: Tensor, x: Tensor, weight: Tensor) -> Tensor:

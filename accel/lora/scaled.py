@@ -106,7 +106,7 @@ def way_on(device: torch.device, dtype: torch.dtype) -> Way:
     refusals, proven = {}, {}
     for name, multiply in WAYS.items():
         subject = f"float8 product {name}, {str(dtype).removeprefix('torch.')}"
-        refusal = proofs().of(subject, device, functools.partial(_compare, multiply, device, dtype)).verdict.refusal
+        refusal = proofs().of(subject, device, functools.partial(_compare, multiply, device, dtype)).refusal
         if refusal is None:
             proven[name] = multiply
         else:

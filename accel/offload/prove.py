@@ -36,7 +36,7 @@ def restrict(memory: DeviceMemory) -> tuple[str, ...]:
 
 
 def _refusal(name: str, memory: CudaMemory, compare: Callable[[CudaMemory], Verdict]) -> str | None:
-    return proofs().of(name, memory.device, functools.partial(compare, memory)).verdict.refusal
+    return proofs().of(name, memory.device, functools.partial(compare, memory)).refusal
 
 
 def _pinned(memory: CudaMemory) -> Verdict:

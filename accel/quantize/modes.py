@@ -91,7 +91,7 @@ def refusal(mode: Mode, device: torch.device, dtype: torch.dtype | None = None) 
     if reason is not None:
         return reason
     preferred = torch.bfloat16 if has_bf16(hardware) else torch.float16
-    return prove(mode, device, dtype or mode.compute_dtype(preferred, device, explicit=False)).verdict.refusal
+    return prove(mode, device, dtype or mode.compute_dtype(preferred, device, explicit=False)).refusal
 
 
 def preferences(hardware: Hardware) -> tuple[tuple[str, str], ...]:
