@@ -36,3 +36,7 @@ class DeviceMemoryError(AccelError, torch.OutOfMemoryError):
 def first_line(exc: BaseException) -> str:
     """An exception's message, short: libraries' messages go on for pages."""
     return next((line.strip() for line in str(exc).splitlines() if line.strip()), "no message")
+
+
+class LibraryError(AccelError):
+    """A library that the pack builds on is missing or does not load."""
