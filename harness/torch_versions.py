@@ -35,9 +35,10 @@ def requirements(version: str) -> tuple[str, ...]:
     Raises:
         ValueError: not a version.
     """
-    _release(version)
     known = TORCHVISION.get(version)
-    return f"torch=={version}", f"torchvision=={known}" if known else "torchvision"
+    # Triton 3.6, of torch 2.11, makes integers of arrays of one element in its interpreter: NumPy 2.5 refuses that.
+    bounds = ("numpy<2.5",) if _release(version) < (2, 12) else ()
+    return f"torch=={version}", f"torchvision=={known}" if known else "torchvision", *bounds
 
 
 def torchaudio(version: str) -> str:
