@@ -1,7 +1,15 @@
 # Every target sets up what it needs: only Python >= 3.10 (tested with 3.11) and a network that pip can reach.
 PYTHON ?= python3
 PYTEST_ARGS ?=
-VENV := $(or $(FLUX_HOTSWAP_VENV),.venv)
+# A version of torch other than the tested one gets an environment of its own, by torch and Python:
+# make test TORCH=2.11.0 PYTHON=python3.12
+TORCH ?=
+ifneq ($(TORCH),)
+SUFFIX := -torch-$(TORCH)-py$(shell $(PYTHON) -c "import sys; print('%d.%d' % sys.version_info[:2])")
+endif
+VENV := $(or $(FLUX_HOTSWAP_VENV),.venv$(SUFFIX))
+export FLUX_HOTSWAP_VENV := $(VENV)
+SETUP := $(PYTHON) -m harness.setup $(addprefix --torch ,$(TORCH))
 ifeq ($(OS),Windows_NT)
 VENV_PYTHON := $(VENV)/Scripts/python.exe
 else
@@ -11,22 +19,22 @@ endif
 .PHONY: setup demo test lint clean
 
 setup: ## install everything that the tests and the demo need
-	$(PYTHON) -m harness.setup --for test
+	$(SETUP) --for test
 
 demo: ## run the demonstration on a real ComfyUI server
-	$(PYTHON) -m harness.setup --for demo
+	$(SETUP) --for demo
 	$(VENV_PYTHON) -m harness.demo
 
 test: ## check the style, then run all tests (PYTEST_ARGS="-k name" narrows them)
-	$(PYTHON) -m harness.setup --for test
+	$(SETUP) --for test
 	$(VENV_PYTHON) -m ruff check .
 	$(VENV_PYTHON) -m pytest $(PYTEST_ARGS)
 
 lint: ## check the style only
-	$(PYTHON) -m harness.setup --for demo
+	$(SETUP) --for demo
 	$(VENV_PYTHON) -m ruff check .
 
-clean: ## remove what runs left behind; the environment stays, it takes minutes to build
+clean: ## remove what runs left behind; the environments stay, they take minutes to build
 	rm -rf .cache .pytest_cache .ruff_cache .hypothesis demo-output bench-output
-	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
-	@echo "Kept $(VENV). To build it anew, delete it and run 'make setup'."
+	find . -name __pycache__ -type d -not -path './.venv*' -prune -exec rm -rf {} +
+	@echo "Kept $(wildcard .venv .venv-*) $(FLUX_HOTSWAP_VENV). To build one anew, delete it and run 'make setup'."

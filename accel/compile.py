@@ -13,7 +13,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
@@ -113,7 +113,7 @@ class RegionCompiler:
             if run is not None:
                 known = True
                 return run(block, *args)
-            _mark_batch(args)
+            mark_batch(args)
             before, start = self.count, time.perf_counter()
             if not known and not compiled.stored:
                 self._observer.compiling(name)
@@ -322,7 +322,7 @@ def _batch_can_be_unbacked() -> bool:
     return "shape_id" in inspect.signature(torch._dynamo.decorators.mark_unbacked).parameters
 
 
-def _mark_batch(args: tuple[Any, ...]) -> None:
+def mark_batch(args: Sequence[Any]) -> None:
     """Let one graph serve batch 1 and every other: ComfyUI's batch flips when conditions are joined or not."""
     if not _batch_can_be_unbacked():
         return

@@ -33,6 +33,10 @@ class DeviceMemoryError(AccelError, torch.OutOfMemoryError):
     """A device had no room for what was asked of it; ComfyUI takes it for any other out-of-memory."""
 
 
+class LibraryError(AccelError):
+    """A library that the pack builds on is missing or does not load."""
+
+
 def first_line(exc: BaseException) -> str:
     """An exception's message, short: libraries' messages go on for pages."""
     return next((line.strip() for line in str(exc).splitlines() if line.strip()), "no message")

@@ -30,7 +30,7 @@ _PORT_TAKEN = "is already in use on address"
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 # A link to the repository is the rule; where links need a privilege (Windows), a copy leaves these out.
 _NOT_COPIED = shutil.ignore_patterns(
-    ".git", ".venv", ".cache", ".*_cache", ".hypothesis", "__pycache__", "demo-output", "bench-output"
+    ".git", ".venv*", ".cache", ".*_cache", ".hypothesis", "__pycache__", "demo-output", "bench-output"
 )
 
 

@@ -16,14 +16,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
-from harness import comfyui
+from harness import comfyui, torch_versions
 from harness.paths import CHROMIUM_MISSING, REPO, VENV, VENV_PYTHON, find_chromium
 
 MINIMUM_PYTHON = (3, 10)
-TORCH = ("torch==2.14.1", "torchvision==0.29.1")
-# ComfyUI imports torchaudio at start. The newest one asks for an older torch, yet works with this one: --no-deps.
-TORCHAUDIO = "torchaudio==2.11.0"
 # Of ComfyUI's requirements: the first three are installed above, the others serve optional nodes that no test uses
 # (kornia and spandrel also pull in much, the OpenGL ones need a display).
 NOT_FROM_COMFYUI = frozenset(
@@ -44,11 +42,11 @@ class Step:
     run: Callable[[], None]
 
 
-def plan(purpose: str) -> list[Step]:
-    """The steps, in order, for `make test` or `make demo`."""
+def plan(purpose: str, torch: str = torch_versions.TESTED) -> list[Step]:
+    """The steps, in order, for `make test` or `make demo` with a version of torch."""
     steps = [
         Step(f"virtual environment {VENV}", create_venv),
-        Step("torch (the largest download, this can take minutes)", install_torch),
+        Step(f"torch {torch} (the largest download, this can take minutes)", partial(install_torch, torch)),
         Step(f"ComfyUI {comfyui.resolve_version()}", fetch_comfyui),
         Step("ComfyUI's requirements", install_comfyui_requirements),
         Step("the pack's and the tests' requirements", install_pack_requirements),
@@ -72,13 +70,14 @@ def create_venv() -> None:
         )
 
 
-def install_torch() -> None:
+def install_torch(version: str) -> None:
     """Install torch, torchvision and torchaudio."""
-    key = _key(*TORCH, TORCHAUDIO)
+    requirements, torchaudio = torch_versions.requirements(version), torch_versions.torchaudio(version)
+    key = _key(*requirements, torchaudio)
     if _is_stamped("torch", key):
         return
-    _pip_install(*TORCH)
-    _pip_install("--no-deps", TORCHAUDIO)
+    _pip_install(*requirements)
+    _pip_install("--no-deps", torchaudio)
     _stamp("torch", key)
 
 
@@ -192,18 +191,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--for", dest="purpose", choices=("test", "demo"), default="test", help="the demo needs no browser"
     )
-    purpose = parser.parse_args(arguments).purpose
+    parser.add_argument(
+        "--torch", default=torch_versions.TESTED, metavar="VERSION", help="version of torch (default: %(default)s)"
+    )
+    chosen = parser.parse_args(arguments)
     if sys.version_info < MINIMUM_PYTHON:
         found, wanted = sys.version.split()[0], ".".join(map(str, MINIMUM_PYTHON))
         advice = "Name a newer one: `make test PYTHON=python3.11`."
         print(f"error: Python {found} at {sys.executable}: expected {wanted} or newer. {advice}", file=sys.stderr)
         return 1
     try:
-        steps = plan(purpose)
+        steps = plan(chosen.purpose, chosen.torch)
         for number, step in enumerate(steps, start=1):
             print(f"[setup {number}/{len(steps)}] {step.title}", flush=True)
             step.run()
-    except (SetupError, comfyui.FetchError) as error:
+    except (SetupError, comfyui.FetchError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

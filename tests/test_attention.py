@@ -15,6 +15,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from packaging.version import Version
 from torch import Tensor
 
 from accel.attention import (
@@ -710,7 +711,19 @@ def eager(spec):
 
 SIZES = [(1, 16, 77), (2, 32, 154), (3, 4, 256), (1, 4, 2)]
 
+# torch 2.11 cannot compile it on a CPU for a batch of any size ("Cannot convert symbols to int").
+FLEX_COMPILES = Version(torch.__version__).release[:2] != (2, 11)
 
+
+@pytest.mark.skipif(FLEX_COMPILES, reason="about a torch that cannot compile flex on a CPU, such as 2.11")
+def test_flex_is_refused_where_it_does_not_compile(spec):
+    engine = Engine(spec, EngineSettings(attention="flex"))
+    with pytest.raises(SettingsError, match=r"'flex' does not run here \(.*symbols to int.*'sdpa'"):
+        engine.load()
+    assert not engine.loaded
+
+
+@pytest.mark.skipif(not FLEX_COMPILES, reason="this torch cannot compile flex on a CPU, see the test above")
 def test_flex_on_a_cpu_equals_sdpa_and_does_not_recompile(spec, eager):
     listener = Listener()
     engine = Engine(spec, EngineSettings(attention="flex"), listener)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..compile import SHAPE_OPTIONS, mark_batch
 from ..prove import Proof, Verdict, proofs
 from .backend import Attention, Backend, Target
 from .backends import BACKENDS
@@ -20,6 +21,7 @@ from .backends import BACKENDS
 # Two pictures, and no multiple of any kernel's tile: what is wrong is often wrong in the last tile.
 BATCH = 2
 TOKENS = 1_173
+TEXT_TOKENS = 333
 # Scores of standard deviation 2, as a trained model's have: the weights of some twenty tokens count then. Flat weights
 # would hide what a few wrong tokens do.
 SHARPNESS = 2.0
@@ -43,7 +45,7 @@ def verify(name: str, target: Target) -> Proof:
 def _compare(name: str, target: Target) -> Verdict:
     backend = BACKENDS[name]
     query, key, value = make_inputs(target, BATCH, TOKENS)
-    output = _as_in_a_block(backend, backend.make())(query, key, value, None)
+    output = _as_in_a_block(backend, backend.make())(query, key, value)
     return judge(backend, target, output, _reference(query, key, value))
 
 
@@ -89,12 +91,39 @@ def _reference(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(query.float(), key.float(), value.float())
 
 
-def _as_in_a_block(backend: Backend, attention: Attention) -> Callable[..., Tensor]:
-    """FlexAttention is nothing until it is compiled; the others are the same compiled or not."""
+def _as_in_a_block(backend: Backend, attention: Attention) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """FlexAttention is nothing until it is compiled; the others are the same compiled or not.
+
+    It is compiled as in a region, with the sizes and views that a double block has: on a CPU torch 2.11 compiles it for
+    other ones, and fails for these.
+    """
     if backend.name != "flex":
-        return attention
+        return functools.partial(_alone, attention)
     # A code object of its own: dynamo keeps compiled code with it, and would call the next target's a recompile.
-    own = types.FunctionType(
-        attention.__code__.replace(), attention.__globals__, attention.__name__, None, attention.__closure__
-    )
-    return torch.compile(own, fullgraph=True, dynamic=True)
+    own = types.FunctionType(_joined.__code__.replace(), _joined.__globals__, _joined.__name__)
+    compiled = torch.compile(own, fullgraph=True, dynamic=True)
+
+    def run(*inputs: Tensor) -> Tensor:
+        _, _, tokens, head_dim = inputs[0].shape
+        joint = [heads.transpose(1, 2).flatten(2) for heads in inputs]
+        parts = [part.contiguous() for each in joint for part in each.tensor_split([TEXT_TOKENS], dim=1)]
+        ones = inputs[0].new_ones(1, tokens, 1, head_dim)
+        for tensor in (ones, *parts):  # a model's widths are constant
+            torch._dynamo.mark_static(tensor, tensor.ndim - 1)
+        mark_batch(parts)
+        with torch.fx.experimental._config.patch(**SHAPE_OPTIONS):
+            return compiled(attention, ones, *parts)
+
+    return run
+
+
+def _alone(attention: Attention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return attention(query, key, value, None)
+
+
+def _joined(attention: Attention, ones: Tensor, *parts: Tensor) -> Tensor:
+    """Join text's and image's (B, tokens, heads · head_dim) query, key and value, multiply two by ones, attend."""
+    joint = (torch.cat(parts[first : first + 2], dim=1) for first in (0, 2, 4))
+    query, key, value = (x.view(*x.shape[:-1], -1, ones.shape[-1]) for x in joint)
+    query, key, value = (heads.transpose(1, 2) for heads in (query * ones, key * ones, value))
+    return attention(query, key, value, None)

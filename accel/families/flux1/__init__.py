@@ -13,6 +13,7 @@ from torch import nn
 from ...attention import Attention
 from ...files import TensorInfo
 from ...layout import Layout, LoraTarget, VectorWeight
+from ..diffusers_models import model_class
 from . import blocks
 from .activations import activation_bytes, image_tokens
 from .config import AXES_DIM, DIFFUSERS, HEAD_DIM, PATCH_SIZE, Flux1Config
@@ -95,9 +96,7 @@ class Flux1:
 
     def build(self, config: Flux1Config) -> nn.Module:
         """Make the diffusers model; inside `torch.device("meta")` it costs no memory."""
-        from diffusers import FluxTransformer2DModel  # takes seconds to import: only when a model is built
-
-        return FluxTransformer2DModel(**self.diffusers_config(config))
+        return model_class(self.diffusers_class)(**self.diffusers_config(config))
 
     def diffusers_config(self, config: Flux1Config) -> dict[str, Any]:
         """What diffusers' `config.json` says about a model with these sizes."""

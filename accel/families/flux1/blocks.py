@@ -104,15 +104,20 @@ def _feed_forward(x: Modulated, feed_forward: nn.Module) -> Tensor:
     return linears(linears(x, activation.proj, gelu_last=True)[0], output)[0]
 
 
+def _split_last(x: Tensor, width: int) -> Tensor:
+    # Not `unflatten`: under a default device (torch.set_default_device) torch 2.11 cannot trace it.
+    return x.view(*x.shape[:-1], -1, width)
+
+
 def _norm(projected: Tensor, scale: Tensor, eps: float) -> Tensor:
     """RMS norm of each head: (B, N, heads · D), scale (…, D) -> (B, N, heads, D), float32."""
-    heads = projected.unflatten(-1, (-1, HEAD_DIM)).float()
+    heads = _split_last(projected, HEAD_DIM).float()
     return heads * torch.rsqrt(heads.square().mean(dim=-1, keepdim=True) + eps) * scale.float()
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, attention: Attention) -> Tensor:
     # (B, N, heads, D), as the linears leave them and the next one reads them: attention gets a transposed view.
-    query, key, value = query.to(value.dtype), key.to(value.dtype), value.unflatten(-1, (-1, HEAD_DIM))
+    query, key, value = query.to(value.dtype), key.to(value.dtype), _split_last(value, HEAD_DIM)
     query, key, value = (heads.transpose(1, 2) for heads in (query, key, value))
     return attention(query, key, value, mask).transpose(1, 2).flatten(2)
 
@@ -121,7 +126,7 @@ def _rotate(heads: Tensor, rotary: Tensor) -> Tensor:
     # Pairs of neighbouring channels turn together, as in black-forest-labs/flux math.py, apply_rope(). Written as one
     # sum over whole heads, which inductor computes in one kernel; two halves that are stacked it writes out.
     cos, sin = (table.transpose(1, 2).unsqueeze(-1).expand(-1, -1, -1, -1, 2).flatten(-2) for table in rotary)
-    even, odd = heads.unflatten(-1, (-1, 2)).unbind(-1)
+    even, odd = _split_last(heads, 2).unbind(-1)
     return heads * cos + torch.stack([-odd, even], dim=-1).flatten(-2) * sin
 
 
