@@ -452,6 +452,23 @@ def test_a_proof_runs_once_a_process_and_what_passed_once_a_machine(tmp_path):
     assert [each.name for each in later.all] == ["a thing", "another thing"]
 
 
+def test_what_was_measured_is_not_measured_again(tmp_path):
+    calls = []
+
+    def measure():
+        calls.append(1)
+        return {"one way": 2.0, "another": 1.0 * len(calls)}
+
+    for _ in range(2):
+        known = Proofs()
+        known.remember_in(tmp_path)
+        known.of("a thing", CPU, lambda: Verdict(None))
+        for _ in range(2):
+            assert known.seconds("ways", CPU, measure) == {"one way": 2.0, "another": 1.0}
+    assert calls == [1]
+    assert [proof.name for proof in known.all] == ["a thing"]
+
+
 def test_what_failed_is_tried_again_by_the_next_process(tmp_path):
     calls, compare = counting(Verdict("does not work"))
     for expected in (1, 2):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import SettingsError
+from ..prove import proofs
 from .backend import Attention, Backend, Target
 from .backends import BACKENDS
 from .correctness import make_inputs, verify
@@ -103,7 +104,7 @@ def _choose_fastest(target: Target) -> Choice:
     refusals = {name: verify(name, target).refusal for name in present if name != "sdpa"}
     names = tuple(name for name in present if refusals.get(name) is None)
     warnings = tuple(f"attention '{name}' {reason}, and is not used." for name, reason in refusals.items() if reason)
-    seconds = measure(names, target) if len(names) > 1 else {}
+    seconds = _remembered_seconds(names, target) if len(names) > 1 else {}
     name = fastest(seconds) if seconds else "sdpa"
     return Choice(name, BACKENDS[name].make(), _sentence(name, seconds, target), warnings)
 
@@ -114,9 +115,14 @@ def fastest(seconds: Mapping[str, float]) -> str:
     return next(name for name in AUTO if name in seconds and seconds[name] <= least * (1 + MARGIN))
 
 
-@functools.cache
+def _remembered_seconds(names: tuple[str, ...], target: Target) -> Mapping[str, float]:
+    dtype = str(target.dtype).removeprefix("torch.")
+    subject = f"seconds of attention, {target.heads} heads of {target.head_dim}, {dtype}: {', '.join(names)}"
+    return proofs().seconds(subject, target.device, lambda: measure(names, target))
+
+
 def measure(names: tuple[str, ...], target: Target) -> Mapping[str, float]:
-    """Seconds of one call, per backend; once per process. Takes some tens of milliseconds each, on a CPU hundreds.
+    """Seconds of one call, per backend. Takes some tens of milliseconds each, on a CPU hundreds.
 
     They take turns: what else the machine does meanwhile hits them all, not the one whose turn it was.
     """
