@@ -4,7 +4,7 @@ A kernel may be missing from an operating system's wheels, refuse one card of th
 give wrong numbers. So whatever an engine is about to use runs once on small random data and is compared with a plain
 reference: milliseconds, once per process. What passed is remembered on the disk for this device, driver, these
 libraries and this version of the package. What failed is tried again in the next process, because what ails it may have
-been mended by then without any version having changed.
+been mended by then without any version having changed. Which of several ways is the fastest is remembered likewise.
 """
 
 from __future__ import annotations
