@@ -4,6 +4,7 @@ import dataclasses
 import importlib.metadata
 import importlib.util
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -16,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 import accel.load
-import accel.quantize.mode
+import accel.quantize.library
 import accel.quantize.modes
 from accel.build import conversion_of, load_model, model_bytes
 from accel.checkpoint import inspect_checkpoint
@@ -497,18 +498,37 @@ def test_auto_elsewhere():
     assert choose("none", CPU).mode == "none"
 
 
-@pytest.mark.parametrize("installed", [None, "0.1"])
-def test_a_library_that_is_missing_or_old(monkeypatch, installed):
+@pytest.mark.parametrize(
+    ("versions", "words"),
+    [
+        ({}, "needs torchao, which is not installed: pip install 'torchao>=0.16' in ComfyUI's Python"),
+        ({"torchao": "0.15.0"}, "needs torchao 0.16 or newer, installed is 0.15.0: pip install --upgrade 'torchao"),
+        (
+            {"torchao": "0.18.0", "torch": "2.10.0+cu128"},
+            r"needs torchao older than 0.18 beside torch 2.10.0\+cu128, installed is 0.18.0: pip install "
+            "'torchao>=0.16,<0.18', or update torch to 2.11 or newer",
+        ),
+    ],
+)
+def test_a_library_that_does_not_serve(monkeypatch, versions, words):
     def version(name):
-        if installed is None:
+        if name != "torch" and name not in versions:
             raise importlib.metadata.PackageNotFoundError(name)
-        return installed
+        return versions.get(name, "2.14.1")
 
-    monkeypatch.setattr(accel.quantize.mode, "version", version)
-    reason = "installed is 0.1: pip install --upgrade" if installed else "not installed: pip install 'bitsandbytes"
-    with pytest.raises(SettingsError, match=f"{reason}.*nearest mode that runs here is 'none'"):
-        choose("nf4", CPU)
-    assert choose("auto", CPU).mode == "none"
+    monkeypatch.setattr(accel.quantize.library, "version", version)
+    with pytest.raises(SettingsError, match=f"{words}.*nearest mode that runs here is 'none'"):
+        choose("int8", CPU)
+    choice = choose("auto", CPU)
+    assert choice.mode == "none"
+    assert re.match(f"int8 {words}", choice.reason)
+
+
+def test_the_newest_library_serves_beside_a_new_torch_and_an_older_one_beside_an_old_torch(monkeypatch):
+    for found, torch_version in (("0.18.0", "2.11.0"), ("0.30.1", "2.15.0"), ("0.17.0", "2.9.1"), ("0.16.0", "2.14.1")):
+        versions = {"torchao": found, "torch": torch_version}
+        monkeypatch.setattr(accel.quantize.library, "version", versions.get)
+        assert find_mode("int8").library.missing() is None
 
 
 def test_compute_dtype_on_a_gpu():

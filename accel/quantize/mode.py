@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import SettingsError
 from ..hardware import Hardware
+from .library import Library
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Mode:
     Attributes:
         name: one of `settings.QUANTIZATION_MODES`.
         summary: what it does, in a few words, for a user.
-        library: distribution that it builds on, and the oldest version that has what it uses.
+        library: what it builds on.
         lacks: hardware -> why it cannot run there by what is known of it, or None; `prove` then tries it.
         multiple_of: what out_features and in_features must be multiples of.
         weight_bytes: (out_features, in_features) -> bytes of a converted weight with its scales, without bias.
@@ -42,7 +42,7 @@ class Mode:
 
     name: str
     summary: str
-    library: tuple[str, str]
+    library: Library
     lacks: Callable[[Hardware], str | None]
     multiple_of: tuple[int, int]
     weight_bytes: Callable[[int, int], int]
@@ -57,8 +57,7 @@ class Mode:
     @property
     def libraries(self) -> tuple[str, ...]:
         """The installed library with its version: part of what the converted weights depend on."""
-        name, _ = self.library
-        return (f"{name} {version(name)}",)
+        return (self.library.installed,)
 
     def fits(self, out_features: int, in_features: int) -> bool:
         """Whether the mode's kernels take a linear of this size."""
@@ -66,13 +65,7 @@ class Mode:
 
     def missing(self, hardware: Hardware) -> str | None:
         """Why the mode cannot run: what the sentence after its name says. None: nothing speaks against it."""
-        name, oldest = self.library
-        found = _installed(name)
-        if found is None:
-            return f"needs {name}, which is not installed: pip install '{name}>={oldest}' in ComfyUI's Python"
-        if _is_older(found, oldest):
-            return f"needs {name} {oldest} or newer, installed is {found}: pip install --upgrade {name}"
-        return self.lacks(hardware)
+        return self.library.missing() or self.lacks(hardware)
 
     def compute_dtype(self, dtype: torch.dtype, device: torch.device, explicit: bool) -> torch.dtype:
         """The dtype to compute in.
@@ -109,16 +102,3 @@ def cuda_from(major: int, minor: int, what: str, or_on: tuple[str, ...] = ()) ->
         return f"{wanted}; {hardware.sentence}"
 
     return lacks
-
-
-def _installed(distribution: str) -> str | None:
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return None
-
-
-def _is_older(found: str, oldest: str) -> bool:
-    from packaging.version import Version
-
-    return Version(found) < Version(oldest)

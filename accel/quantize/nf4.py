@@ -8,7 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-LIBRARY = ("bitsandbytes", "0.46")
+from .library import Library
+
+LIBRARY = Library("bitsandbytes", "0.46")
 BLOCK = 64
 # See torchao_modes: runs that stay in a CPU's cache; and bitsandbytes' CPU kernel needs 13 bytes for each weight. They
 # end where a block does.
