@@ -174,7 +174,7 @@ def test_a_mode_proves_itself_with_room_to_spare(monkeypatch, name, dtype):
 def test_a_product_with_a_fault_is_refused(monkeypatch, name, fault):
     mode = with_fault(monkeypatch, name, fault)
     if name == "fp8" and fault != "raises":
-        words = "has no float8 product that works: scaled by row, it computes wrong numbers here"
+        words = "has no float8 product that works: .*scaled afterwards, it computes wrong numbers here"
     else:
         words = IN_WORDS[fault]
     assert re.search(words, prove(mode, CPU, BF16).refusal)
@@ -577,7 +577,8 @@ def test_the_selftest_prints_a_line_for_everything(capsys, monkeypatch):
     assert re.search(r"quantization nvfp4 +not here  needs fp4 products", text)
     assert re.search(r"float8 product scaled afterwards +works", text)
     assert re.search(r"compiled region +works", text)
-    assert text.rstrip().endswith("1 failed")
+    by_row = scaled.way_on(CPU, BF16).refusals  # PyTorch 2.11 has none on a CPU
+    assert text.rstrip().endswith(f"{1 + len(by_row)} failed")
 
 
 def test_a_proof_is_in_the_report(spec):

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -19,11 +20,13 @@ import torch.nn.functional as F
 import accel.load
 import accel.quantize.library
 import accel.quantize.modes
-from accel.build import conversion_of, load_model, model_bytes
+from accel.build import conversion_of, linears, load_model, model_bytes
 from accel.checkpoint import inspect_checkpoint
 from accel.engine import Engine, Silent
 from accel.errors import CheckpointError, SettingsError
 from accel.files import FileIdentity
+from accel.lora.bound import NOTHING, Bound, make_slot
+from accel.lora.layers import LoraLinear
 from accel.lora.stack import LoraStack
 from accel.prove import Proof, Verdict
 from accel.quantize import choose, dequantize, find_mode, parameter_bytes
@@ -116,6 +119,14 @@ WEIGHT_FLOORS = {
 OUTPUT_FLOORS = {"fp8": 32.0, "fp8_weight_only": 35.5, "int8": 35.0, "int8_weight_only": 35.5, "nf4": 20.5}
 
 
+def as_in_a_block(linear, x):
+    """Run it as the engine does, which multiplies float8 by itself."""
+    layer = LoraLinear(linear)
+    layer.lora = make_slot(CPU)
+    layer.lora.bound_lora = NOTHING
+    return layer(x)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("mode", ON_CPU)
 def test_signal_to_noise_of_a_linear(mode, dtype):
@@ -127,12 +138,17 @@ def test_signal_to_noise_of_a_linear(mode, dtype):
         restored = dequantize(linear)
         assert (restored.shape, restored.dtype) == ((384, 512), torch.float32)
         assert sqnr_db(restored, weight) >= floor
-        output = linear(x)
+        output = as_in_a_block(linear, x)
         assert output.dtype == dtype
         assert sqnr_db(output, F.linear(x.float(), weight, bias.float())) >= OUTPUT_FLOORS[mode]
         # What dequantize gives is what it computes with.
         if mode in ("fp8_weight_only", "int8_weight_only", "nf4"):
             assert distance(output.float(), F.linear(x.float(), restored, bias.float())) < 0.01
+
+
+def spare(mode, rows):
+    """What is planned for rows, but not taken: torchao 0.17 keeps the scales of int8 rows in the weight's dtype."""
+    return 2 * rows if mode.name.startswith("int8") and version("torchao") < "0.18" else 0
 
 
 @pytest.mark.parametrize("shape", [(384, 512), (64, 256), (3, 7), (1040, 2048)], ids=str)
@@ -143,7 +159,8 @@ def test_bytes_are_known_before_converting(mode, shape):
         assert shape == (3, 7)
         return
     weight, bias = normal(*shape).bfloat16(), torch.zeros(shape[0], dtype=torch.bfloat16)
-    assert parameter_bytes(mode.convert(weight, bias, False)) == mode.weight_bytes(*shape) + 2 * shape[0]
+    planned = mode.weight_bytes(*shape) + 2 * shape[0]
+    assert planned - spare(mode, shape[0]) <= parameter_bytes(mode.convert(weight, bias, False)) <= planned
 
 
 @pytest.mark.parametrize("mode", ON_CPU)
@@ -215,7 +232,9 @@ def test_modulations_are_weight_only_in_int8(spec):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_bytes_of_an_engine_are_true(spec, mode, dtype):
     model = load_model(spec, dtype, CPU, lambda done, total: None, find_mode(mode))
-    assert model_bytes(spec, dtype, find_mode(mode)) == parameter_bytes(model)
+    rows = sum(out_features for _, out_features, _ in linears(spec))
+    planned = model_bytes(spec, dtype, find_mode(mode))
+    assert planned - spare(find_mode(mode), rows) <= parameter_bytes(model) <= planned
     plain = load_model(spec, dtype, CPU, lambda done, total: None)
     assert model_bytes(spec, dtype, None) == parameter_bytes(plain) > 1.4 * parameter_bytes(model)
 
@@ -397,9 +416,6 @@ def test_the_effect_of_a_lora_is_preserved(engines, effects, mode):
 @pytest.mark.parametrize("scale", [0.3, 0.03])
 def test_fp8_loses_at_most_half_of_what_merging_loses(scale):
     """Linear by linear, where the rounding of activations is the same with and without the LoRA."""
-    from accel.lora.bound import NOTHING, Bound, make_slot
-    from accel.lora.layers import LoraLinear
-
     rounding, worst = comfy_float(), 0.0
     base = tiny_flux_state_dict(TinyFluxConfig(), 0)
     lora = lora_state_dict("native", rank=8, scale=scale, seed=3, targets=in_blocks)
@@ -501,12 +517,12 @@ def test_auto_elsewhere():
 @pytest.mark.parametrize(
     ("versions", "words"),
     [
-        ({}, "needs torchao, which is not installed: pip install 'torchao>=0.16' in ComfyUI's Python"),
-        ({"torchao": "0.15.0"}, "needs torchao 0.16 or newer, installed is 0.15.0: pip install --upgrade 'torchao"),
+        ({}, "needs torchao, which is not installed: pip install 'torchao>=0.17' in ComfyUI's Python"),
+        ({"torchao": "0.15.0"}, "needs torchao 0.17 or newer, installed is 0.15.0: pip install --upgrade 'torchao"),
         (
             {"torchao": "0.18.0", "torch": "2.10.0+cu128"},
             r"needs torchao older than 0.18 beside torch 2.10.0\+cu128, installed is 0.18.0: pip install "
-            "'torchao>=0.16,<0.18', or update torch to 2.11 or newer",
+            "'torchao>=0.17,<0.18', or update torch to 2.11 or newer",
         ),
     ],
 )
@@ -525,7 +541,7 @@ def test_a_library_that_does_not_serve(monkeypatch, versions, words):
 
 
 def test_the_newest_library_serves_beside_a_new_torch_and_an_older_one_beside_an_old_torch(monkeypatch):
-    for found, torch_version in (("0.18.0", "2.11.0"), ("0.30.1", "2.15.0"), ("0.17.0", "2.9.1"), ("0.16.0", "2.14.1")):
+    for found, torch_version in (("0.18.0", "2.11.0"), ("0.30.1", "2.15.0"), ("0.17.0", "2.9.1"), ("0.17.0", "2.14.1")):
         versions = {"torchao": found, "torch": torch_version}
         monkeypatch.setattr(accel.quantize.library, "version", versions.get)
         assert find_mode("int8").library.missing() is None

@@ -16,8 +16,8 @@ from ..lora.scaled import way_on
 from .library import Library
 from .mode import Mode, cuda_from, runs_anywhere
 
-# 0.15 has no int8 weights with a scale for each row; 0.18 does not load under an older torch (both seen, 2026-11-26).
-LIBRARY = Library("torchao", "0.16", needs_torch=(("0.18", "2.11"),))
+# 0.15 has no int8 weights with a scale for each row, 0.16 stores them otherwise; 0.18 does not load under torch 2.10.
+LIBRARY = Library("torchao", "0.17", needs_torch=(("0.18", "2.11"),))
 # On a CPU, rows are converted in runs that stay in its cache: 1,200 instead of 200 million weights per second (2 cores,
 # 2026-11-22), and no float32 copy of a whole weight.
 RUN_ELEMENTS = 2**18
