@@ -78,7 +78,27 @@ def install_torch(version: str) -> None:
         return
     _pip_install(*requirements)
     _pip_install("--no-deps", torchaudio)
+    if not _imports("torchaudio"):
+        _drop_extension_of_torchaudio()
     _stamp("torch", key)
+
+
+def _drop_extension_of_torchaudio() -> None:
+    """Leave torchaudio's Python alone: its extension refuses a torch for another CUDA than its own.
+
+    No test hears, but ComfyUI imports torchaudio at start.
+    """
+    removed = [path for path in VENV.rglob("torchaudio/lib/_torchaudio.*") if path.is_file()]
+    for path in removed:
+        path.unlink()
+    if not _imports("torchaudio"):
+        raise SetupError(f"{VENV}: torchaudio does not load, and ComfyUI does not start without: choose another torch.")
+    _say(f"removed {removed[0].name} of torchaudio, which does not load with this torch")
+
+
+def _imports(module: str) -> bool:
+    """Whether the environment can import a module."""
+    return not subprocess.call([str(VENV_PYTHON), "-I", "-c", f"import {module}"], stderr=subprocess.DEVNULL)
 
 
 def fetch_comfyui() -> None:

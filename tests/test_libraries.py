@@ -53,15 +53,15 @@ def test_packages_that_break_the_import_of_diffusers_are_left_out(tmp_path):
     (tmp_path / "flash_attn" / "cute").mkdir(parents=True)
     write_package(tmp_path, "sageattention", {"__init__.py": "raise TypeError('built for another torch')\n"})
 
-    # As torchao 0.18 under torch 2.9: transformers, which diffusers imports first, imports it.
-    write_package(tmp_path, "torchao", {"__init__.py": "raise ImportError('cannot import name ScalingType')\n"}, "99")
+    # As torchaudio 2.11 beside a torch for another CUDA; it is transformers that imports it, when something is used.
+    write_package(tmp_path, "torchaudio", {"__init__.py": "raise RuntimeError('different CUDA versions')\n"}, "99")
 
     out, err = run(BUILD, tmp_path)
 
     assert out.split()[0] == "FluxTransformer2DModel"
     assert err.count("diffusers was loaded without") == 3
     for package, reason in (
-        ("torchao 99", "ImportError: cannot import name ScalingType"),
+        ("torchaudio 99", "RuntimeError: different CUDA versions"),
         ("sageattention 9.9.9", "TypeError: built for another torch"),
         ("xformers 9.9.9", "AttributeError: module 'flash_attn' has no attribute '__version__'"),
     ):

@@ -4,10 +4,11 @@ import os
 import subprocess
 import sys
 from datetime import date
+from pathlib import Path
 
 import pytest
 
-from harness import matrix, torch_versions
+from harness import matrix, paths, setup, torch_versions
 from harness.matrix import HEADER, RULE, Counts, MatrixError
 from harness.paths import REPO
 
@@ -26,6 +27,28 @@ def test_what_is_no_version_is_an_error_without_a_traceback():
     done = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.startswith("error: torch version 'newest': expected a release such as 2.11.0 (known: 2.15.0, ")
+
+
+def test_an_extension_of_torchaudio_that_refuses_the_torch_is_removed(monkeypatch, tmp_path, capsys):
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path)], check=True)
+    python = tmp_path / paths.VENV_PYTHON.relative_to(paths.VENV)
+    command = [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
+    package = Path(subprocess.run(command, capture_output=True, text=True).stdout.strip()) / "torchaudio"
+    extension = package / "lib" / "_torchaudio.so"
+    extension.parent.mkdir(parents=True)
+    extension.write_bytes(b"")
+    (package / "__init__.py").write_text(f"import os\nif os.path.exists({str(extension)!r}):\n    raise RuntimeError\n")
+    monkeypatch.setattr(setup, "VENV", tmp_path)
+    monkeypatch.setattr(setup, "VENV_PYTHON", python)
+
+    assert not setup._imports("torchaudio")
+    setup._drop_extension_of_torchaudio()
+
+    assert setup._imports("torchaudio")
+    assert "removed _torchaudio.so of torchaudio" in capsys.readouterr().out
+    (package / "__init__.py").write_text("raise RuntimeError\n")
+    with pytest.raises(setup.SetupError, match="torchaudio does not load"):
+        setup._drop_extension_of_torchaudio()
 
 
 @pytest.mark.skipif(os.name == "nt", reason="the paths are those of other systems")

@@ -73,9 +73,11 @@ def model_class(name: str) -> type[nn.Module]:
 
 def packages_behind(exc: BaseException) -> list[str]:
     """The packages whose import by diffusers led to an exception, the one that raised it first."""
-    while exc.__cause__ is not None:  # diffusers wraps what its lazy imports raise
-        exc = exc.__cause__
-    modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(exc.__traceback__)]
+    chain = [exc]  # lazy imports wrap what they raise; the cause's frames are further in
+    while chain[-1].__cause__ is not None:
+        chain.append(chain[-1].__cause__)
+    frames = [frame for each in chain for frame, _ in traceback.walk_tb(each.__traceback__)]
+    modules = [frame.f_globals.get("__name__", "") for frame in frames]
     packages = [module.partition(".")[0] for module in modules]
     last = max((number for number, package in enumerate(packages) if package == "diffusers"), default=len(packages))
     behind = dict.fromkeys(reversed(packages[last + 1 :]))
