@@ -41,6 +41,11 @@ def requirements(version: str) -> tuple[str, ...]:
     return f"torch=={version}", f"torchvision=={known}" if known else "torchvision", *bounds
 
 
+def instead(version: str) -> tuple[str, ...]:
+    """What takes the place of a pin of requirements-dev.txt that is for newer torch."""
+    return ("torchao==0.17.0",) if _release(version) < (2, 11) else ()
+
+
 def torchaudio(version: str) -> str:
     """The torchaudio for a torch, to be installed without dependencies; ComfyUI imports it at start."""
     return f"torchaudio=={min(version, NEWEST_TORCHAUDIO, key=_release)}"

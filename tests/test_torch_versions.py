@@ -19,6 +19,8 @@ def test_companions_of_a_torch():
     assert torch_versions.requirements("2.16.0") == ("torch==2.16.0", "torchvision")
     assert torch_versions.torchaudio("2.9.1") == "torchaudio==2.9.1"
     assert torch_versions.torchaudio("2.15.0") == "torchaudio==2.11.0"
+    assert torch_versions.instead("2.10.0") == ("torchao==0.17.0",)
+    assert torch_versions.instead("2.11.0") == ()
     assert torch_versions.TESTED in torch_versions.TORCHVISION
 
 

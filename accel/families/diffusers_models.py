@@ -56,7 +56,7 @@ def model_class(name: str) -> type[nn.Module]:
             failures.append(exc)
             suspects = packages_behind(exc)
             _forget("diffusers", frozenset())
-            for package in suspects:
+            for package in suspects[1:]:  # not who raised: what it registered with PyTorch is there for good
                 _forget(package, loaded_before)
             if len(hidden) < _MOST_HIDDEN:
                 attempts += [{**hidden, package: _root(exc)} for package in suspects if package not in hidden]
