@@ -316,7 +316,8 @@ def _contiguous(arg: Any) -> Any:
 
 
 @functools.cache
-def _batch_can_be_unbacked() -> bool:
+def batch_can_be_unbacked() -> bool:
+    """Whether one graph serves batch 1 and larger ones."""
     # Sharing one unbacked symbol among several inputs came with torch 2.11; without it, batch 1 and larger batches
     # compile one graph each.
     return "shape_id" in inspect.signature(torch._dynamo.decorators.mark_unbacked).parameters
@@ -324,7 +325,7 @@ def _batch_can_be_unbacked() -> bool:
 
 def mark_batch(args: Sequence[Any]) -> None:
     """Let one graph serve batch 1 and every other: ComfyUI's batch flips when conditions are joined or not."""
-    if not _batch_can_be_unbacked():
+    if not batch_can_be_unbacked():
         return
     for tensor in args:
         if isinstance(tensor, Tensor) and tensor.ndim in (2, 3):

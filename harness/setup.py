@@ -49,7 +49,7 @@ def plan(purpose: str, torch: str = torch_versions.TESTED) -> list[Step]:
         Step(f"torch {torch} (the largest download, this can take minutes)", partial(install_torch, torch)),
         Step(f"ComfyUI {comfyui.resolve_version()}", fetch_comfyui),
         Step("ComfyUI's requirements", install_comfyui_requirements),
-        Step("the pack's and the tests' requirements", install_pack_requirements),
+        Step("the pack's and the tests' requirements", partial(install_pack_requirements, torch)),
     ]
     if purpose == "test":
         steps.append(Step("Chromium for the browser tests", ensure_chromium))
@@ -78,7 +78,27 @@ def install_torch(version: str) -> None:
         return
     _pip_install(*requirements)
     _pip_install("--no-deps", torchaudio)
+    if not _imports("torchaudio"):
+        _drop_extension_of_torchaudio()
     _stamp("torch", key)
+
+
+def _drop_extension_of_torchaudio() -> None:
+    """Leave torchaudio's Python alone: its extension refuses a torch for another CUDA than its own.
+
+    No test hears, but ComfyUI imports torchaudio at start.
+    """
+    removed = [path for path in VENV.rglob("torchaudio/lib/_torchaudio.*") if path.is_file()]
+    for path in removed:
+        path.unlink()
+    if not _imports("torchaudio"):
+        raise SetupError(f"{VENV}: torchaudio does not load, and ComfyUI does not start without: choose another torch.")
+    _say(f"removed {removed[0].name} of torchaudio, which does not load with this torch")
+
+
+def _imports(module: str) -> bool:
+    """Whether the environment can import a module."""
+    return not subprocess.call([str(VENV_PYTHON), "-I", "-c", f"import {module}"], stderr=subprocess.DEVNULL)
 
 
 def fetch_comfyui() -> None:
@@ -107,12 +127,15 @@ def install_comfyui_requirements() -> None:
     _stamp("comfyui", key)
 
 
-def install_pack_requirements() -> None:
-    """Install requirements.txt and requirements-dev.txt."""
-    key = _key(*(path.read_text(encoding="utf-8") for path in PACK_REQUIREMENTS))
+def install_pack_requirements(torch: str = torch_versions.TESTED) -> None:
+    """Install requirements.txt and requirements-dev.txt, and what this torch needs instead of some of it."""
+    instead = torch_versions.instead(torch)
+    key = _key(*(path.read_text(encoding="utf-8") for path in PACK_REQUIREMENTS), *instead)
     if _is_stamped("pack", key):
         return
     _pip_install(*(word for path in PACK_REQUIREMENTS for word in ("-r", str(path))))
+    if instead:
+        _pip_install(*instead)
     _stamp("pack", key)
 
 

@@ -36,9 +36,14 @@ def requirements(version: str) -> tuple[str, ...]:
         ValueError: not a version.
     """
     known = TORCHVISION.get(version)
-    # Triton 3.6, of torch 2.11, makes integers of arrays of one element in its interpreter: NumPy 2.5 refuses that.
-    bounds = ("numpy<2.5",) if _release(version) < (2, 12) else ()
+    # Triton 3.6, of torch 2.11, makes integers of arrays of one element in its interpreter: NumPy 2.4 refuses that.
+    bounds = ("numpy<2.4",) if _release(version) < (2, 12) else ()
     return f"torch=={version}", f"torchvision=={known}" if known else "torchvision", *bounds
+
+
+def instead(version: str) -> tuple[str, ...]:
+    """What takes the place of a pin of requirements-dev.txt that is for newer torch."""
+    return ("torchao==0.17.0",) if _release(version) < (2, 11) else ()
 
 
 def torchaudio(version: str) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor
 import accel.compile
 import accel.lora.device
 from accel.checkpoint import inspect_checkpoint
+from accel.compile import batch_can_be_unbacked
 from accel.engine import Engine, Silent
 from accel.errors import EngineStateError, LoraError, SettingsError
 from accel.families.flux1 import Flux1Inputs
@@ -138,6 +139,8 @@ def test_swaps_equal_eager_and_do_not_recompile(eager, compiled, loras, sequence
     [(17, 23, 154), (32, 32, 256), (32, 64, 77), (64, 8, 128), (2, 4, 2)],
 )
 def test_sizes_and_batches_do_not_recompile(eager, compiled, loras, batch, height, width, text):
+    if batch > 1 and not batch_can_be_unbacked():
+        pytest.skip("before torch 2.11 batch 1 and larger ones are two graphs: that compiles once more")
     output, reference = both(eager, compiled, loras, [("rank7", 1.0)], make_inputs(batch, height, width, text))
     assert output.shape == (batch, 16, height, width)
     assert distance(output, reference) < TOLERANCE
@@ -434,7 +437,7 @@ def test_all_blocks_in_one_piece(spec, eager, loras):
     engine(make_inputs())
     assert (engine.compile_count, engine.recompile_count) == (1, 0)
     for entries in ([("rank1", 1.0)], [("rank128", 0.5), ("rank7", -1.0)], []):
-        for inputs in (make_inputs(), make_inputs(2, 12, 20, 33)):
+        for inputs in (make_inputs(), make_inputs(2 if batch_can_be_unbacked() else 1, 12, 20, 33)):
             output, reference = both(eager, engine, loras, entries, inputs)
             assert distance(output, reference) < TOLERANCE
     assert (engine.compile_count, engine.recompile_count) == (1, 0)

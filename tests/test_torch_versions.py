@@ -4,20 +4,23 @@ import os
 import subprocess
 import sys
 from datetime import date
+from pathlib import Path
 
 import pytest
 
-from harness import matrix, torch_versions
+from harness import matrix, paths, setup, torch_versions
 from harness.matrix import HEADER, RULE, Counts, MatrixError
 from harness.paths import REPO
 
 
 def test_companions_of_a_torch():
     assert torch_versions.requirements("2.14.1") == ("torch==2.14.1", "torchvision==0.29.1")
-    assert torch_versions.requirements("2.11.0") == ("torch==2.11.0", "torchvision==0.26.0", "numpy<2.5")
+    assert torch_versions.requirements("2.11.0") == ("torch==2.11.0", "torchvision==0.26.0", "numpy<2.4")
     assert torch_versions.requirements("2.16.0") == ("torch==2.16.0", "torchvision")
     assert torch_versions.torchaudio("2.9.1") == "torchaudio==2.9.1"
     assert torch_versions.torchaudio("2.15.0") == "torchaudio==2.11.0"
+    assert torch_versions.instead("2.10.0") == ("torchao==0.17.0",)
+    assert torch_versions.instead("2.11.0") == ()
     assert torch_versions.TESTED in torch_versions.TORCHVISION
 
 
@@ -26,6 +29,28 @@ def test_what_is_no_version_is_an_error_without_a_traceback():
     done = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.startswith("error: torch version 'newest': expected a release such as 2.11.0 (known: 2.15.0, ")
+
+
+def test_an_extension_of_torchaudio_that_refuses_the_torch_is_removed(monkeypatch, tmp_path, capsys):
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path)], check=True)
+    python = tmp_path / paths.VENV_PYTHON.relative_to(paths.VENV)
+    command = [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
+    package = Path(subprocess.run(command, capture_output=True, text=True).stdout.strip()) / "torchaudio"
+    extension = package / "lib" / "_torchaudio.so"
+    extension.parent.mkdir(parents=True)
+    extension.write_bytes(b"")
+    (package / "__init__.py").write_text(f"import os\nif os.path.exists({str(extension)!r}):\n    raise RuntimeError\n")
+    monkeypatch.setattr(setup, "VENV", tmp_path)
+    monkeypatch.setattr(setup, "VENV_PYTHON", python)
+
+    assert not setup._imports("torchaudio")
+    setup._drop_extension_of_torchaudio()
+
+    assert setup._imports("torchaudio")
+    assert "removed _torchaudio.so of torchaudio" in capsys.readouterr().out
+    (package / "__init__.py").write_text("raise RuntimeError\n")
+    with pytest.raises(setup.SetupError, match="torchaudio does not load"):
+        setup._drop_extension_of_torchaudio()
 
 
 @pytest.mark.skipif(os.name == "nt", reason="the paths are those of other systems")

@@ -23,6 +23,7 @@ from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..errors import LibraryError
@@ -46,34 +47,40 @@ def model_class(name: str) -> type[nn.Module]:
     """
     failures: list[Exception] = []
     attempts: list[dict[str, str]] = [{}]  # packages that are hidden, and why
+    loaded_before = frozenset(sys.modules)
     for hidden in attempts:  # it grows meanwhile
         try:
             with _hidden_from_imports(hidden), _imported_when_used("bitsandbytes"):
                 found = getattr(importlib.import_module("diffusers"), name)
         except Exception as exc:  # what a broken package raises is anything
             failures.append(exc)
-            _forget_diffusers()
+            suspects = packages_behind(exc)
+            _forget("diffusers", frozenset())
+            for package in suspects[1:]:  # not who raised: what it registered with PyTorch is there for good
+                _forget(package, loaded_before)
             if len(hidden) < _MOST_HIDDEN:
-                suspects = [package for package in packages_behind(exc) if package not in hidden]
-                attempts += [{**hidden, package: _root(exc)} for package in suspects]
+                attempts += [{**hidden, package: _root(exc)} for package in suspects if package not in hidden]
             continue
         for package, reason in hidden.items():
             log.warning(
                 "Flux Hotswap: diffusers was loaded without '%s', which does not load here (%s). The pack runs without "
-                "it; update or uninstall '%s' to be rid of this line.", _with_version(package), reason, package,
+                "it. To be rid of this line, install a version of it for torch %s, or uninstall it.",
+                _with_version(package), reason, torch.__version__,
             )  # fmt: skip
         return found
     raise LibraryError(_explain(failures[0])) from failures[0]
 
 
 def packages_behind(exc: BaseException) -> list[str]:
-    """The packages whose import by diffusers led to an exception, the one that diffusers itself imported first."""
-    while exc.__cause__ is not None:  # diffusers wraps what its lazy imports raise
-        exc = exc.__cause__
-    modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(exc.__traceback__)]
+    """The packages whose import by diffusers led to an exception, the one that raised it first."""
+    chain = [exc]  # lazy imports wrap what they raise; the cause's frames are further in
+    while chain[-1].__cause__ is not None:
+        chain.append(chain[-1].__cause__)
+    frames = [frame for each in chain for frame, _ in traceback.walk_tb(each.__traceback__)]
+    modules = [frame.f_globals.get("__name__", "") for frame in frames]
     packages = [module.partition(".")[0] for module in modules]
     last = max((number for number, package in enumerate(packages) if package == "diffusers"), default=len(packages))
-    behind = dict.fromkeys(packages[last + 1 :])
+    behind = dict.fromkeys(reversed(packages[last + 1 :]))
     return [package for package in behind if package not in _NEVER_HIDDEN | sys.stdlib_module_names and package]
 
 
@@ -119,9 +126,9 @@ class _ImportedWhenUsed(ModuleType):
         return getattr(importlib.import_module(package), name)
 
 
-def _forget_diffusers() -> None:
-    """Let the next import decide anew which packages are there; what others hold of diffusers goes on to work."""
-    for module in [name for name in sys.modules if name.partition(".")[0] == "diffusers"]:
+def _forget(package: str, kept: Collection[str]) -> None:
+    """Let the next import of a package begin anew, so that it finds out again what is there."""
+    for module in [name for name in sys.modules if name.partition(".")[0] == package and name not in kept]:
         del sys.modules[module]
 
 
