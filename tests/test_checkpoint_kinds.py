@@ -124,6 +124,14 @@ def test_nothing_of_the_file_is_kept(tmp_path, tensors):
                 assert value.untyped_storage().nbytes() == value.nbytes
 
 
+@pytest.mark.parametrize("kind", ["bf16", "scaled, rows", "shards"])
+def test_bytes_behind_the_last_tensor_change_nothing(tmp_path, tensors, kind):
+    written = KINDS[kind](tmp_path / "model.safetensors", tensors)
+    for file in written.path.glob("*.safetensors") if written.path.is_dir() else [written.path]:
+        file.write_bytes(file.read_bytes() + b"appended by a download")
+    assert_holds(written.path, written.tensors)
+
+
 def test_every_file_of_a_folder_counts(tmp_path, tensors):
     path = KINDS["shards"](tmp_path / "model.safetensors", tensors).path
     spec = inspect_checkpoint(path)

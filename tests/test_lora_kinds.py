@@ -969,6 +969,17 @@ def test_patches_in_float64_and_with_a_bad_alpha(spec):
             read(torch.float32, alpha)
 
 
+def test_bytes_behind_a_lora_change_nothing(tmp_path, spec):
+    path = write(tmp_path, "longer", lora_state_dict("kohya", rank=3, alpha=2.0))
+    expected = read_lora(str(path), spec)
+    path.write_bytes(path.read_bytes() + b"appended by a download")
+    actual = read_lora(str(path), spec)
+    for one, two in zip(expected.layers, actual.layers, strict=True):
+        assert (one.module, one.scale) == (two.module, two.scale)
+        assert torch.equal(one.lora_A, two.lora_A)
+        assert torch.equal(one.lora_B, two.lora_B)
+
+
 @pytest.mark.parametrize("header_bytes", [1, 2, 7])
 def test_tensors_at_odd_places(tmp_path, spec, header_bytes):
     """safetensors aligns them; a file by another program may not."""
