@@ -8,10 +8,11 @@ import torch
 from accel.checkpoint import inspect_checkpoint
 from accel.errors import LoraError
 from accel.families.flux1 import Flux1, Flux1Config
+from accel.files import TensorInfo
 from accel.lora.file import read_lora
 from accel.lora.names import WORDS
 from accel.lora.origins import origin
-from accel.lora.text_encoders import split_encoder
+from accel.lora.text_encoders import EncoderNames, sort_encoder_keys, split_encoder
 from harness.lora_files import lora_state_dict, norm_state_dict
 from harness.tensor_files import write_tensors
 from harness.tiny_models import TinyFluxConfig
@@ -171,3 +172,70 @@ def test_the_origin_of_a_file_is_told_by_what_only_that_has(tmp_path, spec, key)
         read_lora(str(write_tensors(tmp_path / "other.safetensors", file)), spec)
     assert ("by its names" in str(caught.value)) == (ORIGINS[key] is not None)
     assert (ORIGINS[key] or key) in str(caught.value)
+
+
+# Text encoders.
+
+CLIP_L = "text_model.encoder.layers.0.self_attn.q_proj"
+T5 = "encoder.block.0.layer.0.SelfAttention.q"
+WEIGHTS = {"clip_l": f"clip_l.transformer.{CLIP_L}.weight", "t5xxl": f"t5xxl.transformer.{T5}.weight"}
+SPELLED = {
+    "clip_l": ["clip_l.", "clip_l.transformer.", "text_encoder.", "text_encoder_1.", "te.", "te1.", "lora_te_",
+               "lora_te1_", "text_encoders.clip_l.transformer.", "text_encoder.base_model.model.",
+               "base_model.model.text_encoder.", "lycoris_text_encoder_", "text_encoder.transformer.", ""],
+    "t5xxl": ["t5.", "t5xxl.", "t5xxl.transformer.", "text_encoder_2.", "text_encoder_3.", "te2.", "te3.", "lora_te2_",
+              "lora_te3_", "text_encoders.t5xxl.transformer.", "text_encoder_2.base_model.model.",
+              "base_model.model.text_encoder_2.", "lycoris_text_encoder_2_", ""],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("encoder", SPELLED)
+def test_any_spelling_of_an_encoders_layer_finds_it(encoder):
+    names, layer = EncoderNames(WEIGHTS.values()), {"clip_l": CLIP_L, "t5xxl": T5}[encoder]
+    layers = [layer, layer.removeprefix("text_model.")] if encoder == "clip_l" else [layer]
+    for before, spelling in itertools.product(SPELLED[encoder], (each for name in layers for each in spellings(name))):
+        bare = before == "" and spelling.startswith("encoder") and encoder == "clip_l"
+        assert names.find(before + spelling) == (None if bare else WEIGHTS[encoder]), before + spelling
+        assert split_encoder(f"{before}{spelling}.lora_A.weight") is not None or bare
+
+
+LEFT = {
+    f"text_encoder_2.{CLIP_L}.lora_A.weight": "such as SDXL's CLIP-G",
+    "lora_te2_text_model_encoder_layers_0_mlp_fc1.alpha": "such as SDXL's CLIP-G",
+    f"clip_g.{CLIP_L}.lora_A.weight": "such as SDXL's CLIP-G",
+    "t5.encoder.block.9.layer.0.SelfAttention.q.lora_A.weight": "for layers that the t5xxl does not have",
+    "text_encoder.text_model.embeddings.x.lora_A.weight": "for layers that the clip_l does not have",
+    f"t5.{T5}.something": "in a form that ComfyUI does not read",
+}
+
+
+def sort(file, weights=tuple(WEIGHTS.values()), known=()):
+    tensors = {key: TensorInfo(shape, torch.float32) for key, shape in file.items()}
+    return sort_encoder_keys(tensors, file, EncoderNames(weights), dict(known), lambda weight: (8, 8))
+
+
+@pytest.mark.parametrize("key", LEFT)
+def test_keys_that_a_clip_has_no_layer_for_are_left_with_the_reason(key):
+    good = {f"t5.{T5}.lora_A.weight": (4, 8), f"t5.{T5}.lora_B.weight": (8, 4)}
+    found = sort({**good, key: (4, 8)})
+    assert list(found.layers) == [WEIGHTS["t5xxl"]]
+    assert [keys for why, keys in found.left.items() if LEFT[key] in why] == [(key,)]
+    assert str(found).startswith(f"2 keys for text encoders applied; 1 not, such as '{key}': ")
+
+
+def test_layers_that_cannot_be_applied_whole_are_left_whole():
+    pair = {f"clip_l.{CLIP_L}.lora_A.weight": (4, 8), f"clip_l.{CLIP_L}.lora_B.weight": (8, 4)}
+    for changes, why in (
+        ({f"clip_l.{CLIP_L}.lora_magnitude_vector": (8,)}, "of a kind that ComfyUI does not read"),
+        ({f"clip_l.{CLIP_L}.lora_B.weight": (16, 4)}, "of another size"),
+        ({f"clip_l.{CLIP_L}.lora_B.weight": (8, 3)}, "of another size"),
+    ):
+        found = sort({**pair, **changes})
+        assert (found.applied, len(found.left)) == (0, 1)
+        assert why in str(found)
+    assert "incomplete" in str(sort({f"clip_l.{CLIP_L}.lora_A.weight": (4, 8)}))
+    twice = sort({**pair, f"lora_te1_{CLIP_L.replace('.', '_')}.lora_down.weight": (4, 8)})
+    assert (twice.applied, f"the same layer as 'clip_l.{CLIP_L}'" in str(twice)) == (2, True)
+    alone = sort({**pair, f"t5.{T5}.lora_A.weight": (4, 8)}, weights=[WEIGHTS["clip_l"]])
+    assert "for t5xxl, which the connected CLIP does not have" in str(alone)
+    assert sort(pair, weights=(), known=[(f"clip_l.{CLIP_L}", "other.weight")]).layers.keys() == {"other.weight"}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,51 +13,11 @@ from ..files import FLOAT_DTYPES, TensorFile
 from ..layout import LoraTarget, VectorWeight
 from ..spec import ModelSpec
 from .kinds import Change, check_change
-from .names import ModuleNames, Target, cuts
+from .names import ModuleNames, Target, cuts, role_of
 from .origins import origin
 from .shapes import INSTEAD, Piece
 from .text_encoders import split_encoder
 
-# The end of a key, from one of its last dots on -> role, see `kinds`.
-ROLES: Mapping[str, str] = {
-    ".lora_down.weight": "A",  # sd-scripts, LyCORIS, OneTrainer, ComfyUI
-    ".lora_up.weight": "B",
-    ".lora_A.weight": "A",  # PEFT, diffusers, ai-toolkit, SimpleTuner
-    ".lora_B.weight": "B",
-    ".lora_A": "A",  # the matrices themselves as parameters
-    ".lora_B": "B",
-    ".lora.down.weight": "A",  # diffusers before PEFT
-    ".lora.up.weight": "B",
-    "_lora.down.weight": "A",
-    "_lora.up.weight": "B",
-    ".lora_linear_layer.down.weight": "A",
-    ".lora_linear_layer.up.weight": "B",
-    ".down.weight": "A",  # XLabs
-    ".up.weight": "B",
-    ".lora_mid.weight": "mid",
-    ".alpha": "alpha",
-    ".dora_scale": "dora_scale",
-    ".lora_magnitude_vector": "magnitude",  # PEFT's DoRA
-    ".lora_magnitude_vector.weight": "magnitude",
-    ".lora_B.bias": "up_bias",  # PEFT with lora_bias, BFL
-    **{f".hada_{part}": f"hada_{part}" for part in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
-    **{f".lokr_{part}": f"lokr_{part}" for part in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
-    ".oft_blocks": "oft_blocks",
-    ".rescale": "rescale",
-    ".diff_b": "diff_b",
-    ".diff": "diff",
-    ".set_weight": "set_weight",
-    ".reshape_weight": "reshape_weight",
-    **{f".{part}.weight": part for part in ("a1", "a2", "b1", "b2")},
-    **{f".oft_R{end}": "oft_R" for end in (".weight", ".scaled_oft")},
-    ".on_input": "ia3",
-    ".w_norm": "w_norm",
-    ".b_norm": "b_norm",
-    ".weight": "weight",
-}
-# PEFT's own names of what it adds to a layer, with the adapter's name in the middle ("default" if nobody gave it one).
-ADAPTED = (".lora_A.", ".lora_B.", ".lora_magnitude_vector.", ".oft_R.")
-ADAPTER_NAME = re.compile(r"^(\.[^.]+)\.[^.]+(\.weight|\.bias|)$")
 # What may stand behind the name of a norm -> whether it replaces its scale, or is added to it.
 NORM_ENDS: Mapping[str, bool] = {
     ".diff": False,
@@ -152,14 +111,6 @@ def account(file: TensorFile, spec: ModelSpec) -> FileKeys:
             if role != "alpha" and dtype not in (*FLOAT_DTYPES, torch.float64):
                 raise LoraError(f"{source}: '{piece.key}' is stored as {dtype}, expected a float type.")
     return FileKeys(changes, tuple(keys.vectors), tuple(keys.text_encoder), keys.unused)
-
-
-def role_of(end: str) -> str | None:
-    """The role that an end of a key means; None: none."""
-    role = ROLES.get(end)
-    if role is None and end.startswith(ADAPTED):
-        role = ROLES.get(ADAPTER_NAME.sub(r"\1\2", end))
-    return role
 
 
 def _sort(file: TensorFile, spec: ModelSpec, source: str) -> _Sorted:
