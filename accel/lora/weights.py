@@ -187,6 +187,11 @@ class LoraWeights:
         return self.label or self.identity.name
 
     @property
+    def changed(self) -> frozenset[str]:
+        """The linears, biases and norms that it changes."""
+        return frozenset([layer.module for layer in self.layers] + [vector.parameter for vector in self.vectors])
+
+    @property
     def needs_base(self) -> bool:
         """Whether applying it takes the model's own weights."""
         return bool(self.vectors) or any(map(reads_weight, self.layers))
