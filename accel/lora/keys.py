@@ -15,7 +15,7 @@ from ..spec import ModelSpec
 from .kinds import Change, check_change
 from .names import ModuleNames, Target, cuts, role_of
 from .origins import origin
-from .shapes import INSTEAD, Piece
+from .shapes import INSTEAD, OTHER, Piece
 from .text_encoders import split_encoder
 
 # What may stand behind the name of a norm -> whether it replaces its scale, or is added to it.
@@ -109,7 +109,10 @@ def account(file: TensorFile, spec: ModelSpec) -> FileKeys:
         for role, piece in change.pieces.items():
             dtype = file.tensors[piece.key].dtype
             if role != "alpha" and dtype not in (*FLOAT_DTYPES, torch.float64):
-                raise LoraError(f"{source}: '{piece.key}' is stored as {dtype}, expected a float type.")
+                raise LoraError(
+                    f"{source}: '{piece.key}' is stored as {dtype}, expected a float type. Get the file in float16 or "
+                    "bfloat16."
+                )
     return FileKeys(changes, tuple(keys.vectors), tuple(keys.text_encoder), keys.unused)
 
 
@@ -122,7 +125,10 @@ def _sort(file: TensorFile, spec: ModelSpec, source: str) -> _Sorted:
             module, role, target = found
             _, pieces = keys.modules.setdefault(module, (target, {}))
             if role in pieces:
-                raise LoraError(f"{source}: '{key}' and '{pieces[role].key}' say the same thing twice.")
+                raise LoraError(
+                    f"{source}: '{key}' and '{pieces[role].key}' say the same thing twice, expected one of them. Get a "
+                    "file that holds one LoRA, or save it without the other key."
+                )
             pieces[role] = Piece(key, info.shape)
         elif vector := _norm(file, key, norms):
             keys.vectors.append(vector)
@@ -158,7 +164,7 @@ def _norm(file: TensorFile, key: str, norms: ModuleNames[VectorWeight]) -> Vecto
             if info.numel != vector.size or info.dtype not in FLOAT_DTYPES:
                 raise LoraError(
                     f"LoRA '{file.name}': '{key}' is {info.shape} of {info.dtype}, expected ({vector.size},) of a "
-                    "float type: this file is for a model of another size or kind."
+                    f"float type: {OTHER}"
                 )
             return VectorChange(key, vector.parameter, NORM_ENDS[end])
     return None

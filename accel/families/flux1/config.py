@@ -136,7 +136,7 @@ def recognise(tensors: Mapping[str, TensorInfo], file_name: str, names: Names = 
     if hidden_size % HEAD_DIM:
         raise CheckpointError(
             f"'{name}': {names.image}.weight has {hidden_size} rows, expected a multiple of {HEAD_DIM} (FLUX.1 heads "
-            f"are {HEAD_DIM} wide). This is not a FLUX.1 checkpoint."
+            f"are {HEAD_DIM} wide). This is not a FLUX.1 checkpoint: choose another file."
         )
     if in_channels not in VARIANT_BY_IN_CHANNELS:
         known = ", ".join(f"{channels} ({INPUTS[channels]})" for channels in VARIANT_BY_IN_CHANNELS)
@@ -178,8 +178,12 @@ def _matrix(tensors: Mapping[str, TensorInfo], linear: str, name: str) -> tuple[
     info = tensors.get(key)
     if info is None:
         raise CheckpointError(
-            f"'{name}': looks like FLUX.1, but '{key}' is missing. The file is incomplete, or another model's."
+            f"'{name}': looks like FLUX.1, but '{key}' is missing. The file is incomplete, or another model's: get the "
+            "complete transformer."
         )
     if len(info.shape) != 2:
-        raise CheckpointError(f"'{name}': '{key}' has shape {info.shape}, expected a matrix.")
+        raise CheckpointError(
+            f"'{name}': '{key}' has shape {info.shape}, expected a matrix. It is damaged, or packed in a format that "
+            "the file does not name: choose the bf16, fp8 or GGUF file."
+        )
     return info.shape[0], info.shape[1]
