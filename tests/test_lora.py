@@ -328,6 +328,9 @@ def test_a_lora_that_is_added_key_by_key_is_named_once(spec):
     assert str(stack) == str(stack.stack) == "style.safetensors × 0.5"
     blocks = key_by_key(spec, "style.safetensors", [0.25, 1.0, -0.5])
     assert str(blocks) == str(blocks.stack) == f"style.safetensors × -0.5 to 1 ({count} parts)"
+    nameless = key_by_key(spec, "", [0.25, 1.0])
+    assert str(nameless) == f"LoRA of another node × 0.25 to 1 ({count} parts)"
+    assert str(LoraStack(nameless.stack.entries[:1])).startswith("LoRA ")
     cut = key_by_key(spec, "style.safetensors", [0.5], between(0.0, 0.5))
     assert str(cut) == "style.safetensors × 0.5 (0–50 %)"
     (group,) = grouped(blocks.stack.entries)

@@ -156,12 +156,13 @@ class LoraStack:
 def grouped(entries: Iterable[StackEntry]) -> Iterator[tuple[StackEntry, ...]]:
     """The entries as a person counts them: a LoRA that another node added key by key is one, whatever its strengths.
 
-    Such entries are neighbours of one name that change different parts of the model. The same file twice stays two.
+    Such entries are neighbours of one name, or of none, that change different parts of the model. The same file twice
+    stays two.
     """
     group: list[StackEntry] = []
     covered: set[str] = set()
     for entry in entries:
-        if group and group[0].weights.name == entry.weights.name:
+        if group and _called(group[0]) == _called(entry):
             covered = covered or set(group[0].weights.changed)  # rarely asked for, and as long as the model is deep
             if covered.isdisjoint(entry.weights.changed):
                 group.append(entry)
@@ -176,9 +177,14 @@ def grouped(entries: Iterable[StackEntry]) -> Iterator[tuple[StackEntry, ...]]:
 
 def describe(group: Sequence[StackEntry], quote: str = "") -> str:
     """A group of entries, such as `a.safetensors × 0.8` or `a.safetensors × 0.2 to 1 (304 parts)`."""
-    name, strengths = group[0].weights.name, [entry.strength for entry in group]
+    name = "LoRA of another node" if len(group) > 1 and group[0].weights.nameless else group[0].weights.name
+    strengths = [entry.strength for entry in group]
     low, high = min(strengths), max(strengths)
     return f"{quote}{name}{quote} × {low:g}" + (f" to {high:g} ({len(group)} parts)" if low != high else "")
+
+
+def _called(entry: StackEntry) -> str | None:
+    return None if entry.weights.nameless else entry.weights.name
 
 
 def overflow(entries: Iterable[StackEntry], dtype: torch.dtype) -> LoraError:
