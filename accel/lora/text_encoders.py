@@ -53,7 +53,7 @@ class EncoderNames:
             if rest.endswith(".weight") and encoder in layers:
                 layer = rest.removesuffix(".weight")
                 layers[encoder][layer] = weight
-                # Since version 5 transformers calls CLIP's layers without it.
+                # transformers calls them without it since version 5 (seen in 5.24).
                 layers[encoder][layer.removeprefix("text_model.")] = weight
         self._layers = {encoder: ModuleNames(names) for encoder, names in layers.items() if names}
 
