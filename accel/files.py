@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from .errors import FileError
+from .mapped import MappedTensors, check_entries
 
 # The names that safetensors writes in its header, https://github.com/huggingface/safetensors#format
 DTYPES: Mapping[str, torch.dtype] = {
@@ -150,11 +151,14 @@ def read_header(path: str | os.PathLike[str]) -> TensorFile:
         FileError: missing, empty, truncated, not a safetensors file, or of an unknown dtype.
     """
     identity = FileIdentity.of(path)
-    data_start, header = _diagnose(identity)
+    layout = _diagnose(identity)
     tensors, starts = {}, {}
-    with _opened(identity) as handle:  # safetensors checks that the entries are whole and do not overlap
-        metadata = handle.metadata() or {}
-    for key, entry in header.items():
+    if layout.longer:
+        metadata = layout.header.get("__metadata__") or {}
+    else:
+        with _opened(identity) as handle:  # safetensors checks that the entries are whole and do not overlap
+            metadata = handle.metadata() or {}
+    for key, entry in layout.header.items():
         if key == "__metadata__":
             continue
         dtype = DTYPES.get(entry["dtype"])
@@ -164,16 +168,16 @@ def read_header(path: str | os.PathLike[str]) -> TensorFile:
                 f"Supported are {', '.join(DTYPES)}: save the file in one of them."
             )
         tensors[key] = TensorInfo(tuple(entry["shape"]), dtype)
-        starts[key] = data_start + entry["data_offsets"][0]
+        starts[key] = layout.data_start + entry["data_offsets"][0]
     return TensorFile(identity, tensors, metadata, starts)
 
 
 @contextmanager
-def open_tensors(file: TensorFile) -> Iterator[safe_open]:
+def open_tensors(file: TensorFile) -> Iterator[safe_open | MappedTensors]:
     """Open the data of a file whose header was read before, and make sure that it is still the same file.
 
     Yields:
-        A `safetensors.safe_open` handle whose `get_tensor(key)` gives CPU tensors that may map the file: copy them.
+        A handle whose `get_tensor(key)` gives CPU tensors that may map the file: copy them.
 
     Raises:
         FileError: the file is gone, damaged, or changed since `read_header`.
@@ -181,7 +185,10 @@ def open_tensors(file: TensorFile) -> Iterator[safe_open]:
     now = FileIdentity.of(file.identity.path)
     if now != file.identity:
         raise FileError(f"'{file.name}' was changed after it was read. Queue the prompt again to use the new file.")
-    _diagnose(now)
+    layout = _diagnose(now)
+    if layout.longer:
+        yield MappedTensors(now.path, layout.data_start, layout.header, DTYPES)
+        return
     with _opened(now) as handle:
         yield handle
 
@@ -198,12 +205,23 @@ def _opened(identity: FileIdentity) -> Iterator[safe_open]:
         yield handle
 
 
-def _diagnose(identity: FileIdentity) -> tuple[int, dict[str, Any]]:
-    """Check a file before safetensors opens it, whose own messages ("HeaderTooLarge") do not tell what happened.
+@dataclass(frozen=True)
+class _FileLayout:
+    """What lies where in a safetensors file.
 
-    Returns:
-        Where its data begins, and its header.
+    Attributes:
+        data_start: its first byte of data.
+        header: what it says of its tensors.
+        longer: whether bytes follow that the header does not name.
     """
+
+    data_start: int
+    header: dict[str, Any]
+    longer: bool
+
+
+def _diagnose(identity: FileIdentity) -> _FileLayout:
+    """Check a file before safetensors opens it, whose own messages ("HeaderTooLarge") do not tell what happened."""
     name, size = identity.name, identity.size_bytes
     if size == 0:
         raise FileError(f"'{name}' is empty (0 bytes): its download or save did not finish. Get it again.")
@@ -233,7 +251,9 @@ def _diagnose(identity: FileIdentity) -> tuple[int, dict[str, Any]]:
         raise FileError(
             f"'{name}' is truncated: {size:,} of {expected:,} bytes. Its download or copy did not finish: get it again."
         )
-    return 8 + header_bytes, header
+    if size > expected:  # safetensors would call it incomplete
+        check_entries(name, header, DTYPES)
+    return _FileLayout(8 + header_bytes, header, size > expected)
 
 
 def _other_format(start: bytes) -> str | None:

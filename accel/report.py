@@ -13,7 +13,9 @@ import torch
 
 from .build import conversion_of
 from .engine import Engine, SwapReport
+from .lora.report import together
 from .lora.schedule import ScheduledStack
+from .lora.stack import describe, grouped
 from .memory import available_host_bytes, free_device_bytes
 from .prove import proofs
 from .quantize import find_mode
@@ -174,9 +176,9 @@ def _loras(reported: Reported) -> Rows:
     if not entries:
         return [("stack", "none")]
     rows = [("stack", str(loras)), ("bound now", "yes" if engine.applied(loras.stack) else "no")]
-    for number, entry in enumerate(entries, start=1):
-        rows.append((f"{number}", f"{entry.weights.name} × {entry.strength:g}"))
-        rows.append(("", str(entry.weights.report)))
+    for number, group in enumerate(grouped(entries), start=1):
+        rows.append((f"{number}", describe(group)))
+        rows.append(("", str(together([entry.weights.report for entry in group]))))
     cost = loras.stack.cost
     cut = f", cut to {loras.stack.max_rank}" if loras.stack.max_rank else ""
     rows.append(

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from typing import Any
 
-import comfy.sd
-import comfy.utils
 import folder_paths
 from comfy_api.latest import io
 
 from ..accel.errors import LoraError, SettingsError
 from ..accel.lora.schedule import between
 from ..accel.lora.weights import LoraWeights
+from .clip_lora import patch_clip
 from .files import CATEGORY, find_file, fingerprint
 from .patcher import AcceleratedModelPatcher
 from .progress import show_text
@@ -112,10 +112,10 @@ class FluxHotswapLora(io.ComfyNode):
                 f"LoRA '{lora_name}' changes only text encoders ({count} keys), expected keys for a "
                 f"{model.engine.spec.family.name} transformer. Connect clip to use it."
             )
-        patched_clip = _patch_clip(clip, path, weights, strength_clip)
+        patched_clip, said = _patch_clip(clip, path, weights, strength_clip)
         patched = model.with_lora(weights, strength, keyframes).with_max_rank(max_rank)
         log.info("Flux Hotswap: LoRA %s: %s", weights.name, weights.report)
-        show_text(f"{weights.report}\n{_describe_cost(patched)}")
+        show_text("\n".join([str(weights.report), *said, _describe_cost(patched)]))
         return io.NodeOutput(patched, patched_clip)
 
 
@@ -130,19 +130,26 @@ def _describe_cost(model: AcceleratedModelPatcher) -> str:
     )
 
 
-def _patch_clip(clip, path: str, weights: LoraWeights, strength: float):
-    """Apply the text-encoder part of a LoRA by ComfyUI's own patcher; without a CLIP, say that it waits."""
+def _patch_clip(clip: Any, path: str, weights: LoraWeights, strength: float) -> tuple[Any, list[str]]:
+    """Apply the text-encoder part of a LoRA; without a CLIP, say that it waits.
+
+    Returns:
+        The CLIP, and what to say of the keys for it, if there are any.
+
+    Raises:
+        LoraError: the file has keys for text encoders alone, and this CLIP has a place for none of them.
+    """
     keys = weights.text_encoder_keys
+    if not keys:
+        return clip, []
     if clip is None:
-        if keys:
-            log.info(
-                "Flux Hotswap: '%s' has %d text encoder keys; connect clip to Hotswap LoRA to use them.",
-                weights.name,
-                len(keys),
-            )
-        return None
-    if not keys or strength == 0.0:
-        return clip
-    tensors = comfy.utils.load_torch_file(path, safe_load=True)
-    _, patched = comfy.sd.load_lora_for_models(None, clip, {key: tensors[key] for key in keys}, 0.0, strength)
-    return patched
+        waits = f"{len(keys)} text encoder keys; connect clip to Hotswap LoRA to use them"
+        log.info("Flux Hotswap: '%s' has %s.", weights.name, waits)
+        return None, [f"Not used: {waits}"]
+    if strength == 0.0:
+        return clip, [f"{len(keys)} keys for text encoders are off: strength_clip 0"]
+    patched, found = patch_clip(clip, path, keys, strength)
+    if not (found.applied or weights.layers or weights.vectors):
+        raise LoraError(f"LoRA '{weights.name}' changes only text encoders, and nothing of this CLIP: {found}.")
+    log.log(logging.WARNING if found.left else logging.INFO, "Flux Hotswap: LoRA %s: %s", weights.name, found)
+    return patched, [str(found)]

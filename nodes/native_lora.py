@@ -7,7 +7,7 @@ the names of ComfyUI's FLUX model. File names are lost on the way, so these LoRA
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import folder_paths
@@ -19,6 +19,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..accel.errors import LoraError
 from ..accel.layout import FusedLinear, Layout, LinearPart, LoraTarget, VectorWeight
+from ..accel.lora.names import ModuleNames
 from ..accel.lora.patches import LinearPatch, NormPatch, from_patches, tensor_digest
 from ..accel.lora.shapes import INSTEAD
 from ..accel.lora.weights import LoraWeights
@@ -43,13 +44,13 @@ class NativeLoras:
     """Reads patches for one model."""
 
     def __init__(
-        self, layout: Layout, absent: Collection[str], cache_dir: str | os.PathLike[str] | None
+        self, layout: Layout, absent: ModuleNames[str], cache_dir: str | os.PathLike[str] | None
     ) -> None:
         """Know the linears and norms by the names that patches use.
 
         Args:
             layout: of the model.
-            absent: names of linears that other models of the family have: what is for them is left, as ComfyUI does.
+            absent: linears that other models of the family have: what is for them is left, as ComfyUI does.
             cache_dir: where matrices that are slow to compute are kept on disk; None computes them each time.
         """
         self._absent = absent
@@ -79,13 +80,13 @@ class NativeLoras:
         ours = [
             key
             for key in patches
-            if _name(key).startswith(PREFIX) and _name(key).rpartition(".")[0] not in self._absent
+            if _name(key).startswith(PREFIX) and self._absent.find(_name(key).rpartition(".")[0]) is None
         ]
         if not patches:
             raise LoraError(
                 "LoRA: ComfyUI's loader found no key for the FLUX.1 model in it (the log names them): it is for "
-                "another model, for text encoders alone, or in a format that only Hotswap LoRA reads (XLabs, BFL, "
-                "fal). Try it with Hotswap LoRA, which says what it is."
+                "another model, for text encoders alone, or in a format that only Hotswap LoRA reads, such as XLabs' "
+                "and BFL's. Try it with Hotswap LoRA, which says what it is."
             )
         if not ours:
             return None, []

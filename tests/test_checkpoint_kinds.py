@@ -124,6 +124,14 @@ def test_nothing_of_the_file_is_kept(tmp_path, tensors):
                 assert value.untyped_storage().nbytes() == value.nbytes
 
 
+@pytest.mark.parametrize("kind", ["bf16", "scaled, rows", "shards"])
+def test_bytes_behind_the_last_tensor_change_nothing(tmp_path, tensors, kind):
+    written = KINDS[kind](tmp_path / "model.safetensors", tensors)
+    for file in written.path.glob("*.safetensors") if written.path.is_dir() else [written.path]:
+        file.write_bytes(file.read_bytes() + b"appended by a download")
+    assert_holds(written.path, written.tensors)
+
+
 def test_every_file_of_a_folder_counts(tmp_path, tensors):
     path = KINDS["shards"](tmp_path / "model.safetensors", tensors).path
     spec = inspect_checkpoint(path)
@@ -216,6 +224,52 @@ def test_other_formats_of_comfyui_are_named(tmp_path, tensors, kind):
     save_file(tensors, path, metadata={"_quantization_metadata": described})
     message = error_of(path)
     for word in ["'quantized.safetensors'", f"'{QKV}' is quantized as '{kind}'", "GGUF"]:
+        assert word in message
+
+
+def packed(weight, columns_per_byte=2, dtype=torch.uint8):
+    return torch.zeros(weight.shape[0], weight.shape[1] // columns_per_byte, dtype=dtype)
+
+
+PACKED = {
+    "nvfp4": lambda w: ({"weight": packed(w), "weight_scale": torch.ones(len(w), 4).to(torch.float8_e4m3fn),
+                         "weight_scale_2": torch.tensor(1.0)}, "nvfp4"),
+    "mxfp8": lambda w: ({"weight": w.to(torch.float8_e4m3fn),
+                         "weight_scale": torch.full((len(w), 2), 127, dtype=torch.uint8).view(torch.float8_e8m0fnu)},
+                        "mxfp8"),
+    "convrot_w4a4": lambda w: ({"weight": packed(w, dtype=torch.int8), "weight_scale": torch.ones(len(w))}, None),
+    "asym_w4a8_int8": lambda w: ({"weight": packed(w, dtype=torch.int8), "weight_s_channel": torch.ones(len(w)),
+                                  "weight_s_rel": torch.ones(len(w), 4)}, "w4a8 or w6a8"),
+    "something_new": lambda w: ({"weight": packed(w, 8)}, "packed uint8 values, of a format that the file does not"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layers", [("img_in",), ("txt_in", "img_in", QKV)], ids=["img_in", "several"])
+@pytest.mark.parametrize("kind", PACKED)
+def test_packed_sizes_are_not_taken_for_the_models(tmp_path, tensors, kind, layers):
+    """Described in the file or not, the format is named, not a width that follows from it."""
+    file = dict(tensors)
+    for layer in layers:
+        stored, name = PACKED[kind](file.pop(f"{layer}.weight"))
+        file |= {f"{layer}.{end}": tensor for end, tensor in stored.items()}
+    description = torch.tensor(list(json.dumps({"format": kind}).encode()), dtype=torch.uint8)
+    described = file | {f"{layer}.comfy_quant": description.clone() for layer in layers}
+    message = error_of(write_tensors(tmp_path / "described.safetensors", described))
+    assert f"' is quantized as '{kind}', which this loader does not read" in message
+    if name is not None:
+        message = error_of(write_tensors(tmp_path / "bare.safetensors", file))
+        assert name in message
+        assert "choose such a file, the bf16 one, or a GGUF file" in message
+
+
+@pytest.mark.parametrize(
+    ("channels", "words"),
+    [(448, "ACE++ FFT (one more picture"), (196, "Flex.2-preview (a mask"), (72, "no published FLUX.1 does")],
+)
+def test_inputs_of_other_models_are_named(tmp_path, tensors, channels, words):
+    file = {**tensors, "img_in.weight": torch.zeros(256, channels)}
+    message = error_of(write_tensors(tmp_path / "wide.safetensors", file))
+    for word in (f"img_in reads {channels} channels", words, "384 (FLUX.1 Fill)", "the nodes that its author names"):
         assert word in message
 
 

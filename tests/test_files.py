@@ -1,8 +1,11 @@
 """Headers of safetensors files, and what a user is told about files that are none."""
 
+import json
+
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from accel.errors import FileError
 from accel.files import FileIdentity, open_tensors, read_header
@@ -88,6 +91,53 @@ def test_header_without_data(tmp_path):
     }
     assert file.metadata == {"who": "me"}
     assert file.identity == FileIdentity.of(path)
+
+
+EXTRA = {"a byte": b"x", "zeros": bytes(4096), "another file": b"<html>" * 1000}
+
+
+@pytest.mark.parametrize("extra", EXTRA.values(), ids=EXTRA)
+def test_bytes_behind_the_last_tensor_change_nothing(tmp_path, extra):
+    """The safetensors library calls such a file incomplete; ComfyUI's own parser reads it."""
+    path = tmp_path / "longer.safetensors"
+    tensors = {
+        "matrix": torch.randn(3, 5), "scalar": torch.tensor(2.0, dtype=torch.bfloat16), "empty": torch.zeros(0, 4),
+        "fp8": torch.randn(7).to(torch.float8_e4m3fn), "bytes": torch.arange(3, dtype=torch.uint8),
+    }  # fmt: skip
+    save_file(tensors, path, {"who": "me"})
+    whole = read_header(path)
+    path.write_bytes(path.read_bytes() + extra)
+    with pytest.raises(SafetensorError, match=r"not fully covered|MetadataIncompleteBuffer"):
+        load_file(path)
+    file = read_header(path)
+    assert (file.tensors, file.starts, file.metadata) == (whole.tensors, whole.starts, {"who": "me"})
+    with open_tensors(file) as handle:
+        for key, tensor in tensors.items():
+            read = handle.get_tensor(key)
+            assert (read.dtype, read.shape) == (tensor.dtype, tensor.shape)
+            assert torch.equal(read.flatten().view(torch.uint8), tensor.flatten().view(torch.uint8))
+
+
+F32 = {"dtype": "F32", "shape": [1]}
+DAMAGED = {
+    "a gap": ({"a": {**F32, "data_offsets": [0, 4]}, "b": {**F32, "data_offsets": [8, 12]}}, "overlap, or leave gaps"),
+    "an overlap": ({"a": {**F32, "data_offsets": [0, 4]}, "b": {**F32, "data_offsets": [2, 6]}}, "overlap, or leave"),
+    "no begin": ({"a": {**F32, "data_offsets": [4, 8]}}, "overlap, or leave gaps"),
+    "another size": ({"a": {**F32, "data_offsets": [0, 8]}}, "says of 'a' "),
+    "a negative place": ({"a": {**F32, "data_offsets": [-4, 0]}}, "says of 'a' "),
+    "a negative shape": ({"a": {"dtype": "F32", "shape": [-1, -1], "data_offsets": [0, 4]}}, "says of 'a' "),
+    "no shape": ({"a": {"dtype": "F32", "data_offsets": [0, 4]}}, "says of 'a' "),
+    "metadata of numbers": ({"a": {**F32, "data_offsets": [0, 4]}, "__metadata__": {"who": 1}}, "of '__metadata__' "),
+}
+
+
+@pytest.mark.parametrize(("header", "words"), DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_header_before_further_bytes_is_refused(tmp_path, header, words):
+    content = json.dumps(header).encode()
+    path = tmp_path / "damaged.safetensors"
+    path.write_bytes(len(content).to_bytes(8, "little") + content + bytes(64))
+    with pytest.raises(FileError, match=rf"'damaged\.safetensors' is damaged.*{words}"):
+        read_header(path)
 
 
 def test_a_file_that_changed_after_its_header_was_read_is_refused(tmp_path):

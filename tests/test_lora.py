@@ -1,5 +1,6 @@
 """LoRA files and stacks without ComfyUI: every key accounted for, every value in its place."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -9,12 +10,16 @@ from safetensors.torch import load_file, save_file
 from accel.checkpoint import inspect_checkpoint
 from accel.errors import FileError, LoraError
 from accel.files import read_header
+from accel.layout import LoraTarget
 from accel.lora import bulk, writing
 from accel.lora.buffers import BYTES_ALIGNMENT
 from accel.lora.file import read_lora
 from accel.lora.flatten import HEAD_BYTES, aligned_rank, flatten
+from accel.lora.patches import LinearPatch, from_patches, tensor_digest
 from accel.lora.pool import ByteLru
-from accel.lora.stack import LoraStack
+from accel.lora.report import together
+from accel.lora.schedule import ScheduledStack, between
+from accel.lora.stack import LoraStack, grouped
 from harness import broken_files
 from harness.lora_files import ALL_FORMATS, clip_l_lora_state_dict, lora_state_dict, write_lora
 from harness.tiny_models import TinyFluxConfig
@@ -304,6 +309,43 @@ def test_strength_zero_leaves_the_stack(tmp_path, spec):
     assert stack.key == LoraStack().key
     assert str(stack) == "none"
     assert str(stack.with_lora(weights, 0.5)) == "a.safetensors × 0.5"
+
+
+def key_by_key(spec, label, strengths, frames=()):
+    """A stack to which another node adds a LoRA one layer after another, as loaders with weights per block do."""
+    scheduled = ScheduledStack()
+    for number, linear in enumerate(spec.family.layout(spec.config).linears):
+        target = LoraTarget.whole(linear)
+        values = {"A": torch.ones(4, target.in_features), "B": torch.ones(target.out_features, 4), "alpha": 4.0}
+        weights = from_patches([LinearPatch(linear.name, target, values)], tensor_digest)
+        scheduled = scheduled.with_lora(replace(weights, label=label), strengths[number % len(strengths)], frames)
+    return scheduled
+
+
+def test_a_lora_that_is_added_key_by_key_is_named_once(spec):
+    count = len(spec.family.layout(spec.config).linears)
+    stack = key_by_key(spec, "style.safetensors", [0.5])
+    assert str(stack) == str(stack.stack) == "style.safetensors × 0.5"
+    blocks = key_by_key(spec, "style.safetensors", [0.25, 1.0, -0.5])
+    assert str(blocks) == str(blocks.stack) == f"style.safetensors × -0.5 to 1 ({count} parts)"
+    nameless = key_by_key(spec, "", [0.25, 1.0])
+    assert str(nameless) == f"LoRA of another node × 0.25 to 1 ({count} parts)"
+    assert str(LoraStack(nameless.stack.entries[:1])).startswith("LoRA ")
+    cut = key_by_key(spec, "style.safetensors", [0.5], between(0.0, 0.5))
+    assert str(cut) == "style.safetensors × 0.5 (0–50 %)"
+    (group,) = grouped(blocks.stack.entries)
+    report = together([entry.weights.report for entry in group])
+    assert (report.kinds, report.keys_applied, report.ranks) == ({"LoRA": count}, 3 * count, (4, 4))
+    assert report.targets == 50
+
+
+def test_the_same_lora_twice_and_two_loras_stay_two(tmp_path, spec):
+    one, two = (read_lora(str(write_lora(tmp_path / f"{name}.safetensors", "kohya", rank=5)), spec) for name in "ab")
+    stack = LoraStack().with_lora(one, 0.5).with_lora(one, 0.2).with_lora(two, 0.2)
+    assert str(stack) == "a.safetensors × 0.5 + a.safetensors × 0.2 + b.safetensors × 0.2"
+    parts = key_by_key(spec, "b.safetensors", [0.5])
+    again = parts.with_lora(parts.stack.entries[0].weights, 0.3).with_lora(two, 1.0)
+    assert str(again) == "b.safetensors × 0.5 + b.safetensors × 0.3 + b.safetensors × 1"
 
 
 def test_byte_lru_keeps_the_newest_within_its_budget():

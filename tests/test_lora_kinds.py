@@ -395,6 +395,12 @@ def test_metadata_that_says_nothing(tmp_path, spec):
     assert {layer.scale for layer in read_lora(str(path), spec).layers} == {1.0}
 
 
+def image_embedder(channels):
+    """A LoRA of a model whose tokens have so many channels."""
+    return {"diffusion_model.img_in.lora_A.weight": torch.zeros(4, channels),
+            "diffusion_model.img_in.lora_B.weight": torch.zeros(256, 4)}  # fmt: skip
+
+
 LAYER = "diffusion_model.double_blocks.0.img_attn.proj"
 REFUSED = {
     "OneTrainer's scaled OFT": ({f"{LAYER}.oft_R.scaled_oft": torch.zeros(4)}, "ComfyUI does not read it either"),
@@ -402,7 +408,8 @@ REFUSED = {
     "a whole layer": ({f"{LAYER}.weight": torch.zeros(256, 256)}, "whole weight"),
     "a control LoRA with keys of its own": (
         {"transformer.x_embedder.lora_A.weight": torch.zeros(4, 128),
-         "transformer.x_embedder.lora_B.weight": torch.zeros(256, 4), "transformer.x": torch.zeros(4)}, "control LoRA"),
+         "transformer.x_embedder.lora_B.weight": torch.zeros(256, 4), "transformer.x": torch.zeros(4)},
+        "is for FLUX.1 Canny or Depth"),
     "a checkpoint": (tiny_flux_state_dict(TINY), "is a whole FLUX.1 checkpoint, with"),
     "Qwen-Image": (
         {f"transformer_blocks.0.{name}.lora_{role}.weight": torch.zeros(4, 4)
@@ -440,7 +447,9 @@ REFUSED = {
         "expected a matrix"),
     "control LoRA": (
         {"img_in.lora_A.weight": torch.zeros(4, 128), "img_in.lora_B.weight": torch.zeros(256, 4),
-         "single_blocks.0.norm.key_norm.scale": torch.ones(128)}, "control LoRA"),
+         "single_blocks.0.norm.key_norm.scale": torch.ones(128)}, "Choose that model in Accelerated Flux Loader"),
+    "a LoRA of Fill": (image_embedder(384), "is for FLUX.1 Fill, trained on that model"),
+    "a LoRA of ACE++": (image_embedder(448), "is for ACE++ FFT"),
     "reshaped": (
         {**kind_state_dict("LoRA", targets=lambda m: m == "img_in"),
          "diffusion_model.img_in.reshape_weight": torch.tensor([256, 128])}, "reshaped"),
@@ -772,9 +781,9 @@ def test_the_report_accounts_for_every_key(tmp_path, spec):
 def test_formats_have_names(tmp_path, spec, format):
     names = {
         "kohya": "Kohya sd-scripts", "diffusers": "diffusers / PEFT", "native": "ComfyUI", "bfl": "Black Forest Labs",
-        "diffusers_old": "diffusers / PEFT", "onetrainer": "OneTrainer", "lycoris": "LyCORIS", "fal": "fal",
-        "diffsynth": "DiffSynth", "xlabs": "XLabs", "omi": "OneTrainer", "simpletuner": "SimpleTuner",
-        "diffusers_fused": "diffusers / PEFT",
+        "diffusers_old": "diffusers / PEFT", "onetrainer": "OneTrainer", "lycoris": "LyCORIS", "fal": "PEFT",
+        "diffsynth": "DiffSynth", "xlabs": "XLabs", "omi": "OneTrainer", "diffusers_fused": "diffusers / PEFT",
+        "simpletuner": "diffusers' names behind ComfyUI's prefix",
     }
     path = write(tmp_path, "a", lora_state_dict(format, rank=2))
     assert read_lora(str(path), spec).report.format == names[format]
@@ -958,6 +967,17 @@ def test_patches_in_float64_and_with_a_bad_alpha(spec):
     for alpha in (math.nan, math.inf):
         with pytest.raises(LoraError, match=f"has alpha {alpha}, expected a finite number"):
             read(torch.float32, alpha)
+
+
+def test_bytes_behind_a_lora_change_nothing(tmp_path, spec):
+    path = write(tmp_path, "longer", lora_state_dict("kohya", rank=3, alpha=2.0))
+    expected = read_lora(str(path), spec)
+    path.write_bytes(path.read_bytes() + b"appended by a download")
+    actual = read_lora(str(path), spec)
+    for one, two in zip(expected.layers, actual.layers, strict=True):
+        assert (one.module, one.scale) == (two.module, two.scale)
+        assert torch.equal(one.lora_A, two.lora_A)
+        assert torch.equal(one.lora_B, two.lora_B)
 
 
 @pytest.mark.parametrize("header_bytes", [1, 2, 7])

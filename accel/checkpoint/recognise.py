@@ -11,6 +11,7 @@ import torch
 
 from ..errors import CheckpointError
 from ..families import FAMILIES
+from ..files import TensorInfo
 from ..layout import Layout
 from ..spec import ModelSpec, StoredTensor
 from .gguf_file import ARCHITECTURE
@@ -50,13 +51,25 @@ def inspect_checkpoint(path: str | os.PathLike[str]) -> ModelSpec:
     for prefix in PREFIXES:
         names = {key.removeprefix(prefix): info for key, info in file.tensors.items() if key.startswith(prefix)}
         for family in FAMILIES:
-            found = family.recognise(names, file.name)
+            found = _recognise(file, prefix, names, family)
             if found is not None:
                 config, layout = found
                 if located.config is not None:
                     _check_config(located, family.diffusers_config(config))
                 return _spec(file, prefix, {family.canonical(name): name for name in names}, family, config, layout)
     raise _unknown(file)
+
+
+def _recognise(
+    file: Checkpoint, prefix: str, names: Mapping[str, TensorInfo], family: Any
+) -> tuple[Any, Layout] | None:
+    """What a family makes of a file's sizes; where it cannot be, the weights' format is named, if that is why."""
+    try:
+        return family.recognise(names, file.name)
+    except CheckpointError as exc:
+        wrong = exc
+    find_scales(file, prefix, names)  # packed weights have other sizes than they stand for
+    raise wrong
 
 
 def _check_architecture(file: Checkpoint) -> None:

@@ -14,7 +14,7 @@ needed to have the weights.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -32,6 +32,12 @@ STORED_AS = {
     "float8_e4m3fn": torch.float8_e4m3fn,
     "float8_e5m2": torch.float8_e5m2,
     "int8_tensorwise": torch.int8,
+}
+# What stands beside a weight that no description names -> the format that it is a part of.
+UNDESCRIBED = {
+    ".weight_scale_2": "nvfp4",  # ModelOpt, ComfyUI
+    ".weight_s_rel": "w4a8 or w6a8",
+    ".smooth_factor": "svdquant_w4a4",
 }
 
 
@@ -52,6 +58,7 @@ def find_scales(file: Checkpoint, prefix: str, names: Mapping[str, TensorInfo]) 
     scales: dict[str, str] = {}
     consumed = {name for name in names if name == MARKER or name.endswith((*INPUT_SCALES, DESCRIPTION))}
     formats = _formats(file, prefix, names)
+    _check_undescribed(file, prefix, names, formats)
     for layer, described in formats.items():
         _check_format(file, prefix + layer, described, names.get(f"{layer}.weight"))
     for name in names:
@@ -111,11 +118,7 @@ def _check_format(file: Checkpoint, layer: str, described: Any, weight: TensorIn
         described.get("convrot") or (isinstance(parameters, dict) and parameters.get("convrot"))
     )
     if kind not in STORED_AS or rotated:
-        raise CheckpointError(
-            f"'{file.name}': '{layer}' is quantized as '{kind}'{' with a rotation' if rotated else ''}, which this "
-            f"loader does not read. It reads {', '.join(STORED_AS)} with one scale per tensor or row: choose such a "
-            "file, the bf16 one, or a GGUF file."
-        )
+        raise _unread(file, layer, f"as '{kind}'{' with a rotation' if rotated else ''}")
     if weight is None:
         raise CheckpointError(
             f"'{file.name}': the file describes '{layer}' as '{kind}', and holds no '{layer}.weight'. It is "
@@ -126,6 +129,32 @@ def _check_format(file: Checkpoint, layer: str, described: Any, weight: TensorIn
             f"'{file.name}': '{layer}.weight' is stored as {weight.dtype}, and the file describes it as '{kind}'. It "
             "is damaged, or mixed from two: get it again."
         )
+
+
+def _check_undescribed(
+    file: Checkpoint, prefix: str, names: Mapping[str, TensorInfo], described: Collection[str]
+) -> None:
+    """Refuse packed weights of which nothing says the format, by what stands beside them."""
+    for name, info in names.items():
+        layer = name.removesuffix(".weight")
+        if layer == name or layer in described or info.packed or len(info.shape) != 2:
+            continue
+        found = next((end for end in UNDESCRIBED if layer + end in names), None)
+        if found is not None:
+            raise _unread(file, prefix + layer, f"as '{UNDESCRIBED[found]}' (it has '{prefix}{layer}{found}')")
+        scale = next((names[layer + end] for end in WEIGHT_SCALES if layer + end in names), None)
+        if scale is not None and scale.dtype == getattr(torch, "float8_e8m0fnu", None):
+            raise _unread(file, prefix + layer, "as 'mxfp8' (its scales are float8_e8m0)")
+        if info.dtype == torch.uint8 or (info.dtype == torch.int8 and scale is None):
+            raise _unread(file, prefix + layer, f"as packed {str(info.dtype).removeprefix('torch.')} values, of a "
+                          "format that the file does not name")  # fmt: skip
+
+
+def _unread(file: Checkpoint, layer: str, how: str) -> CheckpointError:
+    return CheckpointError(
+        f"'{file.name}': '{layer}' is quantized {how}, which this loader does not read. It reads "
+        f"{', '.join(STORED_AS)} with one scale per tensor or row: choose such a file, the bf16 one, or a GGUF file."
+    )
 
 
 def _check_scale(file: Checkpoint, prefix: str, name: str, layer: str, names: Mapping[str, TensorInfo]) -> None:

@@ -37,7 +37,8 @@ def check_stored(file: Checkpoint, stored: StoredTensor, shape: tuple[int, ...])
     if stored.info.dtype not in allowed:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
         raise CheckpointError(
-            f"'{file.name}': '{stored.key}' is stored as {stored.info.dtype}, expected one of: {names}."
+            f"'{file.name}': '{stored.key}' is stored as {stored.info.dtype}, expected one of: {names}. Choose the "
+            "bf16, fp8 or GGUF file."
         )
 
 

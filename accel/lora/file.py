@@ -16,10 +16,11 @@ from ..spec import ModelSpec
 from .buffers import HostBuffers
 from .bulk import BulkReader
 from .factor_cache import Products
-from .keys import FileKeys, VectorChange, account, name_format
+from .keys import FileKeys, VectorChange, account
 from .kinds import Change, convert
 from .lowrank import Tolerance
 from .metadata import adapter_config
+from .origins import name_format
 from .report import LoraReport, overall_error
 from .weights import Layer, LoraLayer, LoraWeights, VectorLayer, check_finite, own_vector, to_float
 

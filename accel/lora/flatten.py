@@ -15,13 +15,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..errors import LoraError
 from ..garbage import collected_later
 from ..tensors import all_finite
 from .buffers import BYTES_ALIGNMENT, HostBuffers
 from .compose import BaseWeights, Composed, KroneckerTerm, compose, is_plain
 from .kronecker import Term
-from .stack import StackEntry
+from .stack import StackEntry, overflow
 from .weights import InputLayer, KroneckerLayer, Layer, LoraLayer, VectorLayer, reads_weight, to_float
 from .writing import Scaled, Writer
 
@@ -147,8 +146,7 @@ def flatten(
             ((not mixing and _fits(entries, dtype)) or all_finite(buffer))
             and all(all_finite(tensor) for tensor in (*mixing.values(), *vectors.values()))
         ):
-            names = " + ".join(f"'{entry.weights.name}' × {entry.strength:g}" for entry in entries)
-            raise LoraError(f"LoRA {names} overflows {dtype}: lower the strength, or choose another dtype.")
+            raise overflow(entries, dtype)
     return FlatLora(buffer, placed, mixing, vectors, kroneckers)
 
 

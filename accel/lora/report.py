@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 
@@ -52,6 +53,24 @@ class LoraReport:
             parts.append(f"{self.text_encoder_keys} for text encoders")
         parts += [f"{count} not used: {what}" for what, count in self.unused.items()]
         return ", ".join(parts)
+
+
+def together(reports: Sequence[LoraReport]) -> LoraReport:
+    """One report of the parts of a LoRA, which change different layers; of the errors the largest."""
+    first, ranks = reports[0], [report.ranks for report in reports if any(report.ranks)]
+    kinds, unused = (
+        dict(sum((Counter(getattr(report, name)) for report in reports), Counter())) for name in ("kinds", "unused")
+    )
+    counted = ("targets", "keys_applied", "keys_approximated", "text_encoder_keys")
+    return LoraReport(
+        format=first.format,
+        kinds=kinds,
+        ranks=(min((low for low, _ in ranks), default=0), max((high for _, high in ranks), default=0)),
+        max_error=max(report.max_error for report in reports),
+        overall_error=max(report.overall_error for report in reports),
+        unused=unused,
+        **{name: sum(getattr(report, name) for report in reports) for name in counted},
+    )
 
 
 def overall_error(errors: Mapping[str, tuple[float, float]]) -> tuple[float, float]:

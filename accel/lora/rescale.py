@@ -15,10 +15,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..errors import LoraError
 from .buffers import HostBuffers
 from .flatten import FlatLora
-from .stack import StackEntry
+from .stack import StackEntry, overflow
 from .weights import KroneckerLayer, only_adds
 from .writing import Scaled, Writer
 
@@ -116,8 +115,7 @@ class UnscaledB:
             for strip, largest in zip(run.strips, run.largest, strict=True):
                 factor = entries[strip.entry].strength * strip.scale
                 if largest * abs(factor) > surely and not torch.isfinite((torch.tensor(largest) * factor).to(dtype)):
-                    names = " + ".join(f"'{entry.weights.name}' × {entry.strength:g}" for entry in entries)
-                    raise LoraError(f"LoRA {names} overflows {dtype}: lower the strength, or choose another dtype.")
+                    raise overflow(entries, dtype)
 
     def multiply(self, entries: Sequence[StackEntry], flat: FlatLora) -> None:
         """Write strength · scale · lora_B, or left, into a flat buffer of this stack, rounded once; the rest stays."""

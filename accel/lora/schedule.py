@@ -7,13 +7,14 @@ that a scheduled LoRA draws the same picture either way.
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from ..errors import SettingsError
-from .stack import LoraStack
+from .stack import LoraStack, describe, grouped
 from .weights import LoraWeights
 
 
@@ -99,10 +100,12 @@ class ScheduledStack:
 
     def __str__(self) -> str:
         """As a person would write it: `a.safetensors × 0.8 (20–60 %) + b.safetensors × 1`."""
-        parts = []
-        for entry, frames in zip(self.stack.entries, self.keyframes, strict=True):
-            if entry.strength:
-                parts.append(f"{LoraStack((entry,))}{_describe(frames)}")
+        active = (pair for pair in zip(self.stack.entries, self.keyframes, strict=True) if pair[0].strength)
+        parts = [
+            f"{describe(group)}{_describe(frames)}"
+            for frames, run in itertools.groupby(active, key=operator.itemgetter(1))
+            for group in grouped(entry for entry, _ in run)
+        ]
         return " + ".join(parts) or "none"
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from ..errors import LoraError
 from ..layout import LoraTarget
 
+OTHER = "this file is for a model of another size or kind. Choose a LoRA that was trained for this model."
 INSTEAD = "Choose a LoRA without it, or use ComfyUI's Load Diffusion Model for this one."
 LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 
@@ -34,8 +35,8 @@ class Shapes:
         shape = self._shape(role)
         if len(shape) < 2 or any(size != 1 for size in shape[2:]) or 0 in shape:
             raise LoraError(
-                f"{self.source}: '{self.pieces[role].key}' is {shape}, expected a matrix (or a 1x1 convolution): this "
-                "file is for a model of another size or kind."
+                f"{self.source}: '{self.pieces[role].key}' is {shape}, expected a matrix (or a 1x1 convolution): "
+                f"{OTHER}"
             )
         return shape[0], shape[1]
 
@@ -43,8 +44,7 @@ class Shapes:
         """Raise unless a shape is as expected."""
         if not good:
             raise LoraError(
-                f"{self.source}: '{self.pieces[role].key}' is {self._shape(role)}, expected {expected}: this file is "
-                "for a model of another size or kind."
+                f"{self.source}: '{self.pieces[role].key}' is {self._shape(role)}, expected {expected}: {OTHER}"
             )
 
     def vector(self, role: str, size: int) -> None:

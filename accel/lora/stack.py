@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -149,4 +150,44 @@ class LoraStack:
 
     def __str__(self) -> str:
         """The stack as a person would write it: `a.safetensors × 0.8 + b.safetensors × 1`."""
-        return " + ".join(f"{entry.weights.name} × {entry.strength:g}" for entry in self.active) or "none"
+        return " + ".join(map(describe, grouped(self.active))) or "none"
+
+
+def grouped(entries: Iterable[StackEntry]) -> Iterator[tuple[StackEntry, ...]]:
+    """The entries as a person counts them: a LoRA that another node added key by key is one, whatever its strengths.
+
+    Such entries are neighbours of one name, or of none, that change different parts of the model. The same file twice
+    stays two.
+    """
+    group: list[StackEntry] = []
+    covered: set[str] = set()
+    for entry in entries:
+        if group and _called(group[0]) == _called(entry):
+            covered = covered or set(group[0].weights.changed)  # rarely asked for, and as long as the model is deep
+            if covered.isdisjoint(entry.weights.changed):
+                group.append(entry)
+                covered |= entry.weights.changed
+                continue
+        if group:
+            yield tuple(group)
+        group, covered = [entry], set()
+    if group:
+        yield tuple(group)
+
+
+def describe(group: Sequence[StackEntry], quote: str = "") -> str:
+    """A group of entries, such as `a.safetensors × 0.8` or `a.safetensors × 0.2 to 1 (304 parts)`."""
+    name = "LoRA of another node" if len(group) > 1 and group[0].weights.nameless else group[0].weights.name
+    strengths = [entry.strength for entry in group]
+    low, high = min(strengths), max(strengths)
+    return f"{quote}{name}{quote} × {low:g}" + (f" to {high:g} ({len(group)} parts)" if low != high else "")
+
+
+def _called(entry: StackEntry) -> str | None:
+    return None if entry.weights.nameless else entry.weights.name
+
+
+def overflow(entries: Iterable[StackEntry], dtype: torch.dtype) -> LoraError:
+    """What to say of entries whose matrices, at their strengths, a dtype cannot hold."""
+    names = " + ".join(describe(group, "'") for group in grouped(entries))
+    return LoraError(f"LoRA {names} overflows {dtype}: lower the strength, or choose another dtype.")

@@ -187,6 +187,16 @@ class LoraWeights:
         return self.label or self.identity.name
 
     @property
+    def nameless(self) -> bool:
+        """Whether nobody knows what it is called: it came as another node's patches, and is known by its content."""
+        return not self.label and not self.identity.mtime_ns
+
+    @property
+    def changed(self) -> frozenset[str]:
+        """The linears, biases and norms that it changes."""
+        return frozenset([layer.module for layer in self.layers] + [vector.parameter for vector in self.vectors])
+
+    @property
     def needs_base(self) -> bool:
         """Whether applying it takes the model's own weights."""
         return bool(self.vectors) or any(map(reads_weight, self.layers))

@@ -4,6 +4,7 @@ ComfyUI's stock FLUX CLIP loads a small T5 when it is told the sizes, which is t
 """
 
 import importlib
+import re
 import sys
 
 import pytest
@@ -319,6 +320,76 @@ def test_loras_on_a_quantized_t5(make, tmp_path, mode):
     assert torch.equal(ours[1], theirs[1])
     assert relative_distance(ours[0], plain[0]) > 0.02
     assert same(encode(quantized), plain)
+
+
+@pytest.fixture
+def patch_clip(pack, flux_clip, tmp_path):
+    """`patch_clip(clip, tensors, strength)`: what Hotswap LoRA does with the keys for text encoders."""
+    module = importlib.import_module(f"{pack.__name__}.nodes.clip_lora")
+
+    def patch(clip, tensors, strength=0.8):
+        path = write_tensors(tmp_path / "lora.safetensors", tensors)
+        return module.patch_clip(clip, str(path), list(tensors), strength)
+
+    return patch
+
+
+# Encoder -> the layers of `lora`, and what others put before them.
+SPELLINGS = {
+    "clip_l": ("text_model.encoder.layers.{}.self_attn.q_proj", [
+        "text_encoder.", "clip_l.", "te1.", "text_encoders.clip_l.transformer.", "base_model.model.text_encoder."]),
+    "t5xxl": ("encoder.block.{}.layer.0.SelfAttention.v", [
+        "text_encoder_2.", "t5.", "t5xxl.transformer.", "te2.", "lora_te3_", "text_encoder_2.base_model.model."]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("part", SPELLINGS)
+def test_every_spelling_of_a_lora_is_the_one_that_stock_reads(make, patch_clip, part):
+    clip, (layer, prefixes) = make(), SPELLINGS[part]
+    expected = encode(with_lora(clip, part))
+    for prefix in prefixes:
+        tensors = {}
+        for key, tensor in lora(part).items():
+            end = key.partition(".")[2]
+            spelled = layer.format(re.search(r"(?:layers|block)_(\d)", key)[1])
+            tensors[f"{prefix}{spelled.replace('.', '_') if prefix[-1] == '_' else spelled}.{end}"] = tensor
+        patched, found = patch_clip(clip, tensors)
+        assert (found.applied, found.left) == (6, {}), prefix
+        assert same(encode(patched), expected), prefix
+    assert not clip.patcher.patches
+
+
+@pytest.mark.parametrize("mode", ["none", "int8"])
+def test_what_stock_would_drop_in_silence_is_named(make, patch_clip, mode):
+    clip = make(mode=mode)
+    wrong = {f"lora_te3_encoder_block_1_layer_1_DenseReluDense_wo.lora_{role}.weight": torch.ones(4, 4)
+             for role in ("down", "up")}  # fmt: skip
+    unknown = {"lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": torch.ones(4, 128)}
+    patched, found = patch_clip(clip, {**lora("clip_l"), **lora("t5xxl"), **wrong, **unknown})
+    assert found.applied == 12
+    assert set(found.left.values()) == {tuple(wrong), tuple(unknown)}
+    assert same(encode(patched), encode(with_lora(clip, "clip_l", "t5xxl")))
+
+
+def test_kinds_of_a_text_encoder_lora_equal_stock(make, patch_clip):
+    """Names of ours, ends of ComfyUI's: each role arrives where its own loader would put it."""
+    import comfy.sd
+
+    name = "text_encoders.clip_l.transformer.text_model.encoder.layers.0.self_attn.q_proj"
+    kinds = {
+        "LoHa": {f"hada_w{n}_{side}": (128, 4) if side == "a" else (4, 128) for n in "12" for side in "ab"},
+        "LoKr": {"lokr_w1": (8, 8), "lokr_w2_a": (16, 2), "lokr_w2_b": (2, 16)},
+        "difference": {"diff": (128, 128), "diff_b": (128,)},
+        "DoRA": {"lora_A.weight": (4, 128), "lora_B.weight": (128, 4), "dora_scale": (128, 1)},
+    }
+    clip = make()
+    for kind, shapes in kinds.items():
+        stock_named = {f"{name}.{end}": seeded_normal(3, end, shape, 0.2) for end, shape in shapes.items()}
+        theirs = comfy.sd.load_lora_for_models(None, clip, stock_named, 0.0, 0.8)[1]
+        ours, found = patch_clip(clip, {key.replace("text_encoders.clip_l", "te"): t for key, t in stock_named.items()})
+        assert (found.applied, found.left) == (len(shapes), {}), kind
+        assert same(encode(ours), encode(theirs)), kind
+        assert not same(encode(ours), encode(clip)), kind
 
 
 def test_two_loras_in_turn_leave_no_trace(make):

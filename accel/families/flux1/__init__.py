@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,14 +12,15 @@ from torch import nn
 from ...attention import Attention
 from ...files import TensorInfo
 from ...layout import Layout, LoraTarget, VectorWeight
+from ...lora.names import ModuleNames
 from ..diffusers_models import model_class
 from . import blocks
 from .activations import activation_bytes, image_tokens
-from .config import AXES_DIM, DIFFUSERS, HEAD_DIM, PATCH_SIZE, Flux1Config
+from .config import AXES_DIM, DIFFUSERS, HEAD_DIM, INPUTS, PATCH_SIZE, VARIANT_BY_IN_CHANNELS, Flux1Config
 from .config import recognise as recognise_config
 from .forward import BlockWeights, Flux1Forward, Flux1Inputs
 from .layout import checkpoint_layout
-from .lora_names import lora_aliases, lora_norms
+from .lora_names import lora_absent, lora_linears, lora_norms
 
 __all__ = ["AXES_DIM", "PATCH_SIZE", "Flux1", "Flux1Config", "Flux1Inputs"]
 
@@ -33,6 +33,8 @@ class Flux1:
     diffusers_class = "FluxTransformer2DModel"
 
     gguf_architecture = "flux"
+
+    image_embedder = "x_embedder"
 
     def recognise(self, tensors: Mapping[str, TensorInfo], file_name: str) -> tuple[Flux1Config, Layout] | None:
         """The configuration of a checkpoint and the layout that it follows; see `config.recognise`."""
@@ -50,17 +52,21 @@ class Flux1:
         """See `layout.checkpoint_layout`."""
         return checkpoint_layout(config)
 
-    def lora_aliases(self, config: Flux1Config) -> Mapping[str, LoraTarget]:
-        """See `lora_names.lora_aliases`."""
+    def lora_linears(self, config: Flux1Config) -> ModuleNames[LoraTarget]:
+        """See `lora_names.lora_linears`."""
         return _lora_names(config)[0]
 
-    def lora_absent(self, config: Flux1Config) -> Mapping[str, str]:
-        """Names of linears that other models of the family have and this one lacks -> what to say of their keys."""
-        return _absent_names(config)
-
-    def lora_norms(self, config: Flux1Config) -> Mapping[str, VectorWeight]:
+    def lora_norms(self, config: Flux1Config) -> ModuleNames[VectorWeight]:
         """See `lora_names.lora_norms`."""
         return _lora_names(config)[1]
+
+    def lora_absent(self, config: Flux1Config) -> ModuleNames[str]:
+        """See `lora_names.lora_absent`."""
+        return _absent_names(config)
+
+    def inputs(self, channels: int) -> tuple[str, bool] | None:
+        """What published models read so many channels per token, and whether they run here; None: none does."""
+        return (INPUTS[channels], channels in VARIANT_BY_IN_CHANNELS) if channels in INPUTS else None
 
     def quantizable(self, module: str) -> bool:
         """Whether a linear of the diffusers model may be stored in fewer bits: those inside the blocks.
@@ -152,15 +158,12 @@ class Flux1:
 
 
 @functools.lru_cache(maxsize=4)
-def _lora_names(config: Flux1Config) -> tuple[Mapping[str, LoraTarget], Mapping[str, VectorWeight]]:
-    # 5,000 names, wanted for every LoRA that is read.
+def _lora_names(config: Flux1Config) -> tuple[ModuleNames[LoraTarget], ModuleNames[VectorWeight]]:
+    # 3,000 names, wanted for every LoRA that is read.
     layout = checkpoint_layout(config)
-    return lora_aliases(layout), lora_norms(layout)
+    return ModuleNames(lora_linears(layout)), ModuleNames(lora_norms(layout))
 
 
 @functools.lru_cache(maxsize=4)
-def _absent_names(config: Flux1Config) -> Mapping[str, str]:
-    if config.guidance:
-        return {}
-    names = _lora_names(replace(config, guidance=True))[0].keys() - _lora_names(config)[0].keys()
-    return dict.fromkeys(names, "of the guidance embedder, which FLUX.1-schnell does not have")
+def _absent_names(config: Flux1Config) -> ModuleNames[str]:
+    return ModuleNames(lora_absent(config))

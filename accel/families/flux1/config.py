@@ -14,9 +14,21 @@ AXES_DIM = (16, 56, 56)
 TIMESTEP_DIM = 256
 PATCH_SIZE = 2
 
+# Double and single blocks of every FLUX.1 by Black Forest Labs; models that were pruned have fewer.
+DEPTH, DEPTH_SINGLE = 19, 38
+
 # What the image embedder reads: the latent alone, or with a mask and a masked image, or with a control image.
 # Source: black-forest-labs/flux util.py, `in_channels` of each configuration.
 VARIANT_BY_IN_CHANNELS = {64: "base", 128: "control", 384: "fill"}
+# The same as a person knows these models; and models made of FLUX.1 whose further inputs nothing here supplies.
+# Source: ostris/Flex.2-preview; ali-vilab/ACE_plus (the fine-tuned model, not its LoRAs).
+INPUTS = {
+    64: "FLUX.1 dev, schnell, Krea or Kontext",
+    128: "FLUX.1 Canny or Depth",
+    384: "FLUX.1 Fill",
+    196: "Flex.2-preview (a mask, a picture to fill and a control picture beside the latent)",
+    448: "ACE++ FFT (one more picture than FLUX.1 Fill)",
+}
 
 
 @dataclass(frozen=True)
@@ -124,12 +136,15 @@ def recognise(tensors: Mapping[str, TensorInfo], file_name: str, names: Names = 
     if hidden_size % HEAD_DIM:
         raise CheckpointError(
             f"'{name}': {names.image}.weight has {hidden_size} rows, expected a multiple of {HEAD_DIM} (FLUX.1 heads "
-            f"are {HEAD_DIM} wide). This is not a FLUX.1 checkpoint."
+            f"are {HEAD_DIM} wide). This is not a FLUX.1 checkpoint: choose another file."
         )
     if in_channels not in VARIANT_BY_IN_CHANNELS:
+        known = ", ".join(f"{channels} ({INPUTS[channels]})" for channels in VARIANT_BY_IN_CHANNELS)
         raise CheckpointError(
-            f"'{name}': {names.image} reads {in_channels} channels, expected one of "
-            f"{', '.join(map(str, VARIANT_BY_IN_CHANNELS))} (dev/schnell, Canny/Depth, Fill)."
+            f"'{name}': {names.image} reads {in_channels} channels, as "
+            f"{INPUTS.get(in_channels, 'no published FLUX.1 does')}; expected {known}. It was made of FLUX.1 with "
+            "inputs of its own, which this loader does not supply: load it with the nodes that its author names, or "
+            "choose one of the models above."
         )
     return Flux1Config(
         hidden_size=hidden_size,
@@ -163,8 +178,12 @@ def _matrix(tensors: Mapping[str, TensorInfo], linear: str, name: str) -> tuple[
     info = tensors.get(key)
     if info is None:
         raise CheckpointError(
-            f"'{name}': looks like FLUX.1, but '{key}' is missing. The file is incomplete, or another model's."
+            f"'{name}': looks like FLUX.1, but '{key}' is missing. The file is incomplete, or another model's: get the "
+            "complete transformer."
         )
     if len(info.shape) != 2:
-        raise CheckpointError(f"'{name}': '{key}' has shape {info.shape}, expected a matrix.")
+        raise CheckpointError(
+            f"'{name}': '{key}' has shape {info.shape}, expected a matrix. It is damaged, or packed in a format that "
+            "the file does not name: choose the bf16, fp8 or GGUF file."
+        )
     return info.shape[0], info.shape[1]
