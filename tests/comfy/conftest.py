@@ -21,6 +21,7 @@ from harness.paths import CACHE, REPO
 from harness.server import ComfyServer
 
 PROBE_PACK = REPO / "tests" / "probe_pack"
+NEWER_CORE_PACK = REPO / "tests" / "newer_core_pack"
 Edit = Callable[[Graph, str], None]
 """Changes one picture's nodes; their ids begin with the second argument."""
 
@@ -171,7 +172,9 @@ def models_cache() -> Path:
 
 
 @contextlib.contextmanager
-def _running(models_cache: Path, base: Path, comfy_args: tuple[str, ...], version: str | None) -> Iterator[Comfy]:
+def _running(
+    models_cache: Path, base: Path, comfy_args: tuple[str, ...], version: str | None, newer_core: bool
+) -> Iterator[Comfy]:
     for source in models_cache.glob("*/*.safetensors"):
         target = base / "models" / source.relative_to(models_cache)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -179,7 +182,8 @@ def _running(models_cache: Path, base: Path, comfy_args: tuple[str, ...], versio
     # Tiny tensors gain nothing from threads, and lose seconds to them when other programs run. The threshold makes
     # glibc give freed tensors back to the system, or memory that was released would still count as the process's.
     env = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "1048576"}
-    server = ComfyServer(base, packs=[PROBE_PACK], comfy_args=comfy_args, version=version, env=env)
+    packs = [PROBE_PACK, NEWER_CORE_PACK] if newer_core else [PROBE_PACK]
+    server = ComfyServer(base, packs=packs, comfy_args=comfy_args, version=version, env=env)
     with server, server.client() as client:
         yield Comfy(server, client)
 
@@ -194,10 +198,10 @@ def _link(source: Path, target: Path) -> None:
 
 @pytest.fixture(scope="session")
 def start_comfy(models_cache, tmp_path_factory) -> Callable:
-    """Start a further server: `with start_comfy("--cache-none") as comfy`."""
+    """Start a further server: `with start_comfy("--cache-none") as comfy`; see tests/newer_core_pack for the flag."""
 
-    def start(*comfy_args: str, version: str | None = None):
-        return _running(models_cache, tmp_path_factory.mktemp("comfyui"), comfy_args, version)
+    def start(*comfy_args: str, version: str | None = None, newer_core: bool = False):
+        return _running(models_cache, tmp_path_factory.mktemp("comfyui"), comfy_args, version, newer_core)
 
     return start
 
