@@ -13,6 +13,7 @@ from comfy_api.latest import io
 from ..accel.errors import LoraError, SettingsError
 from ..accel.lora.schedule import between
 from ..accel.lora.weights import LoraWeights
+from . import contract
 from .files import CATEGORY, find_file, fingerprint
 from .patcher import AcceleratedModelPatcher
 from .progress import show_text
@@ -143,6 +144,11 @@ def _patch_clip(clip, path: str, weights: LoraWeights, strength: float):
         return None
     if not keys or strength == 0.0:
         return clip
+    if not contract.holds(contract.CLIP_LORAS):
+        raise SettingsError(
+            f"LoRA '{weights.name}' has {len(keys)} text encoder keys, which this version of ComfyUI takes in another "
+            "way than this pack hands them over (its log says more). Disconnect clip, or update this pack."
+        )
     tensors = comfy.utils.load_torch_file(path, safe_load=True)
     _, patched = comfy.sd.load_lora_for_models(None, clip, {key: tensors[key] for key in keys}, 0.0, strength)
     return patched

@@ -71,6 +71,9 @@ ASIDE: Mapping[str, str] = {
     "bundle_emb.": "of trained embeddings, which ComfyUI reads from files of their own",  # OneTrainer
     "emb_params": "of a trained embedding, which ComfyUI reads from a file of its own",  # ai-toolkit
 }
+# The end of an entry that configures a module of ComfyUI's model (from about 0.40): which attention kernel it prefers.
+CONFIG_END = ".config"
+CONFIG = "which ask for an attention kernel; choose it in Accelerated Flux Loader"
 # Parts of names that LoRAs for other models or in other programs' own formats carry, for the message only.
 OTHER_MODELS: Mapping[str, str] = {
     "distilled_guidance_layer.": "Chroma",
@@ -148,6 +151,8 @@ def account(file: TensorFile, spec: ModelSpec) -> FileKeys:
             vectors.append(vector)
         elif aside := next((what for prefix, what in ASIDE.items() if key.startswith(prefix)), None):
             unused[aside] += 1
+        elif key.endswith(CONFIG_END):
+            unused[CONFIG] += 1
         elif lacking := _module(key, absent):
             unused[absent[lacking[0]]] += 1
         else:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -14,7 +16,7 @@ import psutil
 import pytest
 import torch
 
-from harness import assets, lora_files, tensor_files, tiny_models
+from harness import assets, comfyui, lora_files, tensor_files, tiny_models
 from harness.client import Client, PromptResult, http_request
 from harness.graphs import Graph, Picture, graph, latents, relative_distance
 from harness.paths import CACHE, REPO
@@ -161,6 +163,19 @@ class Comfy:
                     return
                 time.sleep(0.05)
         pytest.fail(f"/free did not give the weights back: {state}")
+
+
+@pytest.fixture(scope="module")
+def core(pack) -> Iterator[Callable]:
+    """ComfyUI in this process, kept on the CPU: `core("nodes.clip")` is a module of the pack that needs it."""
+    sys.path.append(str(comfyui.source_path()))
+    try:
+        import comfy.cli_args
+
+        comfy.cli_args.args.cpu = True
+        yield lambda name: importlib.import_module(f"{pack.__name__}.{name}")
+    finally:
+        sys.path.remove(str(comfyui.source_path()))
 
 
 @pytest.fixture(scope="session")

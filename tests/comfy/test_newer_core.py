@@ -30,10 +30,9 @@ def comfy(start_comfy):
 
 def test_the_pack_loads(comfy):
     assert {"FluxAccelLoader", "FluxHotswapLora", "FluxTextEncoderLoader"} <= set(comfy.client.object_info())
-    # Nothing is amiss but what the server lacks.
+    # Nothing else is amiss; the queue is said to be only where this pack was loaded after that one.
     said = [line for line in comfy.server.log.splitlines() if "Flux Hotswap: this ComfyUI" in line]
-    assert len(said) == 1
-    assert "prompt_queue" in said[0]
+    assert all("prompt_queue" in line for line in said)
 
 
 @pytest.mark.parametrize("format", ["kohya", "diffusers", "native"])
@@ -48,8 +47,7 @@ def test_hotswap_and_native_loaders_equal_stock(comfy, format):
 
 
 def test_loaders_of_other_packs(comfy):
-    for number, (name, format) in enumerate(zip(test_loader_nodes.FILES, ("kohya", "diffusers", "native"), strict=True)):
-        comfy.lora(name, format, rank=6 + 5 * number, seed=90 + number)
+    test_loader_nodes.write_files(comfy)
     test_loader_nodes.test_mixed_chains_in_any_order_equal_stock(
         comfy, ("ProbeCachedLoraLoader", "FluxHotswapLora", "ProbeAddPatches")
     )
