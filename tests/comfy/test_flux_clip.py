@@ -3,15 +3,12 @@
 ComfyUI's stock FLUX CLIP loads a small T5 when it is told the sizes, which is the reference wherever both can load.
 """
 
-import importlib
-import sys
 
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
 
-from harness import comfyui
 from harness import text_encoder_files as files
 from harness.graphs import relative_distance
 from harness.tensor_files import write_tensors
