@@ -258,5 +258,5 @@ def test_an_adapter_with_more_values_is_refused_in_words(core, native_loras):
     adapter.weights = (*adapter.weights, None)
     native_loras.read(found)
     adapter.weights = (*adapter.weights[:-1], torch.ones(1))
-    with pytest.raises(core("accel.errors").LoraError, match="LoRAAdapter with 7 values.*Use Hotswap LoRA"):
+    with pytest.raises(core("accel.errors").LoraError, match=r"LoRAAdapter with 7 values.*Use Hotswap LoRA"):
         native_loras.read(found)

@@ -4,14 +4,13 @@ In this process, with ComfyUI's own switch on. What else it switches needs a GPU
 """
 
 import copy
-import importlib
 
 import pytest
 import torch
 
 from harness.lora_files import lora_state_dict
-from harness.text_encoder_files import cast
 from harness.tensor_files import write_tensors
+from harness.text_encoder_files import cast
 from harness.tiny_models import tiny_clip_l_state_dict, tiny_t5_state_dict
 
 CPU = torch.device("cpu")

@@ -60,8 +60,7 @@ def test_branches_and_another_sampling_in_one(comfy, branches):  # noqa: F811
 
 def test_text_encoders(comfy):
     test_text_encoder.write_assets(comfy)
-    for quantization in ("none", "int8"):
-        test_text_encoder.test_loras_with_a_text_encoder_part(comfy, quantization)
+    test_text_encoder.test_loras_with_a_text_encoder_part(comfy, "int8")
     test_text_encoder.test_repeated_prompts_need_no_text_encoder(comfy)
 
 
