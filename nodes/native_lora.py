@@ -83,7 +83,7 @@ class NativeLoras:
         """
         # ComfyUI makes a patch of every such entry, under its name in the file (comfy/lora.py, from about 0.40).
         configs = [key for key in patches if _name(key).endswith(CONFIG_END)]
-        others = [key for key in patches if key not in configs]
+        others = [key for key in patches if not _name(key).endswith(CONFIG_END)]
         ours = [
             key for key in others if _name(key).startswith(PREFIX) and _name(key).rpartition(".")[0] not in self._absent
         ]
@@ -166,7 +166,8 @@ def named_loras(inputs: Mapping[str, Any]) -> Iterator[str]:
 
 def _is_lora(name: str) -> bool:
     _, extensions = folder_paths.folder_names_and_paths["loras"]
-    return os.path.splitext(name)[1].lower() in extensions and folder_paths.get_full_path("loras", name) is not None
+    fits = not extensions or os.path.splitext(name)[1].lower() in extensions  # prompts are texts, too
+    return bool(name) and fits and folder_paths.get_full_path("loras", name) is not None
 
 
 def _name(key: Any) -> str:

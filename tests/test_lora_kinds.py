@@ -373,7 +373,8 @@ def test_what_a_model_lacks_and_what_no_loader_reads_is_counted(tmp_path, models
 def test_requests_for_attention_are_counted(tmp_path, spec):
     """ComfyUI lets LoRAs carry them from about 0.40 on."""
     request = torch.tensor(list(b'{"attention": "comfy_kitchen_int8"}'), dtype=torch.uint8)
-    requests = {f"diffusion_model.{kind}_blocks.0.comfy_attention.config": request.clone() for kind in ("double", "single")}
+    blocks = ("double_blocks.0", "single_blocks.1")
+    requests = {f"diffusion_model.{block}.comfy_attention.config": request.clone() for block in blocks}
     file = lora_state_dict("native", rank=3)
     plain, asking = (read_lora(str(write(tmp_path, name, tensors)), spec)
                      for name, tensors in (("plain", file), ("asking", {**file, **requests})))
