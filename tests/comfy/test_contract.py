@@ -3,9 +3,11 @@
 In this process, with ComfyUI's real modules; what stands for its server is made here, because a real one has a port.
 """
 
+import ast
 import asyncio
 import inspect
 import logging
+import re
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -13,6 +15,7 @@ import pytest
 import torch
 
 from harness.lora_files import lora_state_dict
+from harness.paths import REPO
 
 NODES = {"FluxAccelLoader", "FluxQuantizeTransformer", "FluxOffloadConfig", "FluxHotswapLora", "FluxStepCache",
          "FluxTextEncoderLoader", "FluxAccelReport"}  # fmt: skip
@@ -67,6 +70,34 @@ def without(monkeypatch, core, where):
 def test_it_holds(core, contract):
     assert list(contract.describe()) == []
     assert node_names(core) == NODES
+
+
+def uses() -> set[str]:
+    """What the pack's sources name of ComfyUI, as "module:name"."""
+    found = set()
+    for path in (REPO / "nodes").glob("*.py"):
+        for part in ast.walk(ast.parse(path.read_text())):
+            if isinstance(part, ast.ImportFrom) and not part.level and part.module.startswith(("comfy.", "comfy_exec")):
+                found |= {f"{part.module}:{alias.name}" for alias in part.names}
+            elif isinstance(part, ast.Attribute) and re.fullmatch(r"comfy(\.\w+)+", ast.unparse(part)):
+                names = ast.unparse(part).split(".")
+                modules = [".".join(names[:end]) for end in range(len(names) + 1)]
+                module = next(module for module in reversed(modules) if module in sys.modules)
+                if rest := ast.unparse(part)[len(module) + 1 :]:
+                    found.add(f"{module}:{rest.partition('.')[0]}")
+    return found
+
+
+def test_everything_that_the_pack_names_of_comfyui_is_listed(core, contract):
+    node_names(core)  # imports them
+    listed = set()
+    for reliance in contract.RELIANCES:
+        module, _, path = reliance.where.partition(":")
+        listed.add(f"{module}:{path.partition('.')[0]}")
+    found = uses()
+    assert len(found) > 30
+    assert "comfy.text_encoders.t5:T5" in found
+    assert found - listed == set()
 
 
 LACKS = {
