@@ -145,7 +145,11 @@ def _quantization(reported: Reported) -> Rows:
 def _attention(reported: Reported) -> Rows:
     engine = reported.engine
     chosen = "" if engine.attention == engine.settings.attention else f" ({engine.settings.attention})"
-    return [("backend", f"{engine.attention}{chosen}")]
+    asked = engine.spec.asks_for_attention
+    return [
+        ("backend", f"{engine.attention}{chosen}"),
+        *([("asked for", f"{asked} by the file; not used")] if asked else []),
+    ]
 
 
 def _compile(reported: Reported) -> Rows:

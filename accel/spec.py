@@ -46,6 +46,7 @@ class ModelSpec:
         stored_dtype: the dtype of most of its bytes; bfloat16 for GGUF's block formats.
         stored_layout: the layout that the file follows: the family's, or diffusers' with every linear by itself.
         stored: each name of that layout -> where it lies.
+        asks_for_attention: the kernels that the file asks ComfyUI for, which an engine does not heed; mostly empty.
     """
 
     file: Any
@@ -54,6 +55,7 @@ class ModelSpec:
     stored_dtype: torch.dtype
     stored_layout: Layout | None = None
     stored: Mapping[str, StoredTensor] = field(default_factory=dict)
+    asks_for_attention: str = ""
 
     @property
     def parameter_count(self) -> int:

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .tensor_files import write_tensors
+from .tensor_files import json_tensor, write_tensors
 from .tiny_models import TinyFluxConfig
 
 FP8_MAX = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
@@ -79,8 +79,7 @@ def scaled_fp8(path: Path, tensors: Mapping[str, Tensor], form: str, dtype: torc
         else:
             stored[f"{layer}.weight_scale"] = scale
         if form == "tensors":
-            description = json.dumps(layers[prefix + layer]).encode()
-            stored |= {f"{layer}.comfy_quant": torch.tensor(list(description), dtype=torch.uint8),
+            stored |= {f"{layer}.comfy_quant": json_tensor(layers[prefix + layer]),
                        f"{layer}.input_scale": torch.tensor(1.0)}
     if form == "marker":
         # Two values: ComfyUI then multiplies in full precision, as this pack does.

@@ -4,7 +4,9 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -34,6 +36,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], stamp: str | None =
     finally:
         temporary.unlink(missing_ok=True)
     return path
+
+
+def json_tensor(content: Any) -> Tensor:
+    """JSON as ComfyUI writes it into a tensor: its UTF-8 bytes, uint8."""
+    return torch.tensor(list(json.dumps(content).encode()), dtype=torch.uint8)
 
 
 def is_current(path: Path, stamp: str) -> bool:

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .tensor_files import write_tensors
+from .tensor_files import json_tensor, write_tensors
 
 PREFIX = "text_encoders.t5xxl.transformer."
 GGUF_NAMES = {
@@ -58,13 +58,12 @@ def scaled_fp8_old(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def scaled_fp8_new(tensors: dict[str, Tensor], rows: bool = False) -> dict[str, Tensor]:
     """ComfyUI's newer form: `X.weight_scale` and JSON bytes in `X.comfy_quant`."""
-    description = json.dumps({"format": "float8_e4m3fn"}).encode()
     result = {}
     for name, tensor in tensors.items():
         if is_linear(name):
             base = name.removesuffix(".weight")
             result[name], result[f"{base}.weight_scale"] = _scaled(tensor, rows)
-            result[f"{base}.comfy_quant"] = torch.tensor(list(description), dtype=torch.uint8)
+            result[f"{base}.comfy_quant"] = json_tensor({"format": "float8_e4m3fn"})
         else:
             result[name] = tensor.half()
     return result

@@ -67,10 +67,17 @@ class FluxClip(comfy.sd.CLIP):
         copy.__dict__.update(super().clone(*args, **kwargs).__dict__, cache=self.cache)
         return copy
 
-    def encode_from_tokens(self, tokens: dict[str, Any], return_pooled: Any = False, return_dict: bool = False) -> Any:
+    def encode_from_tokens(
+        self,
+        tokens: dict[str, Any],
+        return_pooled: Any = False,
+        return_dict: bool = False,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
         """Encode like comfy.sd.CLIP, from memory where possible."""
-        if not self._can_remember():
-            encoded = super().encode_from_tokens(tokens, return_pooled, return_dict)
+        if args or kwargs or not self._can_remember():
+            encoded = super().encode_from_tokens(tokens, return_pooled, return_dict, *args, **kwargs)
             self._release_if_scarce()
             return encoded
         keys = {part: self._key(part, tokens[part]) for part in PARTS}
@@ -92,20 +99,20 @@ class FluxClip(comfy.sd.CLIP):
             return encoded
         return (cond, pooled) if return_pooled else cond
 
-    def get_sd(self) -> dict[str, Tensor]:
+    def get_sd(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """The weights, when they are as in the files."""
         self.patcher.refuse_quantized("saved", "Copy the file, or load the T5 with quantization 'none'")
-        return super().get_sd()
+        return super().get_sd(*args, **kwargs)
 
-    def state_dict_for_saving(self) -> dict[str, Tensor]:
+    def state_dict_for_saving(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """The weights with LoRAs, when the T5 is not quantized."""
         self.patcher.refuse_quantized("saved", "Copy the file, or load the T5 with quantization 'none'")
-        return super().state_dict_for_saving()
+        return super().state_dict_for_saving(*args, **kwargs)
 
-    def get_key_patches(self) -> dict[str, Any]:
+    def get_key_patches(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """What merging nodes ask for, when the T5 is not quantized."""
         self.patcher.refuse_quantized("merged")
-        return super().get_key_patches()
+        return super().get_key_patches(*args, **kwargs)
 
     def _can_remember(self) -> bool:
         """Whether tokens, layer and LoRAs decide the output alone: other nodes may have put hooks on the patcher."""

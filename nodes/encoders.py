@@ -21,7 +21,7 @@ from ..accel.errors import SettingsError
 from ..accel.text_encoder.linear import WeightOnlyLinear
 from ..accel.text_encoder.load import EncoderWeights, trim_heap
 from ..accel.text_encoder.spec import EncoderSpec
-from .progress import NodeObserver, show_text
+from .progress import NodeObserver
 
 log = logging.getLogger(__name__)
 
@@ -130,7 +130,7 @@ class FluxEncoders(nn.Module):
         finally:
             self._known = {}
 
-    def encode_token_weights(self, token_weight_pairs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    def encode_token_weights(self, token_weight_pairs: dict[str, Any], *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """T5's hidden states and CLIP-L's pooled vector, as ComfyUI's FLUX text encoder gives them."""
         return tuple(
             self._known[part] if part in self._known else self.encode_part(part, token_weight_pairs[part])
@@ -162,16 +162,18 @@ class EncodersPatcher(comfy.model_patcher.ModelPatcher):
         self._attach_loras()
         return freed
 
-    def unpatch_model(self, device_to: torch.device | None = None, unpatch_weights: bool = True) -> None:
+    def unpatch_model(
+        self, device_to: torch.device | None = None, unpatch_weights: bool = True, *args: Any, **kwargs: Any
+    ) -> None:
         """Take the LoRAs off again."""
-        super().unpatch_model(device_to, unpatch_weights)
+        super().unpatch_model(device_to, unpatch_weights, *args, **kwargs)
         if unpatch_weights:
             for layer in self.model.quantized.values():
                 layer.weight_function = []
 
-    def detach(self, unpatch_all: bool = True) -> Any:
+    def detach(self, unpatch_all: bool = True, *args: Any, **kwargs: Any) -> Any:
         """Leave the device. A copy stays in host memory only if that is another place, and has room."""
-        model = super().detach(unpatch_all)
+        model = super().detach(unpatch_all, *args, **kwargs)
         if unpatch_all and (self.load_device == self.offload_device or host_memory_is_scarce()):
             self.model.clear()
         return model
@@ -194,11 +196,11 @@ class EncodersPatcher(comfy.model_patcher.ModelPatcher):
             )
         return super().add_hook_patches(hook, patches, *args, **kwargs)
 
-    def set_injections(self, key: str, injections: Any) -> None:
+    def set_injections(self, key: str, *args: Any, **kwargs: Any) -> None:
         """Take any injection but, when quantized, that of the bypass loader."""
         if key == "bypass_lora":
             self.refuse_quantized("used with Load LoRA (Bypass)", "Use Load LoRA: it writes into no weight")
-        super().set_injections(key, injections)
+        super().set_injections(key, *args, **kwargs)
 
     def refuse_quantized(self, what: str, instead: str = "Load the T5 with quantization 'none'") -> None:
         """Say that a quantized T5 cannot be used so.
@@ -252,9 +254,3 @@ def _clip_model(spec: EncoderSpec) -> nn.Module:
 
 def _interruptible(*_: Any) -> None:
     comfy.model_management.throw_exception_if_processing_interrupted()
-
-
-def say(text: str) -> None:
-    """Write to the log and below the running node."""
-    log.info("Flux Hotswap: %s", text)
-    show_text(text)

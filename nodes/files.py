@@ -18,6 +18,8 @@ CATEGORY = "Flux Hotswap"
 MODEL_FOLDERS = ("diffusion_models", "checkpoints")
 # ComfyUI's own folder for diffusers pipelines, of which it lists nothing but folders.
 DIFFUSERS_FOLDER = "diffusers"
+# A name for extra_model_paths.yaml, and of the folder in models/ without it.
+CACHE_FOLDER = "flux_hotswap_cache"
 
 
 def find_file(folder: str, name: str) -> str:
@@ -87,6 +89,15 @@ def fingerprint_model(name: str) -> tuple[int, int]:
         return 0, 0
     parts = identity.parts or (identity,)
     return hash(tuple(part.mtime_ns for part in parts)), identity.size_bytes
+
+
+def cache_folder() -> str:
+    """Where the pack keeps what it made, such as quantized weights.
+
+    The first of the user's own folders of that name, or one in models/.
+    """
+    configured = folder_paths.folder_names_and_paths.get(CACHE_FOLDER)
+    return configured[0][0] if configured and configured[0] else os.path.join(folder_paths.models_dir, CACHE_FOLDER)
 
 
 def _unlisted(folder: str) -> Iterator[str]:

@@ -14,12 +14,12 @@ from ..accel.engine import Engine
 from ..accel.offload.memory import memory_of
 from ..accel.registry import ENGINES, EngineKey
 from ..accel.settings import COMPILE_MODES, DTYPES, EngineSettings, Offload, Quantization
-from .files import CATEGORY, find_model, fingerprint_model, model_files
+from .files import CATEGORY, cache_folder, find_model, fingerprint_model, model_files
 from .model import AcceleratedFlux
 from .offload import FluxOffload, may_pin, planner_for
 from .patcher import AcceleratedModelPatcher
-from .progress import NodeObserver
-from .quantize import FluxQuantization, cache_folder
+from .progress import NodeObserver, say
+from .quantize import FluxQuantization
 
 
 class FluxAccelLoader(io.ComfyNode):
@@ -98,6 +98,8 @@ class FluxAccelLoader(io.ComfyNode):
     ) -> io.NodeOutput:
         """Read the header, and hand out a clone of the model that lives in the registry."""
         spec = inspect_checkpoint(find_model(model_name))
+        if spec.asks_for_attention:
+            say(f"'{model_name}' asks for attention {spec.asks_for_attention}, not used: see 'attention' of this node")
         device = comfy.model_management.get_torch_device()
         settings = EngineSettings(
             dtype=dtype,

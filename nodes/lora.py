@@ -12,6 +12,7 @@ from comfy_api.latest import io
 from ..accel.errors import LoraError, SettingsError
 from ..accel.lora.schedule import between
 from ..accel.lora.weights import LoraWeights
+from . import contract
 from .clip_lora import patch_clip
 from .files import CATEGORY, find_file, fingerprint
 from .patcher import AcceleratedModelPatcher
@@ -148,6 +149,11 @@ def _patch_clip(clip: Any, path: str, weights: LoraWeights, strength: float) -> 
         return None, [f"Not used: {waits}"]
     if strength == 0.0:
         return clip, [f"{len(keys)} keys for text encoders are off: strength_clip 0"]
+    if not contract.holds(contract.CLIP_LORAS):
+        raise SettingsError(
+            f"LoRA '{weights.name}' has {len(keys)} text encoder keys, which this version of ComfyUI takes in another "
+            "way than this pack hands them over (its log says more). Disconnect clip, or update this pack."
+        )
     patched, found = patch_clip(clip, path, keys, strength)
     if not (found.applied or weights.layers or weights.vectors):
         raise LoraError(f"LoRA '{weights.name}' changes only text encoders, and nothing of this CLIP: {found}.")

@@ -9,16 +9,14 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import comfy.ldm.flux.model
 import comfy.model_base
-import comfy.ops
 import comfy.patcher_extension
 import comfy.supported_models
 import torch
 from torch import Tensor, nn
 
 from ..accel.engine import Engine
-from ..accel.families.flux1 import AXES_DIM, PATCH_SIZE, Flux1Config, Flux1Inputs
+from ..accel.families.flux1 import PATCH_SIZE, Flux1Config, Flux1Inputs
 from ..accel.families.flux1.forward import BlockHook, BlockState, EmbeddingHook, Hooks, Residuals
 from ..accel.families.flux1.positions import RopeOptions
 from ..accel.offload.planner import Planner
@@ -26,6 +24,7 @@ from ..accel.offload.sizes import Workload
 from ..accel.report import Sampling
 from .native_lora import NativeLoras
 from .offload import out_of_memory
+from .skeleton import make_skeleton, unet_config
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +44,7 @@ class AcceleratedFlux(comfy.model_base.Flux):
         config = _model_config(engine)
         kind = comfy.model_base.ModelType.FLUX if engine.spec.config.guidance else comfy.model_base.ModelType.FLOW
         super().__init__(config, model_type=kind)
-        self.diffusion_model = TransformerAdapter(engine, planner, _skeleton(config.unet_config, engine.dtype))
+        self.diffusion_model = TransformerAdapter(engine, planner, make_skeleton(config.unet_config, engine.dtype))
         family, config = engine.spec.family, engine.spec.config
         self.native_loras = NativeLoras(family.layout(config), family.lora_absent(config), engine.lora_cache)
         self.samplings: collections.deque[Sampling] = collections.deque(maxlen=SAMPLINGS)
@@ -59,7 +58,9 @@ class AcceleratedFlux(comfy.model_base.Flux):
         """Names and shapes of ComfyUI's own FLUX model, without data: loader nodes match LoRA keys against them."""
         return self.diffusion_model.skeleton.state_dict(prefix="diffusion_model.")
 
-    def memory_required(self, input_shape: Sequence[int], cond_shapes: Mapping[str, Any] | None = None) -> int:
+    def memory_required(
+        self, input_shape: Sequence[int], cond_shapes: Mapping[str, Any] | None = None, *_: Any, **__: Any
+    ) -> int:
         """What a forward needs beside the weights: ComfyUI keeps it free, and batches conditions by it.
 
         Args:
@@ -79,7 +80,9 @@ class AcceleratedFlux(comfy.model_base.Flux):
             settings.compile != "off",
         )
 
-    def _apply_model(self, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **kwargs):
+    def _apply_model(
+        self, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, *args, **kwargs
+    ):
         # A ControlNet with a VAE reloads models in the middle of sampling, without pre_run; and schedules move on here.
         begin_call = None
         if self.current_patcher is not None:
@@ -88,7 +91,7 @@ class AcceleratedFlux(comfy.model_base.Flux):
         # super() casts every condition to the model's dtype, and guidance is multiplied by 1000 afterwards: 3.5 would
         # become 3504 in bfloat16. It travels beside the others, in float32.
         options = {**(transformer_options or {}), GUIDANCE: kwargs.pop("guidance", None), STEP_CACHE: begin_call}
-        return super()._apply_model(x, t, c_concat, c_crossattn, control, options, **kwargs)
+        return super()._apply_model(x, t, c_concat, c_crossattn, control, options, *args, **kwargs)
 
 
 class TransformerAdapter(nn.Module):
@@ -200,39 +203,10 @@ class TransformerAdapter(nn.Module):
 
 
 def _model_config(engine: Engine) -> Any:
-    config = engine.spec.config
-    sizes = {
-        "image_model": "flux",
-        "in_channels": config.in_channels // PATCH_SIZE**2,
-        "out_channels": config.out_channels // PATCH_SIZE**2,
-        "vec_in_dim": config.pooled_dim,
-        "context_in_dim": config.context_dim,
-        "hidden_size": config.hidden_size,
-        "mlp_ratio": config.mlp_dim / config.hidden_size,
-        "num_heads": config.num_heads,
-        "depth": config.depth,
-        "depth_single_blocks": config.depth_single,
-        "axes_dim": list(AXES_DIM),
-        "theta": 10000,
-        "patch_size": PATCH_SIZE,
-        "qkv_bias": True,
-        "guidance_embed": config.guidance,
-        "txt_ids_dims": [],
-        "disable_unet_model_creation": True,
-    }
-    kind = comfy.supported_models.Flux if config.guidance else comfy.supported_models.FluxSchnell
-    model_config = kind(sizes)
+    kind = comfy.supported_models.Flux if engine.spec.config.guidance else comfy.supported_models.FluxSchnell
+    model_config = kind(unet_config(engine.spec.config))
     model_config.set_inference_dtype(engine.dtype, None)
     return model_config
-
-
-def _skeleton(sizes: dict[str, Any], dtype: torch.dtype) -> nn.Module:
-    # Versions of ComfyUI differ in the fields that they know.
-    known = {field.name for field in dataclasses.fields(comfy.ldm.flux.model.FluxParams)}
-    params = {name: value for name, value in sizes.items() if name in known}
-    return comfy.ldm.flux.model.Flux(
-        **params, dtype=dtype, device="meta", operations=comfy.ops.disable_weight_init
-    ).requires_grad_(False)
 
 
 def _on(x: Tensor, values: Tensor | None) -> Tensor | None:

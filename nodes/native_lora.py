@@ -6,37 +6,40 @@ the names of ComfyUI's FLUX model. File names are lost on the way, so these LoRA
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import comfy.weight_adapter
 import folder_paths
-from comfy.weight_adapter import GLoRAAdapter, LoHaAdapter, LoKrAdapter, LoRAAdapter, OFTAdapter
-from comfy_execution.utils import get_executing_context
-from server import PromptServer
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..accel.errors import LoraError
 from ..accel.layout import FusedLinear, Layout, LinearPart, LoraTarget, VectorWeight
+from ..accel.lora.keys import CONFIG_END
 from ..accel.lora.names import ModuleNames
 from ..accel.lora.patches import LinearPatch, NormPatch, from_patches, tensor_digest
 from ..accel.lora.shapes import INSTEAD
 from ..accel.lora.weights import LoraWeights
+from .prompts import inputs_of_running_node
+
+log = logging.getLogger(__name__)
 
 PREFIX = "diffusion_model."
 
-# Adapter -> what the entries of its `weights` are; see the `load` of each in comfy/weight_adapter.
-ROLES: Mapping[type, tuple[str, ...]] = {
-    LoRAAdapter: ("B", "A", "alpha", "mid", "dora_scale", "reshape_weight"),
-    LoHaAdapter: (
+# Adapter class of comfy.weight_adapter -> what the entries of its `weights` are; see the `load` of each there.
+ROLES: Mapping[str, tuple[str, ...]] = {
+    "LoRAAdapter": ("B", "A", "alpha", "mid", "dora_scale", "reshape_weight"),
+    "LoHaAdapter": (
         "hada_w1_a", "hada_w1_b", "alpha", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2", "dora_scale",
     ),
-    LoKrAdapter: (
+    "LoKrAdapter": (
         "lokr_w1", "lokr_w2", "alpha", "lokr_w1_a", "lokr_w1_b", "lokr_w2_a", "lokr_w2_b", "lokr_t2", "dora_scale",
     ),
-    GLoRAAdapter: ("a1", "a2", "b1", "b2", "alpha", "dora_scale"),
-    OFTAdapter: ("oft_blocks", "rescale", "alpha", "dora_scale"),
+    "GLoRAAdapter": ("a1", "a2", "b1", "b2", "alpha", "dora_scale"),
+    "OFTAdapter": ("oft_blocks", "rescale", "alpha", "dora_scale"),
 }
 
 
@@ -64,6 +67,8 @@ class NativeLoras:
         }
         # Loader nodes keep a file's tensors, and patch with the same ones again when only the strength changes.
         self._digests: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        known = comfy.weight_adapter
+        self._roles = {getattr(known, name): roles for name, roles in ROLES.items() if hasattr(known, name)}
 
     def read(self, patches: Mapping[Any, Any]) -> tuple[LoraWeights | None, list[Any]]:
         """Turn patches into weights.
@@ -77,20 +82,30 @@ class NativeLoras:
         Raises:
             LoraError: a patch cannot be carried beside the weights, has a wrong shape, or holds NaN; or nothing fits.
         """
+        # ComfyUI makes a patch of every such entry, under its name in the file (comfy/lora.py, from about 0.40).
+        configs = [key for key in patches if _name(key).endswith(CONFIG_END)]
+        others = [key for key in patches if not _name(key).endswith(CONFIG_END)]
         ours = [
             key
-            for key in patches
+            for key in others
             if _name(key).startswith(PREFIX) and self._absent.find(_name(key).rpartition(".")[0]) is None
         ]
-        if not patches:
+        if not others:
             raise LoraError(
                 "LoRA: ComfyUI's loader found no key for the FLUX.1 model in it (the log names them): it is for "
                 "another model, for text encoders alone, or in a format that only Hotswap LoRA reads, such as XLabs' "
                 "and BFL's. Try it with Hotswap LoRA, which says what it is."
             )
+        if configs:
+            log.info(
+                "Flux Hotswap: %d entries of a LoRA ask for an attention kernel, such as '%s': not used, choose it in "
+                "Accelerated Flux Loader.",
+                len(configs),
+                _name(configs[0]),
+            )
         if not ours:
-            return None, []
-        return self._weights(patches, ours), ours
+            return None, configs
+        return self._weights(patches, ours), [*ours, *configs]
 
     def _weights(self, patches: Mapping[Any, Any], keys: list[Any]) -> LoraWeights:
         return from_patches([self._patch(key, patches[key]) for key in keys], self._digest, cache_dir=self._cache_dir)
@@ -106,7 +121,7 @@ class NativeLoras:
                 return LinearPatch(name, _target(key, linear), {"diff": patch[1][0]})
             if end == "bias" and isinstance(key, str):
                 return LinearPatch(name, _target(key, linear), {"diff_b": patch[1][0]})
-        roles = ROLES.get(type(patch))
+        roles = self._roles.get(type(patch))
         if linear is None:
             raise LoraError(
                 f"LoRA: '{name}' is not a linear layer or norm of this FLUX.1 model, expected one: it is for another "
@@ -118,7 +133,12 @@ class NativeLoras:
                 f"LoRA: '{name}' has a {kind}, expected a low-rank change, a rotation or a difference of a linear "
                 f"layer's weight, or a difference of a bias or norm. The accelerated model cannot carry it. {INSTEAD}"
             )
-        values = {role: value for role, value in zip(roles, patch.weights, strict=True) if value is not None}
+        if any(value is not None for value in patch.weights[len(roles) :]):
+            raise LoraError(
+                f"LoRA: '{name}' has a {type(patch).__name__} with {len(patch.weights)} values, expected "
+                f"{', '.join(roles)}: this ComfyUI is newer than what this pack reads. Use Hotswap LoRA."
+            )
+        values = {role: value for role, value in zip(roles, patch.weights, strict=False) if value is not None}
         if "reshape_weight" in values:
             raise LoraError(
                 f"LoRA: '{name}' has a reshaped weight, as BFL's control LoRAs have: the model's input has another "
@@ -134,26 +154,23 @@ class NativeLoras:
 
 def chosen_lora() -> str:
     """The LoRA that the node that runs now names, with its folder; "" where that is none, or one of several."""
-    context = get_executing_context()
-    if context is None:
-        return ""
-    running, _ = PromptServer.instance.prompt_queue.get_current_queue_volatile()
-    graph = next((item[2] for item in running if item[1] == context.prompt_id), {})
-    names = {name for name in _texts(graph.get(context.node_id, {}).get("inputs", {})) if _is_lora(name)}
+    names = set(named_loras(inputs_of_running_node()))
     return names.pop() if len(names) == 1 else ""
 
 
-def _texts(value: Any) -> Iterator[str]:
-    """Every text among a node's inputs: loaders of several LoRAs nest them."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for each in value.values():
-            yield from _texts(each)
+def named_loras(inputs: Mapping[str, Any]) -> Iterator[str]:
+    """Every name of a LoRA file among a node's inputs: loaders of several nest them, or number their inputs."""
+    for value in inputs.values():
+        if isinstance(value, Mapping):
+            yield from named_loras(value)
+        elif isinstance(value, str) and _is_lora(value):
+            yield value
 
 
 def _is_lora(name: str) -> bool:
-    return bool(name) and folder_paths.get_full_path("loras", name) is not None
+    _, extensions = folder_paths.folder_names_and_paths["loras"]
+    fits = not extensions or os.path.splitext(name)[1].lower() in extensions  # prompts are texts, too
+    return bool(name) and fits and folder_paths.get_full_path("loras", name) is not None
 
 
 def _name(key: Any) -> str:

@@ -112,7 +112,7 @@ def further_reserve(settings: Offload) -> float:
 
 def may_pin() -> bool:
     """Whether host memory may be page-locked: not with --disable-pinned-memory."""
-    return comfy.model_management.MAX_PINNED_MEMORY > 0
+    return getattr(comfy.model_management, "MAX_PINNED_MEMORY", 0) > 0
 
 
 def out_of_memory(engine: Engine, planner: Planner, during: str) -> DeviceMemoryError:

@@ -50,16 +50,15 @@ class AcceleratedModelPatcher(comfy.model_patcher.ModelPatcher):
     and unloaded, through `partially_load` and `detach`.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        load_device: torch.device,
-        offload_device: torch.device,
-        size: int = 0,
-        weight_inplace_update: bool = False,
-    ) -> None:
-        """Take ModelPatcher's own arguments: its `clone` calls this."""
-        super().__init__(model, load_device, offload_device, size, weight_inplace_update)
+    def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
+        """Take whatever arguments ModelPatcher has in this version of ComfyUI: its `clone` calls this.
+
+        Args:
+            model: an `AcceleratedFlux`.
+            args: as ModelPatcher's, the load device and the offload device first.
+            kwargs: likewise.
+        """
+        super().__init__(model, *args, **kwargs)
         self.loras = ScheduledStack()
         self.step_cache: StepCacheSettings | None = None
         self._playback: Playback | None = None
@@ -105,7 +104,9 @@ class AcceleratedModelPatcher(comfy.model_patcher.ModelPatcher):
             copy.loras = self.loras.with_max_rank(max_rank)
         return copy
 
-    def add_patches(self, patches: Any, strength_patch: float = 1.0, strength_model: float = 1.0) -> list[Any]:
+    def add_patches(
+        self, patches: Any, strength_patch: float = 1.0, strength_model: float = 1.0, *_: Any, **__: Any
+    ) -> list[Any]:
         """Put a LoRA from any of ComfyUI's loaders on this clone's stack, where ComfyUI would merge it.
 
         Returns:
@@ -129,21 +130,20 @@ class AcceleratedModelPatcher(comfy.model_patcher.ModelPatcher):
 
     # Memory: ComfyUI asks for sizes, and says when to load and when to give way.
 
-    def model_size(self) -> int:
+    def model_size(self, *_: Any, **__: Any) -> int:
         """Bytes that the engine takes of the device when nothing disturbs it."""
         return max(self.planner.wanted_bytes, self.loaded_size())
 
-    def loaded_size(self) -> int:
+    def loaded_size(self, *_: Any, **__: Any) -> int:
         """Bytes that it takes now."""
         return self.engine.device_bytes + self.engine.lora_bytes
 
-    def partially_load(self, device_to: torch.device, extra_memory: int = 0, force_patch_weights: bool = False) -> int:
+    def partially_load(self, device_to: torch.device, extra_memory: int = 0, *_: Any, **__: Any) -> int:
         """Load the engine, or bring as many more blocks as the memory allows. Returns the bytes gained.
 
         Args:
             device_to: the GPU.
             extra_memory: what ComfyUI lets it take beyond what it has; less than 0 to give some back.
-            force_patch_weights: not needed: no weight is ever patched.
         """
         with self.use_ejected(skip_and_inject_on_exit_only=True):
             # Clones share the backup of object patches, so this clone's are applied anew each time.
@@ -158,7 +158,7 @@ class AcceleratedModelPatcher(comfy.model_patcher.ModelPatcher):
             self.model.device = device_to
             return self.loaded_size() - before
 
-    def partially_unload(self, device_to: torch.device, memory_to_free: int = 0, *args: Any, **kwargs: Any) -> int:
+    def partially_unload(self, device_to: torch.device, memory_to_free: int = 0, *_: Any, **__: Any) -> int:
         """Go on with fewer blocks on the device. Returns the bytes freed.
 
         0 when the engine has to go whole: ComfyUI then calls `detach`.
@@ -172,9 +172,9 @@ class AcceleratedModelPatcher(comfy.model_patcher.ModelPatcher):
             self.engine.replan()
         return before - self.loaded_size()
 
-    def detach(self, unpatch_all: bool = True) -> Any:
+    def detach(self, unpatch_all: bool = True, *args: Any, **kwargs: Any) -> Any:
         """Give the memory back if ComfyUI means it (`unpatch_all`); it also calls this on every reload and deletion."""
-        model = super().detach(unpatch_all)
+        model = super().detach(unpatch_all, *args, **kwargs)
         if unpatch_all:
             self.model.unloaded = True
             if self.planner.shared or not self.model.handles:
@@ -185,7 +185,7 @@ class AcceleratedModelPatcher(comfy.model_patcher.ModelPatcher):
 
     # Sampling.
 
-    def pre_run(self) -> None:
+    def pre_run(self, *args: Any, **kwargs: Any) -> None:
         """Bind this clone's LoRAs: ComfyUI calls it once per sampling, after loading."""
         other = self.model.current_patcher
         if other is not None and other is not self and other.loras.key != self.loras.key:
@@ -195,7 +195,7 @@ class AcceleratedModelPatcher(comfy.model_patcher.ModelPatcher):
                 other.loras,
                 self.loras,
             )
-        super().pre_run()
+        super().pre_run(*args, **kwargs)
         engine = self.engine
         step_cache = None if self.step_cache is None else self._new_step_cache(self.step_cache)
         self.model.sampling_record = SamplingRecord(engine, step_cache)
@@ -239,9 +239,9 @@ class AcceleratedModelPatcher(comfy.model_patcher.ModelPatcher):
             with self._explaining(f"bringing LoRAs {stack} there"):
                 self.model.sampling_record.swaps.append(self.engine.swap(stack))
 
-    def cleanup(self) -> None:
+    def cleanup(self, *args: Any, **kwargs: Any) -> None:
         """Say what the sampling did. The LoRAs stay bound: the next prompt may want them again."""
-        super().cleanup()
+        super().cleanup(*args, **kwargs)
         self._playback = None
         if self._prefetcher is not None:
             self._prefetcher.stop()
@@ -294,7 +294,7 @@ class AcceleratedModelPatcher(comfy.model_patcher.ModelPatcher):
             "on the model, or ComfyUI's Load Diffusion Model for this graph."
         )
 
-    def get_key_patches(self, filter_prefix: str | None = None) -> dict[str, Any]:
+    def get_key_patches(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Refuse merging of models."""
         raise SettingsError(MERGING)
 
@@ -311,7 +311,7 @@ class AcceleratedModelPatcher(comfy.model_patcher.ModelPatcher):
         """Refuse copies on further GPUs."""
         raise SettingsError("The accelerated FLUX model runs on one GPU. Remove the multi-GPU node from its path.")
 
-    def add_wrapper_with_key(self, wrapper_type: str, key: str, wrapper: Any) -> None:
+    def add_wrapper_with_key(self, wrapper_type: str, key: str, wrapper: Any, *args: Any, **kwargs: Any) -> None:
         """Take any wrapper but that of TorchCompileModel: the engine is compiled already, and better."""
         if key == "torch.compile":
             log.warning(
@@ -319,18 +319,18 @@ class AcceleratedModelPatcher(comfy.model_patcher.ModelPatcher):
                 "'compile' in Accelerated Flux Loader)."
             )
             return
-        super().add_wrapper_with_key(wrapper_type, key, wrapper)
+        super().add_wrapper_with_key(wrapper_type, key, wrapper, *args, **kwargs)
 
-    def set_injections(self, key: str, injections: Any) -> None:
+    def set_injections(self, key: str, *args: Any, **kwargs: Any) -> None:
         """Take any injection but that of the bypass loader, which replaces the forward of modules that do not run."""
         if key == "bypass_lora":
             raise SettingsError(
                 "Load LoRA (Bypass) does not work on the accelerated FLUX model, and is not needed: Load LoRA and "
                 "Hotswap LoRA leave its weights untouched. Use one of them."
             )
-        super().set_injections(key, injections)
+        super().set_injections(key, *args, **kwargs)
 
-    def add_object_patch(self, name: str, obj: Any) -> None:
+    def add_object_patch(self, name: str, *args: Any, **kwargs: Any) -> None:
         """Take any object patch, and warn of those on parts of the transformer, which compute nothing here."""
         if name.startswith("diffusion_model."):
             log.warning(
@@ -338,7 +338,7 @@ class AcceleratedModelPatcher(comfy.model_patcher.ModelPatcher):
                 "ComfyUI's Load Diffusion Model.",
                 name,
             )
-        super().add_object_patch(name, obj)
+        super().add_object_patch(name, *args, **kwargs)
 
 
 def _forget(model: weakref.ref) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import heapq
-import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,17 +14,17 @@ from ..accel.errors import AccelError, SettingsError
 from ..accel.lora.schedule import between
 from ..accel.prefetch import Prefetcher, WantedLora, WantedStack
 from .files import find_model
+from .native_lora import named_loras
+from .prompts import Graph, graphs
 
 OURS = "FluxHotswapLora"
 LOADER = "FluxAccelLoader"
-# ComfyUI's own nodes read their file themselves, so only its way from the disk can be saved.
+# ComfyUI's own nodes read their file themselves, so only its way from the disk can be saved. So do other packs' nodes
+# and loaders of several LoRAs, which are known by the files that they name beside a model.
 NATIVE = ("LoraLoader", "LoraLoaderModelOnly")
 LORA_NODES = (OURS, *NATIVE)
 # They hand a model on with the LoRAs that it has.
 PASSING = ("FluxStepCache",)
-# How many queued prompts are looked at.
-AHEAD = 8
-Graph = Mapping[str, Mapping[str, Any]]
 
 
 def prefetcher_for(engine: Engine) -> Prefetcher:
@@ -34,7 +32,7 @@ def prefetcher_for(engine: Engine) -> Prefetcher:
     checkpoint = engine.spec.file.identity.path
 
     def wanted() -> Sequence[WantedStack]:
-        return [stack for graph in _graphs() for stack in stacks_of(graph, checkpoint)]
+        return [stack for graph in graphs() for stack in stacks_of(graph, checkpoint)]
 
     return Prefetcher(engine, wanted)
 
@@ -47,12 +45,12 @@ def stacks_of(graph: Graph, checkpoint: str) -> list[WantedStack]:
         checkpoint: real path of the model's file.
     """
     found: dict[WantedStack, None] = {}
-    for node in graph.values():
-        if node.get("class_type") in (*LORA_NODES, *PASSING):
+    for node_id, node in graph.items():
+        if _hands_on(graph, node_id):
             continue
         for link in node.get("inputs", {}).values():
             # Output 0 is the model's; what comes from output 1 is a CLIP.
-            if _is_link(link) and link[1] == 0 and _class(graph, link[0]) in (*LORA_NODES, *PASSING):
+            if _is_link(link) and link[1] == 0 and _hands_on(graph, link[0]):
                 stack = _stack(graph, link[0], checkpoint)
                 if stack:
                     found[stack] = None
@@ -70,11 +68,22 @@ def _stack(graph: Graph, node_id: str, checkpoint: str) -> WantedStack:
             return _ordered(loras) if _names_checkpoint(inputs.get("model_name"), checkpoint) else ()
         if kind in LORA_NODES:
             loras.append(_lora(kind, inputs))
+        else:
+            paths = [folder_paths.get_full_path("loras", name) for name in named_loras(inputs)]
+            loras += [WantedLora(path, None, own=False) for path in reversed(paths) if path]
         link = inputs.get("model")
         if not _is_link(link):
             return ()
         node_id = link[0]
     return ()
+
+
+def _hands_on(graph: Graph, node_id: str) -> bool:
+    """Whether a node gives a model with LoRAs to others: one of those above, or any that names LoRAs beside a model."""
+    if _class(graph, node_id) in (*LORA_NODES, *PASSING):
+        return True
+    inputs = graph.get(node_id, {}).get("inputs", {})
+    return _is_link(inputs.get("model")) and any(named_loras(inputs))
 
 
 def _names_checkpoint(name: Any, checkpoint: str) -> bool:
@@ -106,15 +115,6 @@ def _lora(kind: str, inputs: Mapping[str, Any]) -> WantedLora | None:
         return WantedLora(path, float(strength), between(*percents), int(max_rank), kind == OURS)
     except SettingsError:  # its node will say so
         return None
-
-
-def _graphs() -> Iterator[Graph]:
-    """The running prompt, then the queued ones, next first."""
-    from server import PromptServer
-
-    running, queued = PromptServer.instance.prompt_queue.get_current_queue_volatile()
-    for item in itertools.chain(running, heapq.nsmallest(AHEAD, queued, key=lambda item: item[:2])):
-        yield item[2]
 
 
 def _class(graph: Graph, node_id: str) -> str | None:

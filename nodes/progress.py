@@ -6,6 +6,9 @@ import logging
 
 import comfy.utils
 
+from . import contract
+from .prompts import executing, server
+
 log = logging.getLogger(__name__)
 
 
@@ -44,11 +47,12 @@ class NodeObserver:
 
 def show_text(text: str) -> None:
     """Write a line below the running node, where the frontend and this ComfyUI version can."""
-    try:
-        from comfy_execution.utils import get_executing_context
-        from server import PromptServer
-    except ImportError:
-        return
-    context, server = get_executing_context(), getattr(PromptServer, "instance", None)
-    if context is not None and server is not None:
-        server.send_progress_text(text, context.node_id)
+    context, send = executing(), getattr(server(), "send_progress_text", None)
+    if context is not None and send is not None and contract.holds(contract.TEXTS):
+        send(text, context.node_id)
+
+
+def say(text: str) -> None:
+    """Write to the log and below the running node."""
+    log.info("Flux Hotswap: %s", text)
+    show_text(text)

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import logging
-import os
 
 import comfy.model_management
-import folder_paths
 from comfy_api.latest import io
 
 from ..accel.quantize import choose
 from ..accel.settings import QUANTIZATION_MODES, Quantization, QuantizedCache
-from .files import CATEGORY
+from .files import CATEGORY, cache_folder
 from .progress import show_text
 
-# A name for extra_model_paths.yaml, and of the folder in models/ without it.
-CACHE_FOLDER = "flux_hotswap_cache"
 GB = 10**9
 FluxQuantization = io.Custom("FLUX_QUANTIZATION")
 log = logging.getLogger(__name__)
@@ -70,9 +66,3 @@ class FluxQuantizeTransformer(io.ComfyNode):
         show_text(text)
         kept = QuantizedCache(cache_folder(), cache_limit_gb * GB) if cache else None
         return io.NodeOutput(Quantization(choice.mode, kept))
-
-
-def cache_folder() -> str:
-    """Where quantized weights are kept: the first of the user's own folders of that name, or one in models/."""
-    configured = folder_paths.folder_names_and_paths.get(CACHE_FOLDER)
-    return configured[0][0] if configured and configured[0] else os.path.join(folder_paths.models_dir, CACHE_FOLDER)

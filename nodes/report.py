@@ -13,6 +13,7 @@ from comfy_api.latest import io, ui
 from ..accel.chart import draw_samplings
 from ..accel.errors import SettingsError
 from ..accel.report import Reported, write_report
+from . import contract
 from .files import CATEGORY
 from .patcher import AcceleratedModelPatcher
 
@@ -78,6 +79,8 @@ def _host() -> dict[str, str]:
 
 
 def _comfyui_version() -> str:
+    if not contract.holds(contract.VERSION):
+        return "unknown"
     from comfyui_version import __version__
 
     return __version__

@@ -14,8 +14,8 @@ from ..accel.registry import TEXT_ENCODERS
 from ..accel.text_encoder.modes import MODES, check_mode, choose_mode
 from ..accel.text_encoder.spec import EncoderSpec, check_not_swapped, clip_spec, t5_spec
 from .clip import FluxClip
-from .encoders import say
 from .files import CATEGORY, find_file, fingerprint
+from .progress import say
 
 FOLDER = "text_encoders"
 NONE = "none"

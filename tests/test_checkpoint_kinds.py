@@ -14,7 +14,7 @@ from accel.checkpoint import identify, inspect_checkpoint, read_weights
 from accel.checkpoint.read import LinearWeights
 from accel.errors import AccelError, CheckpointError, FileError
 from harness import checkpoint_kinds as kinds
-from harness.tensor_files import write_tensors
+from harness.tensor_files import json_tensor, write_tensors
 from harness.tiny_models import TinyFluxConfig, tiny_flux_state_dict
 
 CPU = torch.device("cpu")
@@ -285,6 +285,34 @@ def test_a_description_that_is_wrong(tmp_path, tensors):
     described = json.dumps({"layers": {QKV: {"format": "float8_e4m3fn"}}})
     save_file(tensors, path, metadata={"_quantization_metadata": described})
     assert "is stored as torch.float32, and the file describes it as 'float8_e4m3fn'" in error_of(path)
+
+
+REQUESTS = {
+    "one": (json_tensor({"attention": "comfy_kitchen_int8"}), "comfy_kitchen_int8"),
+    "several": (json_tensor([{"attention": "sol", "tau": 1.0}, {"attention": "int8"}, {"tau": 1}]), "sol, int8"),
+    "another form": (json_tensor({"kernel": 3}), "of an unknown kind"),
+    "no object": (json_tensor([3, None]), "of an unknown kind"),
+    "no JSON": (torch.tensor([0xFF, 0x7B], dtype=torch.uint8), "of an unknown kind"),
+    "no bytes": (torch.ones(2), "of an unknown kind"),
+}
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+@pytest.mark.parametrize("kind", REQUESTS)
+def test_requests_for_attention_change_no_weight(tmp_path, tensors, kind, prefix):
+    """ComfyUI saves them beside the weights of a block, from about 0.38 on."""
+    content, kernels = REQUESTS[kind]
+    asked = {f"{block}.comfy_attention.config": content.clone() for block in ("double_blocks.0", "single_blocks.1")}
+    path = tmp_path / "asks.safetensors"
+    write_tensors(path, {prefix + name: tensor for name, tensor in {**tensors, **asked}.items()})
+    spec = inspect_checkpoint(path)
+    assert spec.asks_for_attention == kernels
+    assert spec.stored.keys() == inspect_checkpoint(write_tensors(tmp_path / "a.safetensors", tensors)).stored.keys()
+
+
+def test_other_entries_of_that_kind_have_no_place(tmp_path, tensors):
+    path = write_tensors(tmp_path / "other.safetensors", {**tensors, "double_blocks.0.config": torch.zeros(2)})
+    assert "1 tensors have no place in the model, such as 'double_blocks.0.config'" in error_of(path)
 
 
 FOREIGN = {

@@ -370,6 +370,20 @@ def test_what_a_model_lacks_and_what_no_loader_reads_is_counted(tmp_path, models
         read_lora(str(write(tmp_path, "only", embeddings)), spec)
 
 
+def test_requests_for_attention_are_counted(tmp_path, spec):
+    """ComfyUI lets LoRAs carry them from about 0.40 on."""
+    request = torch.tensor(list(b'{"attention": "comfy_kitchen_int8"}'), dtype=torch.uint8)
+    blocks = ("double_blocks.0", "single_blocks.1")
+    requests = {f"diffusion_model.{block}.comfy_attention.config": request.clone() for block in blocks}
+    file = lora_state_dict("native", rank=3)
+    plain, asking = (read_lora(str(write(tmp_path, name, tensors)), spec)
+                     for name, tensors in (("plain", file), ("asking", {**file, **requests})))
+    assert [layer.module for layer in asking.layers] == [layer.module for layer in plain.layers]
+    assert "2 not used: which ask for an attention kernel" in str(asking.report)
+    with pytest.raises(LoraError, match=r"holds nothing for the FLUX\.1.*2 keys which ask for an attention kernel"):
+        read_lora(str(write(tmp_path, "only", requests)), spec)
+
+
 @pytest.mark.parametrize(
     ("one", "other"), [("kohya", "diffusers_fused"), ("onetrainer", "diffusers"), ("native", "bfl")]
 )

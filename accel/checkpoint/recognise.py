@@ -14,6 +14,7 @@ from ..families import FAMILIES
 from ..files import TensorInfo
 from ..layout import Layout
 from ..spec import ModelSpec, StoredTensor
+from .attention_requests import find_requests
 from .gguf_file import ARCHITECTURE
 from .headers import read_headers
 from .locate import Located, locate, read_json
@@ -127,6 +128,7 @@ def _spec(
     """Check that every tensor of the layout is there once, and that nothing is left over."""
     names = {name: file.tensors[prefix + original] for name, original in canonical.items()}
     scales, consumed = find_scales(file, prefix, names)
+    requests, kernels = find_requests(file, prefix, names)
     expected = layout.expected_shapes()
     missing = [name for name in expected if name not in names]
     if missing:
@@ -134,7 +136,7 @@ def _spec(
             f"'{file.name}': {len(missing)} of {len(expected)} tensors are missing, such as '{prefix}{missing[0]}'. It "
             "is incomplete, or from a trainer that left them out: get the complete transformer."
         )
-    used = {prefix + canonical[name] for name in [*expected, *consumed]}
+    used = {prefix + canonical[name] for name in [*expected, *consumed, *requests]}
     unknown = [key for key in file.tensors if key not in used and not key.startswith(OTHER_PARTS)]
     if unknown:
         raise CheckpointError(
@@ -152,7 +154,7 @@ def _spec(
             stored[name] = StoredTensor(key, names[name], prefix + canonical[scale], names[scale].numel)
         check_stored(file, stored[name], shape)
         bytes_of[names[name].dtype] += names[name].bytes
-    return ModelSpec(file, family, config, bytes_of.most_common(1)[0][0], layout, stored)
+    return ModelSpec(file, family, config, bytes_of.most_common(1)[0][0], layout, stored, kernels)
 
 
 def _check_class(located: Located) -> None:

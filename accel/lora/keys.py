@@ -33,6 +33,9 @@ ASIDE: Mapping[str, str] = {
     "bundle_emb.": "of trained embeddings, which ComfyUI reads from files of their own",  # OneTrainer
     "emb_params": "of a trained embedding, which ComfyUI reads from a file of its own",  # ai-toolkit
 }
+# The end of an entry that configures a module of ComfyUI's model (from about 0.40): which attention kernel it prefers.
+CONFIG_END = ".config"
+CONFIG = "which ask for an attention kernel; choose it in Accelerated Flux Loader"
 
 
 @dataclass(frozen=True)
@@ -136,6 +139,8 @@ def _sort(file: TensorFile, spec: ModelSpec, source: str) -> _Sorted:
             keys.text_encoder.append(key)
         elif aside := next((what for prefix, what in ASIDE.items() if key.startswith(prefix)), None):
             keys.unused[aside] += 1
+        elif key.endswith(CONFIG_END):
+            keys.unused[CONFIG] += 1
         elif lacking := _absent(key, absent):
             keys.unused[lacking] += 1
         else:

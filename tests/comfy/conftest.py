@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -14,13 +16,14 @@ import psutil
 import pytest
 import torch
 
-from harness import assets, lora_files, tensor_files, tiny_models
+from harness import assets, comfyui, lora_files, tensor_files, tiny_models
 from harness.client import Client, PromptResult, http_request
 from harness.graphs import Graph, Picture, graph, latents, relative_distance
 from harness.paths import CACHE, REPO
 from harness.server import ComfyServer
 
 PROBE_PACK = REPO / "tests" / "probe_pack"
+NEWER_CORE_PACK = REPO / "tests" / "newer_core_pack"
 Edit = Callable[[Graph, str], None]
 """Changes one picture's nodes; their ids begin with the second argument."""
 
@@ -162,6 +165,19 @@ class Comfy:
         pytest.fail(f"/free did not give the weights back: {state}")
 
 
+@pytest.fixture(scope="module")
+def core(pack) -> Iterator[Callable]:
+    """ComfyUI in this process, kept on the CPU: `core("nodes.clip")` is a module of the pack that needs it."""
+    sys.path.append(str(comfyui.source_path()))
+    try:
+        import comfy.cli_args
+
+        comfy.cli_args.args.cpu = True
+        yield lambda name: importlib.import_module(f"{pack.__name__}.{name}")
+    finally:
+        sys.path.remove(str(comfyui.source_path()))
+
+
 @pytest.fixture(scope="session")
 def models_cache() -> Path:
     """A models folder that outlives the session: the CLIP-L alone has 250 MB."""
@@ -171,7 +187,9 @@ def models_cache() -> Path:
 
 
 @contextlib.contextmanager
-def _running(models_cache: Path, base: Path, comfy_args: tuple[str, ...], version: str | None) -> Iterator[Comfy]:
+def _running(
+    models_cache: Path, base: Path, comfy_args: tuple[str, ...], version: str | None, newer_core: bool
+) -> Iterator[Comfy]:
     for source in models_cache.glob("*/*.safetensors"):
         target = base / "models" / source.relative_to(models_cache)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -179,7 +197,8 @@ def _running(models_cache: Path, base: Path, comfy_args: tuple[str, ...], versio
     # Tiny tensors gain nothing from threads, and lose seconds to them when other programs run. The threshold makes
     # glibc give freed tensors back to the system, or memory that was released would still count as the process's.
     env = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "1048576"}
-    server = ComfyServer(base, packs=[PROBE_PACK], comfy_args=comfy_args, version=version, env=env)
+    packs = [PROBE_PACK, NEWER_CORE_PACK] if newer_core else [PROBE_PACK]
+    server = ComfyServer(base, packs=packs, comfy_args=comfy_args, version=version, env=env)
     with server, server.client() as client:
         yield Comfy(server, client)
 
@@ -194,10 +213,10 @@ def _link(source: Path, target: Path) -> None:
 
 @pytest.fixture(scope="session")
 def start_comfy(models_cache, tmp_path_factory) -> Callable:
-    """Start a further server: `with start_comfy("--cache-none") as comfy`."""
+    """Start a further server: `with start_comfy("--cache-none") as comfy`; see tests/newer_core_pack for the flag."""
 
-    def start(*comfy_args: str, version: str | None = None):
-        return _running(models_cache, tmp_path_factory.mktemp("comfyui"), comfy_args, version)
+    def start(*comfy_args: str, version: str | None = None, newer_core: bool = False):
+        return _running(models_cache, tmp_path_factory.mktemp("comfyui"), comfy_args, version, newer_core)
 
     return start
 

@@ -13,11 +13,12 @@ from harness import tiny_models
 from harness.graphs import Picture, graph, latents, relative_distance
 
 DEV = Picture(model="tiny-flux-dev-fp32.safetensors")
+# The servers for two of them behave as newer ComfyUI does, see tests/newer_core_pack.
 CACHES = {
     "default cache": (),
     "--cache-classic": ("--cache-classic",),
-    "--cache-none": ("--cache-none",),
-    "--cache-lru 4": ("--cache-lru", "4"),
+    "--cache-none, newer core": ("--cache-none",),
+    "--cache-lru 4, newer core": ("--cache-lru", "4"),
 }
 # Wide enough that its weights stand out in the memory of the server process: 91 million parameters.
 WIDE = {"hidden": 1280, "depth": 1, "depth_single": 1}
@@ -29,7 +30,8 @@ def any_cache(request):
     if not CACHES[request.param]:
         yield request.getfixturevalue("comfy")
         return
-    with request.getfixturevalue("start_comfy")(*CACHES[request.param]) as running:
+    start, newer_core = request.getfixturevalue("start_comfy"), request.param.endswith("newer core")
+    with start(*CACHES[request.param], newer_core=newer_core) as running:
         yield running
 
 

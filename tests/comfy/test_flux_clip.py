@@ -5,14 +5,12 @@ ComfyUI's stock FLUX CLIP loads a small T5 when it is told the sizes, which is t
 
 import importlib
 import re
-import sys
 
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
 
-from harness import comfyui
 from harness import text_encoder_files as files
 from harness.graphs import relative_distance
 from harness.tensor_files import write_tensors
@@ -29,16 +27,9 @@ DISTANCE = {"int8": 0.015, "fp8": 0.07, "nf4": 0.18}
 
 
 @pytest.fixture(scope="module")
-def flux_clip(pack):
-    """The pack's module `nodes.clip`, with ComfyUI importable and kept on the CPU."""
-    sys.path.append(str(comfyui.source_path()))
-    try:
-        import comfy.cli_args
-
-        comfy.cli_args.args.cpu = True
-        yield importlib.import_module(f"{pack.__name__}.nodes.clip")
-    finally:
-        sys.path.remove(str(comfyui.source_path()))
+def flux_clip(core):
+    """The pack's module `nodes.clip`."""
+    return core("nodes.clip")
 
 
 @pytest.fixture(autouse=True)
@@ -57,10 +48,9 @@ def paths(tmp_path_factory) -> dict:
 
 
 @pytest.fixture
-def make(flux_clip, paths, pack):
+def make(flux_clip, paths, core):
     """`make("fp16", "nf4")`: a CLIP from one of the files."""
-    spec = importlib.import_module(f"{pack.__name__}.accel.text_encoder.spec")
-    checkpoint = importlib.import_module(f"{pack.__name__}.accel.checkpoint")
+    spec, checkpoint = core("accel.text_encoder.spec"), core("accel.checkpoint")
 
     def build(t5="fp16", mode="none", clip="clip", embeddings=None):
         t5_spec = spec.t5_spec(checkpoint.read_file(str(paths.get(t5, t5))))

@@ -15,6 +15,11 @@ LORAS = list(zip(FILES, (0.8, -0.5, 0.4), strict=True))
 
 @pytest.fixture(scope="module", autouse=True)
 def files(comfy):
+    write_files(comfy)
+
+
+def write_files(comfy):
+    """The LoRAs that the tests' graphs name."""
     for number, (name, format) in enumerate(zip(FILES, ("kohya", "diffusers", "native"), strict=True)):
         comfy.lora(name, format, rank=6 + 5 * number, seed=90 + number)
 

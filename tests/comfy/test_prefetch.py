@@ -97,6 +97,34 @@ def test_prefetching_does_not_change_pictures(comfy):
     assert torch.equal(comfy.sample(replace(picture, seed=403)), first)
 
 
+# Loaders of several LoRAs: ComfyUI's numbered rows, and rgthree's nested ones. Only their files are known.
+STACKS = {
+    "rows": {"loras.0.lora_name": "A", "loras.0.strength": 0.5, "loras.1.lora_name": "B", "loras.1.strength": 1.0},
+    "nested": {"lora_1": {"on": True, "lora": "A", "strength": 0.5}, "lora_2": {"on": True, "lora": "B"}},
+}
+
+
+@pytest.mark.parametrize("rows", STACKS.values(), ids=STACKS)
+@pytest.mark.parametrize("below", [True, False], ids=["and ours", "alone"])
+def test_loaders_of_several_loras_are_looked_through(comfy, rows, below):
+    names = {name: comfy.lora(f"prefetch-{name}.safetensors", "kohya", rank=4) for name in "ABC"}
+
+    def named(value):
+        return {key: named(each) for key, each in value.items()} if isinstance(value, dict) else names.get(value, value)
+
+    nodes = {
+        "loader": node("FluxAccelLoader", model_name=BASE.model),
+        "several": node("SomeStack", model=["loader", 0], **named(rows | {"text": "a fox"})),
+        "sampler": node("KSampler", model=["several", 0]),
+    }
+    expected = [[names["A"], None], [names["B"], None]]
+    if below:
+        nodes["ours"] = node("FluxHotswapLora", model=["several", 0], lora_name=names["C"], strength=0.5)
+        nodes["sampler"]["inputs"]["model"] = ["ours", 0]
+        expected.append([names["C"], 0.5])
+    assert comfy.stacks_of(nodes, comfy.model_file("diffusion_models", BASE.model)) == [expected]
+
+
 CHAINS = {
     "one": ({"a": ("A", 0.5, "loader")}, [(("A", 0.5),)]),
     "two": ({"a": ("A", 0.5, "loader"), "b": ("B", -1.0, "a")}, [(("A", 0.5), ("B", -1.0))]),

@@ -16,6 +16,7 @@ DEV = Picture(model="tiny-flux-dev-fp32.safetensors")
 def test_version(start_comfy, version):
     with start_comfy(version=version) as comfy:
         assert {"FluxAccelLoader", "FluxHotswapLora"} <= set(comfy.client.object_info())
+        assert "Flux Hotswap: this ComfyUI" not in comfy.server.log  # the contract holds, see nodes/contract.py
         lora = comfy.lora("any.safetensors", "kohya", alpha=4.0, seed=81)
         drawn = comfy.compare(replace(DEV, loras=[(lora, 0.9)]), plain=DEV)
         assert drawn.distance <= 1e-4
