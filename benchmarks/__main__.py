@@ -26,11 +26,13 @@ class Benchmark:
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
+DEVICE = {"--device": {"default": "cpu", "help": "where it runs, such as cuda (default cpu)"}}
 SCALE = {"--scale": {"type": float, "default": 1.0, "help": "share of FLUX.1-dev's blocks (default 1)"}}
 BENCHMARKS: Mapping[str, Benchmark] = {
     "swap": Benchmark(
-        "switch a LoRA at FLUX.1-dev's sizes: hot, warm, cold, beside PEFT, diffusers and ComfyUI's merge",
+        "switch a LoRA at FLUX.1-dev's sizes: hot, warm, cold, beside PEFT, diffusers and, on a CPU, ComfyUI's merge",
         "benchmarks.swap",
+        options=DEVICE,
     ),
     "load": Benchmark(
         "load a checkpoint of FLUX.1-dev's size into fp8 and int8: memory, time, and the next start from the cache; "
@@ -39,8 +41,13 @@ BENCHMARKS: Mapping[str, Benchmark] = {
         options=SCALE,
     ),
     "step": Benchmark(
-        "what LoRA layers cost per compiled step on this CPU: none bound, ranks 16 and 128, a stack, beside PEFT",
+        "what LoRA layers cost per compiled step: none bound, ranks 16 and 128, a stack, beside PEFT",
         "benchmarks.step",
+        options={
+            **DEVICE,
+            "--resolution": {"type": int, "help": "of the picture (default 1024; on a CPU 320, and a short prompt)"},
+            "--quantization": {"default": "none", "help": "of the blocks' linears, such as fp8 or int8 (default none)"},
+        },
     ),
     "restart": Benchmark(
         "the first image after a restart, from compiled code that was kept, beside the first one ever and a warm one",
@@ -50,7 +57,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
         "a step of FLUX.1-dev whose blocks are copied to the device while it computes: copies, computation, both; "
         "needs 15 GB of memory",
         "benchmarks.offload",
-        options=SCALE,
+        options={**SCALE, **DEVICE},
     ),
     "gpu_code": Benchmark(
         "what the code generated for an H100 reads and writes, with and without LoRA, beside PEFT; needs no GPU",

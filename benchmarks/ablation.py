@@ -28,9 +28,10 @@ from .ablation_rows import ALL, BASELINE, Configuration, published_on, quantizat
 from .block_variants import one_of_each
 from .flux_loras import KEY_PREFIX, RANK, RandomLora, random_lora
 from .random_checkpoint import write_checkpoint
-from .report import BenchmarkError, OtherLoad, Report, Variant, interleave
+from .report import BenchmarkError, OtherLoad, Report
 from .subject_process import SubjectFailedError, SubjectProcess
 from .subjects import Work
+from .timing import Variant, interleave
 
 HIDDEN_SIZE, QUICK_HIDDEN_SIZE = 3072, 256
 # Height of the latent and text tokens of the small model: 400 + 192 tokens; for --quick 16 + 8.
@@ -279,7 +280,7 @@ def _work(
         paths = tuple(map(str, loras))
         return Work(str(model), paths, device.type, "", latent, TEXT_TOKENS, _steps(steps, STEPS))
     config = one_of_each(QUICK_HIDDEN_SIZE if quick else HIDDEN_SIZE)
-    write_checkpoint(folder / "model.safetensors", config, std=config.hidden_size**-0.5)
+    write_checkpoint(folder / "model.safetensors", config)
     made = [random_lora(config, f"lora-{seed}", seed) for seed in range(2)]
     paths = tuple(str(_write(each, folder / f"{each.name}.safetensors", config.hidden_size)) for each in made)
     latent, text_tokens = QUICK if quick else SMALL

@@ -14,12 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from accel.families.flux1 import Flux1, Flux1Config
-from accel.files import FileIdentity, TensorFile, TensorInfo
 from accel.layout import Layout
 from accel.lora.bound import bound_to
 from accel.lora.layers import LoraLinear
 from accel.lora.slots import LoraSlots
-from accel.spec import ModelSpec
 
 from .report import BenchmarkError
 
@@ -77,18 +75,10 @@ def meta_model(config: Flux1Config) -> nn.Module:
         return nn.Module.to(Flux1().build(config), DTYPE).eval().requires_grad_(False)
 
 
-def spec_of(config: Flux1Config) -> ModelSpec:
-    """What the LoRA reader needs to know about the checkpoint: its shapes; there is no file."""
-    shapes = Flux1().layout(config).expected_shapes()
-    tensors = {key: TensorInfo(shape, DTYPE) for key, shape in shapes.items()}
-    return ModelSpec(TensorFile(FileIdentity("shapes only", 0, 0), tensors), Flux1(), config, DTYPE)
-
-
-def slots_of(config: Flux1Config) -> tuple[nn.Module, LoraSlots]:
-    """A model with the pack's LoRA layers on every linear, as `Engine.load` adds them."""
+def slots_of(config: Flux1Config, device: torch.device) -> tuple[nn.Module, LoraSlots]:
+    """A model with the pack's LoRA layers on every linear, as `Engine.load` adds them; for LoRAs on a device."""
     model = meta_model(config)
-    modules = [part.module for linear in Flux1().layout(config).linears for part in linear.parts]
-    return model, LoraSlots(model, modules, torch.device("cpu"))
+    return model, LoraSlots(model, Flux1().layout(config).modules, device)
 
 
 def random_lora(config: Flux1Config, name: str, seed: int, rank: int = RANK) -> RandomLora:
@@ -170,7 +160,7 @@ def check_bound(variant: str, model: nn.Module, adapter: str | None, expected: P
         variant: what the message begins with.
         model: with LoRA layers.
         adapter: of PEFT's layers; None for the pack's own.
-        expected: what must be bound.
+        expected: what must be bound, on the device where it must be.
 
     Returns:
         The tensors of `expected`'s layers.
@@ -202,8 +192,13 @@ def check_bound(variant: str, model: nn.Module, adapter: str | None, expected: P
     return tuple(seen)
 
 
+def pairs_on(device: torch.device, pairs: Pairs) -> Pairs:
+    """The same matrices on a device."""
+    return {module: (a.to(device), b.to(device)) for module, (a, b) in pairs.items()}
+
+
 def same_bits(tensor: Tensor, wanted: Tensor) -> bool:
-    """Whether two bf16 tensors agree in every bit."""
+    """Whether two bf16 tensors of one device agree in every bit."""
     if tensor.shape != wanted.shape or tensor.dtype != wanted.dtype:
         return False
     return torch.equal(tensor.detach().view(torch.int16), wanted.view(torch.int16))

@@ -16,10 +16,11 @@ from accel.lora.weights import LoraLayer, LoraWeights
 from accel.memory import GIB, PoolBudgets
 
 from . import flux_loras
-from .flux_loras import DTYPE, STRENGTH, Pairs, RandomLora, check_bound, random_lora, same_bits
-from .report import BenchmarkError, Variant
+from .flux_loras import DTYPE, STRENGTH, Pairs, RandomLora, check_bound, pairs_on, random_lora, same_bits
+from .random_checkpoint import random_spec
+from .report import BenchmarkError
+from .timing import Variant
 
-CPU = torch.device("cpu")
 BUDGETS = PoolBudgets(1, 16 * GIB, 16 * GIB)
 RANKS = (64, 128)
 STRENGTHS = (STRENGTH, -0.6)
@@ -37,18 +38,19 @@ POOLED = {
 
 
 class Pooled:
-    """The pack's `LoraLibrary` over a model on the meta device. Host memory is the device, as on a CPU."""
+    """The pack's `LoraLibrary` over a model on the meta device. On a CPU, host memory is the device."""
 
-    def __init__(self, config: Flux1Config, loras: Sequence[RandomLora]) -> None:
+    def __init__(self, config: Flux1Config, loras: Sequence[RandomLora], device: torch.device) -> None:
         """Prepare nothing yet but what is compared with."""
         self._config = config
+        self._device = device
         self._loras = loras
         self._weights: dict[str, LoraWeights] = {}
-        self._model, self._slots = flux_loras.slots_of(config)
+        self._model, self._slots = flux_loras.slots_of(config, device)
         self._library = self._new_library()
         lora_B = torch.cat([b.flatten() for _, b in loras[0].pairs.values()])
         buffers = HostBuffers(0)  # where the library's memory comes from
-        source, target = (buffers.take(lora_B.nbytes).view(lora_B.dtype) for _ in range(2))
+        source, target = (buffers.take(lora_B.nbytes).view(lora_B.dtype).to(device) for _ in range(2))
         self._product = source.copy_(lora_B), target
         self._other = self._stack((loras[-1], STRENGTH))
 
@@ -136,7 +138,7 @@ class Pooled:
         self._library.bind(self._library.bring(stack))
 
     def _check(self, name: str, expected: Pairs) -> None:
-        check_bound(name, self._model, None, expected)
+        check_bound(name, self._model, None, pairs_on(self._device, expected))
 
     def _stack(self, *entries: tuple[RandomLora, float]) -> LoraStack:
         stack = LoraStack()
@@ -148,7 +150,7 @@ class Pooled:
         return stack
 
     def _new_library(self) -> LoraLibrary:
-        library = LoraLibrary(flux_loras.spec_of(self._config), DTYPE, CPU, BUDGETS)
+        library = LoraLibrary(random_spec(self._config), DTYPE, self._device, BUDGETS)
         library.attach(self._slots, BUDGETS)
         return library
 
