@@ -63,6 +63,20 @@ BENCHMARKS: Mapping[str, Benchmark] = {
         "what the code generated for an H100 reads and writes, with and without LoRA, beside PEFT; needs no GPU",
         "benchmarks.gpu_code",
     ),
+    "gpu": Benchmark(
+        "everything that a GPU is to show, in the order of its worth: self-tests, switches, steps, whole images, "
+        "offload, attention; a second call goes on",
+        "benchmarks.gpu",
+        options={
+            "--minutes": {"type": float, "default": 8.0, "help": "for all of it (default 8)"},
+            "--out": {
+                "type": Path, "metavar": "DIR", "default": Path("bench-output/gpu"),
+                "help": "gets results.jsonl, gpu.json, gpu.md and logs after each row (default bench-output/gpu)",
+            },
+            "--stages": {"nargs": "+", "metavar": "STAGE", "help": "only these (default all)"},
+            "--device": {"help": "where it runs (default cuda; with --quick also cpu)"},
+        },
+    ),
     "ablation": Benchmark(
         "the published table: baseline, compile, fp8, flash_3, hotswap, all, each left out; two LoRAs in turn; also "
         "writes Markdown beside --json FILE",

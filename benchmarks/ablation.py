@@ -26,12 +26,12 @@ from . import ablation_report, ablation_rows
 from .ablation_report import Measured, check_changes
 from .ablation_rows import ALL, BASELINE, Configuration, published_on, quantization_of, runnable
 from .block_variants import one_of_each
-from .flux_loras import KEY_PREFIX, RANK, RandomLora, random_lora
+from .flux_loras import KEY_PREFIX, RANK, visible_lora
 from .random_checkpoint import write_checkpoint
 from .report import BenchmarkError, OtherLoad, Report
 from .subject_process import SubjectFailedError, SubjectProcess
 from .subjects import Work
-from .timing import Variant, interleave
+from .timing import CPU, Variant, interleave
 
 HIDDEN_SIZE, QUICK_HIDDEN_SIZE = 3072, 256
 # Height of the latent and text tokens of the small model: 400 + 192 tokens; for --quick 16 + 8.
@@ -42,8 +42,6 @@ SMALL_STEPS, STEPS = 2, 28
 RESOLUTION = 1024
 SWITCHES = 3
 ROUNDS, PEER_ROUNDS = 3, 7
-# Outputs of the small model's LoRA beside those of its linears.
-LORA_SHARE = 0.3
 
 
 def run(
@@ -281,8 +279,9 @@ def _work(
         return Work(str(model), paths, device.type, "", latent, TEXT_TOKENS, _steps(steps, STEPS))
     config = one_of_each(QUICK_HIDDEN_SIZE if quick else HIDDEN_SIZE)
     write_checkpoint(folder / "model.safetensors", config)
-    made = [random_lora(config, f"lora-{seed}", seed) for seed in range(2)]
-    paths = tuple(str(_write(each, folder / f"{each.name}.safetensors", config.hidden_size)) for each in made)
+    paths = tuple(str(folder / f"lora-{seed}.safetensors") for seed in range(2))
+    for seed, path in enumerate(paths):
+        save_file(visible_lora(config, path, seed, RANK, CPU).state_dict(KEY_PREFIX), path)
     latent, text_tokens = QUICK if quick else SMALL
     return Work(
         str(folder / "model.safetensors"), paths, device.type, "", latent, text_tokens, _steps(steps, SMALL_STEPS)
@@ -293,15 +292,6 @@ def _steps(chosen: int | None, default: int) -> int:
     if chosen is not None and chosen < 2:
         raise BenchmarkError(f"--steps is {chosen}, expected 2 or more: a step is timed from the end of another.")
     return chosen or default
-
-
-def _write(lora: RandomLora, path: Path, hidden_size: int) -> Path:
-    """Save a LoRA whose output is about `LORA_SHARE` of its linear's, so that its absence would show."""
-    std = float(next(iter(lora.pairs.values()))[0].float().std())
-    factor = LORA_SHARE / (std * hidden_size**0.5 * std * RANK**0.5)
-    tensors = lora.state_dict(KEY_PREFIX)
-    save_file({key: value * factor if ".lora_B." in key else value for key, value in tensors.items()}, path)
-    return path
 
 
 def _comfyui() -> str:

@@ -188,7 +188,7 @@ def write_markdown(report: Report, path: Path) -> None:
         text.append(_markdown_row([goal.statement, figure(goal.value), f"{sign} {figure(goal.limit)}", verdict]))
     text += ["", *(f"- {note}" for note in report.notes), ""]
     text.append(f"{described['cpu']}, {described['cores']} cores, torch {described['torch']}, {report.date}")
-    path.write_text("\n".join(text) + "\n", encoding="utf-8")
+    write_text("\n".join(text) + "\n", path)
 
 
 def _markdown_row(cells: Sequence[str]) -> str:
@@ -211,4 +211,11 @@ def write_json(report: Report, path: Path) -> None:
             name: [round(sample, SAMPLE_DIGITS) for sample in samples] for name, samples in report.samples_ms.items()
         },
     }
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", path)
+
+
+def write_text(text: str, path: Path) -> None:
+    """Write a file whole or not at all: who reads it while it is written anew finds the old one."""
+    unfinished = path.with_name(f"{path.name}.part")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(path)

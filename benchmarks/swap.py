@@ -89,7 +89,7 @@ class Swaps:
     def __init__(self, quick: bool, device: torch.device, folder: Path) -> None:
         """Make the LoRAs; `folder` is for files that are read cold."""
         self.config = flux_loras.QUICK if quick else flux_loras.DEV
-        self.loras = [random_lora(self.config, f"lora-{seed}", seed) for seed in range(LORA_COUNT)]
+        self.loras = [random_lora(self.config, f"lora-{seed}", seed, device=device) for seed in range(LORA_COUNT)]
         self.device = device
         self.switch: Switch | None = None
         self._folder = folder
@@ -132,12 +132,12 @@ def _report(
         **{f"{name}_ms": value for name, value in ms.items()},
         "cold_diffusers_ms": ms["cold"],
         "prefetch_slowdown": slowdown(samples),
-        "warm_over_memcpy": _over(samples, "warm", ["memcpy"]),
-        "hot_over_memcpy": _over(samples, "hot", ["memcpy"]),
-        "cold_over_read_plus_memcpy": _over(samples, "cold", ["read", "memcpy"]),
-        "peft_over_hot": _over(samples, "peft", ["hot"]),
-        "diffusers_over_hot": _over(samples, "diffusers", ["hot"]),
-        "strength_over_multiply": _over(samples, "strength", ["multiply"]),
+        "warm_over_memcpy": over(samples, "warm", ["memcpy"]),
+        "hot_over_memcpy": over(samples, "hot", ["memcpy"]),
+        "cold_over_read_plus_memcpy": over(samples, "cold", ["read", "memcpy"]),
+        "peft_over_hot": over(samples, "peft", ["hot"]),
+        "diffusers_over_hot": over(samples, "diffusers", ["hot"]),
+        "strength_over_multiply": over(samples, "strength", ["multiply"]),
         "strength_minus_multiply_ms": _minus(samples, "strength", "multiply"),
         "cold_phases_ms": {
             phase: statistics.median(itertools.chain(*map(counted, _turns(each[-rounds * LONG_RUNS :]))))
@@ -149,7 +149,7 @@ def _report(
     }
     notes = [*([NO_GPU] if swaps.device.type == "cpu" else []), *NOTES, switch.files.describe()]
     if stock is not None:
-        values["stock_over_hot"] = _over(samples, "stock_merge", ["hot"])
+        values["stock_over_hot"] = over(samples, "stock_merge", ["hot"])
         values |= {"stock_merge_sampled_layers": stock.sampled_layers, "stock_merge_layers": stock.layers}
         notes.append(
             f"ComfyUI {stock.version}'s merge ran on {stock.sampled_layers} of {stock.layers} weights, one block of "
@@ -182,7 +182,7 @@ def _turns(runs: Sequence[float]) -> list[Sequence[float]]:
     return [runs[start : start + LONG_RUNS] for start in range(0, len(runs), LONG_RUNS)]
 
 
-def _over(samples: Mapping[str, Sequence[float]], name: str, others: Sequence[str]) -> float:
+def over(samples: Mapping[str, Sequence[float]], name: str, others: Sequence[str]) -> float:
     """How many times the others a variant takes: the median over rounds, each of which finds one state of a machine."""
     sums = map(sum, zip(*(samples[other] for other in others), strict=True))
     return statistics.median(own / whole for own, whole in zip(samples[name], sums, strict=True))

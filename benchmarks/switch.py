@@ -11,19 +11,17 @@ from typing import Any
 import torch
 
 from accel.families.flux1 import Flux1Config
-from accel.files import FileIdentity
 from accel.lora.buffers import HostBuffers
 from accel.lora.device import DeviceLoras
 from accel.lora.file import read_lora
 from accel.lora.flatten import FlatLora, flatten
 from accel.lora.library import BUFFERS_BYTES
 from accel.lora.stack import LoraStack
-from accel.lora.weights import LoraLayer, LoraWeights
 from accel.offload.memory import memory_of
 
 from . import flux_loras
 from .cold_files import ColdFiles, read_into
-from .flux_loras import DTYPE, KEY_PREFIX, STRENGTH, FusedLora, Pairs, RandomLora, check_bound, pairs_on
+from .flux_loras import DTYPE, KEY_PREFIX, STRENGTH, FusedLora, Pairs, RandomLora, check_bound, lora_weights, pairs_on
 from .pooled import SHORT_RUNS
 from .random_checkpoint import random_spec
 from .report import BenchmarkError
@@ -223,6 +221,4 @@ class Switch:
 
 
 def _flatten(lora: RandomLora, pin: bool) -> FlatLora:
-    layers = tuple(LoraLayer(module, a, b, 1.0) for module, (a, b) in lora.pairs.items())
-    weights = LoraWeights(FileIdentity(lora.name, 0, 0), layers, ())
-    return flatten(LoraStack().with_lora(weights, STRENGTH).active, DTYPE, pin=pin)
+    return flatten(LoraStack().with_lora(lora_weights(lora), STRENGTH).active, DTYPE, pin=pin)
