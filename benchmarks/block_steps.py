@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -86,11 +86,11 @@ class Steps:
                 peft.get_submodule(name).base_layer = bare.get_submodule(name)
         ours = _sharing_weights(bare, config)
         self._slots = LoraSlots(ours, block_modules(config), device)
-        loras = [_random_lora(config, 16, seed, device) for seed in range(STACK)]
-        stacks = {"rank16": loras[:1], "rank128": [_random_lora(config, 128, STACK, device)], "stack4": loras}
+        loras = [_random_lora(config, 16, seed) for seed in range(STACK)]
+        stacks = {"rank16": loras[:1], "rank128": [_random_lora(config, 128, STACK)], "stack4": loras}
         self._bindings = {"empty": self._slots.empty, **{name: self._bound(each) for name, each in stacks.items()}}
         self._slots.bind(self._slots.empty)
-        _fill_peft(peft, loras[0])
+        _fill_peft(peft, loras[0], device)
         target = Target(device, DTYPE, *Flux1().heads(config), compiled=case.compile != "off")
         attention = choose_attention(case.attention, target)
         self.attention = attention.name
@@ -152,7 +152,8 @@ class Steps:
         stack = LoraStack()
         for lora in loras:
             stack = stack.with_lora(lora, STRENGTH)
-        return self._slots.bindings(flatten(stack.active, DTYPE, pin=False))
+        flat = flatten(stack.active, DTYPE, pin=False)
+        return self._slots.bindings(replace(flat, buffer=flat.buffer.to(self._case.device)))
 
     def step(self, name: str) -> None:
         """One step of a variant."""
@@ -228,11 +229,11 @@ def _sharing_weights(source: nn.Module, config: Flux1Config) -> nn.Module:
     return model
 
 
-def _random_lora(config: Flux1Config, rank: int, seed: int, device: torch.device) -> LoraWeights:
-    generator = torch.Generator(device).manual_seed(seed)
+def _random_lora(config: Flux1Config, rank: int, seed: int) -> LoraWeights:
+    generator = torch.Generator().manual_seed(seed)
 
     def normal(rows: int, columns: int, scale: float) -> Tensor:
-        return torch.empty(rows, columns, dtype=DTYPE, device=device).normal_(0.0, scale, generator=generator)
+        return torch.empty(rows, columns, dtype=DTYPE).normal_(0.0, scale, generator=generator)
 
     layers = tuple(
         # A fifth of what the linear itself puts out.
@@ -244,11 +245,11 @@ def _random_lora(config: Flux1Config, rank: int, seed: int, device: torch.device
     return LoraWeights(FileIdentity(f"rank {rank}, seed {seed}", 0, 0), layers, ())
 
 
-def _fill_peft(model: nn.Module, lora: LoraWeights) -> None:
+def _fill_peft(model: nn.Module, lora: LoraWeights, device: torch.device) -> None:
     for layer in lora.layers:
         module = model.get_submodule(layer.module)
         for half, value in ((module.lora_A, layer.lora_A), (module.lora_B, layer.lora_B.float() * STRENGTH)):
-            half[PEFT_ADAPTER].weight = nn.Parameter(value.to(DTYPE), requires_grad=False)
+            half[PEFT_ADAPTER].weight = nn.Parameter(value.to(device, DTYPE), requires_grad=False)
 
 
 def _inputs(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -35,6 +35,8 @@ GRACE_S = 3.0
 STOP_S = 5.0
 # On a CPU, where a row is to show that it runs, and the machine may be busy with others.
 PATIENCE = 4.0
+# What a process takes to import the libraries where it cannot be forked from one that has them.
+IMPORTS_S = 25.0
 
 
 def run(
@@ -151,14 +153,16 @@ class Measurement:
 
     def _run(self, row: Row) -> dict[str, Any]:
         start = time.monotonic()
-        limit_s = row.limit_s * (PATIENCE if self._quick else 1.0)
-        limit_s = min(limit_s, max(row.least_s, self._ends - start))
         values: dict[str, Any] = {}
-        error = self._answers(row, values, limit_s)
+        error = self._answers(row, values, self._limit_s(row))
         if error == NO_DEVICE:
             self._fork = False
-            error = self._answers(row, values, limit_s)
+            error = self._answers(row, values, self._limit_s(row))
         return _record(row, values, error, time.monotonic() - start)
+
+    def _limit_s(self, row: Row) -> float:
+        limit_s = row.limit_s * (PATIENCE if self._quick else 1.0) + (0.0 if self._fork else IMPORTS_S)
+        return min(limit_s, max(row.least_s, self._ends - time.monotonic()))
 
     def _answers(self, row: Row, values: dict[str, Any], limit_s: float) -> str:
         """Run a row; fill in what it reports. Returns why it failed, or ""."""

@@ -31,6 +31,7 @@ LIBRARIES = (
 # FLUX.1's attention for a picture of 1024 × 1024 and a prompt.
 HEADS, HEAD_DIM, TOKENS = 24, 128, 4_608
 QUICK_HEADS, QUICK_TOKENS = 2, 64
+DOWNLOADS = "is not installed, and would be fetched from the network when it is chosen"
 # A quantized linear on random data, relative L2; 4 bits are at 0.09.
 QUANTIZED_ERROR = 0.2
 SWAP_ROUNDS, QUICK_SWAP_ROUNDS = 5, 2
@@ -96,7 +97,7 @@ def selftest(device: torch.device, quick: bool) -> Iterator[dict[str, Any]]:
     target = _target(device, quick)
     for name in AUTO if quick else BACKENDS:
         start = time.perf_counter()
-        error = BACKENDS[name].missing(target) or verify(name, target).refusal
+        error = _missing(name, target) or verify(name, target).refusal
         yield _tested(f"attention {name}", start, error)
     for name, mode in MODES.items():
         start = time.perf_counter()
@@ -128,6 +129,12 @@ def _quantized_error(mode: str, device: torch.device) -> str | None:
     return None if error < QUANTIZED_ERROR else f"is {error:.3g} from float32 (relative L2), allowed {QUANTIZED_ERROR}"
 
 
+def _missing(name: str, target: Target) -> str | None:
+    """Why an attention backend does not run here, or None; nothing is fetched from the network to find out."""
+    backend = BACKENDS[name]
+    return backend.missing(target) or (DOWNLOADS if backend.downloads() else None)
+
+
 def _target(device: torch.device, quick: bool) -> Target:
     # Compiled: FlexAttention is nothing otherwise; it takes a CPU half a minute.
     return Target(device, BF16, QUICK_HEADS if quick else HEADS, HEAD_DIM, compiled=not quick)
@@ -136,7 +143,7 @@ def _target(device: torch.device, quick: bool) -> Target:
 def attention(job: Job, name: str) -> None:
     """One backend at FLUX.1's shape."""
     target, backend = _target(job.device, job.quick), BACKENDS[name]
-    missing = backend.missing(target)
+    missing = _missing(name, target)
     if missing is not None:
         job.add(missing=missing)
         return

@@ -115,8 +115,8 @@ def test_all_variants_share_their_base_weights_and_peft_holds_the_lora_of_rank_1
     assert ours.transformer_blocks[0].attn.to_q.base.weight is bare.transformer_blocks[0].attn.to_q.weight
     peft = block_steps._sharing_weights(bare, config)
     block_steps.add_peft(peft, config, 16)
-    lora = block_steps._random_lora(config, 16, 0, CPU)
-    block_steps._fill_peft(peft, lora)
+    lora = block_steps._random_lora(config, 16, 0)
+    block_steps._fill_peft(peft, lora, CPU)
     layer = peft.transformer_blocks[0].attn.to_q
     assert layer.base_layer.weight is bare.transformer_blocks[0].attn.to_q.weight
     matrices = next(each for each in lora.layers if each.module == "transformer_blocks.0.attn.to_q")
