@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,13 @@ class Benchmark:
         summary: one line, for `--help`.
         module: where its `run(quick: bool) -> report.Report` is; imported only when it runs.
         options: what else `run` takes: flag -> how argparse reads it.
+        saves: whether it also takes `save`, for what is known before its end.
     """
 
     summary: str
     module: str
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    saves: bool = False
 
 
 DEVICE = {"--device": {"default": "cpu", "help": "where it runs, such as cuda (default cpu)"}}
@@ -70,7 +73,9 @@ BENCHMARKS: Mapping[str, Benchmark] = {
         options={
             "--minutes": {"type": float, "default": 8.0, "help": "for all of it (default 8)"},
             "--out": {
-                "type": Path, "metavar": "DIR", "default": Path("bench-output/gpu"),
+                "type": Path,
+                "metavar": "DIR",
+                "default": Path("bench-output/gpu"),
                 "help": "gets results.jsonl, gpu.json, gpu.md and logs after each row (default bench-output/gpu)",
             },
             "--stages": {"nargs": "+", "metavar": "STAGE", "help": "only these (default all)"},
@@ -87,7 +92,11 @@ BENCHMARKS: Mapping[str, Benchmark] = {
             "--lora": {"type": Path, "metavar": "FILE", "action": "append", "help": "twice: the LoRAs for --model"},
             "--steps": {"type": int, "help": "of an image (default 28 with --model, else 2)"},
             "--resolution": {"type": int, "default": 1024, "help": "of an image with --model (default 1024)"},
+            "--random": {"action": "store_true", "help": "in place of --model: random weights, made on the GPU"},
+            "--rows": {"nargs": "+", "metavar": "ROW", "help": "only these, and the baseline (default all)"},
+            "--minutes": {"type": float, "help": "for all of it; what it is too short for says so (default no limit)"},
         },
+        saves=True,
     ),
 }
 
@@ -99,21 +108,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: --json {options.json}: there is no folder {options.json.parent}.", file=sys.stderr)
         return 2
 
-    from .report import BenchmarkError, print_report, write_json, write_markdown  # imports torch: not for --help
+    from .report import BenchmarkError, print_report, save  # imports torch: not for --help
 
     try:
         benchmark = BENCHMARKS[options.name]
         extra = {name: getattr(options, name) for name in (flag.lstrip("-") for flag in benchmark.options)}
+        if benchmark.saves and options.json is not None:
+            extra["save"] = partial(save, path=options.json)
         report = import_module(benchmark.module).run(quick=options.quick, **extra)
     except BenchmarkError as error:
         print(f"error: {options.name}: {error}", file=sys.stderr)
         return 1
     if options.json is not None:
-        write_json(report, options.json)  # first: printing fails when stdout is a pipe that was closed
+        save(report, options.json)  # first: printing fails when stdout is a pipe that was closed
         if report.picture is not None:
             report.picture(options.json.with_suffix(".png"))
-        if report.lines:
-            write_markdown(report, options.json.with_suffix(".md"))
     print_report(report)
     return 0
 

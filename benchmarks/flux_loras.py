@@ -87,9 +87,7 @@ def slots_of(config: Flux1Config, device: torch.device) -> tuple[nn.Module, Lora
     return model, LoraSlots(model, Flux1().layout(config).modules, device)
 
 
-def random_lora(
-    config: Flux1Config, name: str, seed: int, rank: int = RANK, device: torch.device = CPU
-) -> RandomLora:
+def random_lora(config: Flux1Config, name: str, seed: int, rank: int = RANK, device: torch.device = CPU) -> RandomLora:
     """Make a LoRA in host memory; the same seed and device give the same values, a GPU much sooner than a CPU."""
     return RandomLora(name, _random_pairs(config, seed, rank, lambda in_features: STD, STD, device))
 

@@ -231,4 +231,3 @@ def _missing(job: Job, setup: Setup, work: Work) -> str | None:
 
 def _gb(size: int | None) -> float | None:
     return None if size is None else size / GB
-

@@ -274,10 +274,14 @@ def _report(
         Row("overlap", f"{overlap:.3f}", "streamed step over the longer of the two; 1 is perfect"),
         Row("diffusers' group offloading", "", values["group_offloading"]),
     )
-    notes = [] if case.device.type != "cpu" else [
-        "A pool of host memory with a hard limit stands for the device, and a thread for the copy stream: on this "
-        "machine a copy takes memory bandwidth and a core from the computation, which on a GPU it does not.",
-    ]
+    notes = (
+        []
+        if case.device.type != "cpu"
+        else [
+            "A pool of host memory with a hard limit stands for the device, and a thread for the copy stream: on this "
+            "machine a copy takes memory bandwidth and a core from the computation, which on a GPU it does not.",
+        ]
+    )
     notes += [
         "Random weights of their own for every block: nothing is shared, all bytes are copied. The computation alone "
         "runs with whatever lies in the staging buffers.",

@@ -170,4 +170,3 @@ class Pooled:
         library = LoraLibrary(random_spec(self._config), DTYPE, self._device, BUDGETS)
         library.attach(self._slots, BUDGETS)
         return library
-

@@ -214,6 +214,13 @@ def write_json(report: Report, path: Path) -> None:
     write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", path)
 
 
+def save(report: Report, path: Path) -> None:
+    """Write the JSON file, and the Markdown file beside it where there is a wide table."""
+    write_json(report, path)
+    if report.lines:
+        write_markdown(report, path.with_suffix(".md"))
+
+
 def write_text(text: str, path: Path) -> None:
     """Write a file whole or not at all: who reads it while it is written anew finds the old one."""
     unfinished = path.with_name(f"{path.name}.part")

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from .child import Child, ChildError, first_line
+from .child import STOP_S, Child, ChildError, OutOfTimeError, first_line
 from .report import BenchmarkError
 from .sampling import Clock, prompt_for
 from .subjects import Setup, Work, make_subject
@@ -32,7 +32,9 @@ class SubjectProcess:
         cpu_s: CPU time that it took; known when it was closed.
     """
 
-    def __init__(self, name: str, setup: Setup, work: Work, folder: Path, cold: bool) -> None:
+    def __init__(
+        self, name: str, setup: Setup, work: Work, folder: Path, cold: bool, ends: float | None = None
+    ) -> None:
         """Start the process; it has imported what it needs when this returns.
 
         Args:
@@ -41,12 +43,14 @@ class SubjectProcess:
             work: what it does.
             folder: for its log, and the compile cache of a cold one.
             cold: compile as on a machine that never did, not from what earlier runs left.
+            ends: it is ended at this time (`time.monotonic`), or None.
 
         Raises:
             SubjectFailedError: a library is missing, or refuses the setup.
         """
         self.name = name
         self.cpu_s = 0.0
+        self._ends = ends
         log = folder / f"{name.replace(' ', '-')}.log"
         environment = {"TORCHINDUCTOR_CACHE_DIR": str(folder / f"{log.stem}-cache")} if cold else {}
         # This process may have asked for the card, and CUDA does not survive a fork.
@@ -84,6 +88,7 @@ class SubjectProcess:
     def close(self) -> None:
         """End the process."""
         with suppress(SubjectFailedError, OSError):
+            self._ends = time.monotonic() + STOP_S
             self.cpu_s = self._ask("cpu_s")
         self._child.close()
 
@@ -93,7 +98,10 @@ class SubjectProcess:
 
     def _receive(self) -> Any:
         try:
-            failed, answer = self._child.receive()
+            limit_s = None if self._ends is None else max(0.0, self._ends - time.monotonic())
+            failed, answer = self._child.receive(limit_s)
+        except OutOfTimeError as exc:
+            raise SubjectFailedError("it was ended: the time was over") from exc
         except ChildError as exc:
             raise SubjectFailedError(str(exc)) from exc
         if failed:
