@@ -116,7 +116,8 @@ def load_model(
     with torch.inference_mode(False), torch.no_grad():
         model = empty_model(spec)
         placement.begin(model)
-        read_to = device if mode is None else torch.device("cpu")
+        # What is to be converted stays where it lies: whether a GPU has the room is known weight by weight.
+        read_to = device if mode is None else spec.file.device
         read = 0
         for done, weights in enumerate(read_weights(spec, dtype, read_to), start=1):
             if isinstance(weights, LinearWeights):

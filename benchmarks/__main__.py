@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -19,18 +20,22 @@ class Benchmark:
         summary: one line, for `--help`.
         module: where its `run(quick: bool) -> report.Report` is; imported only when it runs.
         options: what else `run` takes: flag -> how argparse reads it.
+        saves: whether it also takes `save`, for what is known before its end.
     """
 
     summary: str
     module: str
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    saves: bool = False
 
 
+DEVICE = {"--device": {"default": "cpu", "help": "where it runs, such as cuda (default cpu)"}}
 SCALE = {"--scale": {"type": float, "default": 1.0, "help": "share of FLUX.1-dev's blocks (default 1)"}}
 BENCHMARKS: Mapping[str, Benchmark] = {
     "swap": Benchmark(
-        "switch a LoRA at FLUX.1-dev's sizes: hot, warm, cold, beside PEFT, diffusers and ComfyUI's merge",
+        "switch a LoRA at FLUX.1-dev's sizes: hot, warm, cold, beside PEFT, diffusers and, on a CPU, ComfyUI's merge",
         "benchmarks.swap",
+        options=DEVICE,
     ),
     "load": Benchmark(
         "load a checkpoint of FLUX.1-dev's size into fp8 and int8: memory, time, and the next start from the cache; "
@@ -39,8 +44,13 @@ BENCHMARKS: Mapping[str, Benchmark] = {
         options=SCALE,
     ),
     "step": Benchmark(
-        "what LoRA layers cost per compiled step on this CPU: none bound, ranks 16 and 128, a stack, beside PEFT",
+        "what LoRA layers cost per compiled step: none bound, ranks 16 and 128, a stack, beside PEFT",
         "benchmarks.step",
+        options={
+            **DEVICE,
+            "--resolution": {"type": int, "help": "of the picture (default 1024; on a CPU 320, and a short prompt)"},
+            "--quantization": {"default": "none", "help": "of the blocks' linears, such as fp8 or int8 (default none)"},
+        },
     ),
     "restart": Benchmark(
         "the first image after a restart, from compiled code that was kept, beside the first one ever and a warm one",
@@ -50,11 +60,27 @@ BENCHMARKS: Mapping[str, Benchmark] = {
         "a step of FLUX.1-dev whose blocks are copied to the device while it computes: copies, computation, both; "
         "needs 15 GB of memory",
         "benchmarks.offload",
-        options=SCALE,
+        options={**SCALE, **DEVICE},
     ),
     "gpu_code": Benchmark(
         "what the code generated for an H100 reads and writes, with and without LoRA, beside PEFT; needs no GPU",
         "benchmarks.gpu_code",
+    ),
+    "gpu": Benchmark(
+        "everything that a GPU is to show, in the order of its worth: self-tests, switches, steps, whole images, "
+        "offload, attention; a second call goes on",
+        "benchmarks.gpu",
+        options={
+            "--minutes": {"type": float, "default": 8.0, "help": "for all of it (default 8)"},
+            "--out": {
+                "type": Path,
+                "metavar": "DIR",
+                "default": Path("bench-output/gpu"),
+                "help": "gets results.jsonl, gpu.json, gpu.md and logs after each row (default bench-output/gpu)",
+            },
+            "--stages": {"nargs": "+", "metavar": "STAGE", "help": "only these (default all)"},
+            "--device": {"help": "where it runs (default cuda; with --quick also cpu)"},
+        },
     ),
     "ablation": Benchmark(
         "the published table: baseline, compile, fp8, flash_3, hotswap, all, each left out; two LoRAs in turn; also "
@@ -66,7 +92,11 @@ BENCHMARKS: Mapping[str, Benchmark] = {
             "--lora": {"type": Path, "metavar": "FILE", "action": "append", "help": "twice: the LoRAs for --model"},
             "--steps": {"type": int, "help": "of an image (default 28 with --model, else 2)"},
             "--resolution": {"type": int, "default": 1024, "help": "of an image with --model (default 1024)"},
+            "--random": {"action": "store_true", "help": "in place of --model: random weights, made on the GPU"},
+            "--rows": {"nargs": "+", "metavar": "ROW", "help": "only these, and the baseline (default all)"},
+            "--minutes": {"type": float, "help": "for all of it; what it is too short for says so (default no limit)"},
         },
+        saves=True,
     ),
 }
 
@@ -78,21 +108,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: --json {options.json}: there is no folder {options.json.parent}.", file=sys.stderr)
         return 2
 
-    from .report import BenchmarkError, print_report, write_json, write_markdown  # imports torch: not for --help
+    from .report import BenchmarkError, print_report, save  # imports torch: not for --help
 
     try:
         benchmark = BENCHMARKS[options.name]
         extra = {name: getattr(options, name) for name in (flag.lstrip("-") for flag in benchmark.options)}
+        if benchmark.saves and options.json is not None:
+            extra["save"] = partial(save, path=options.json)
         report = import_module(benchmark.module).run(quick=options.quick, **extra)
     except BenchmarkError as error:
         print(f"error: {options.name}: {error}", file=sys.stderr)
         return 1
     if options.json is not None:
-        write_json(report, options.json)  # first: printing fails when stdout is a pipe that was closed
+        save(report, options.json)  # first: printing fails when stdout is a pipe that was closed
         if report.picture is not None:
             report.picture(options.json.with_suffix(".png"))
-        if report.lines:
-            write_markdown(report, options.json.with_suffix(".md"))
     print_report(report)
     return 0
 

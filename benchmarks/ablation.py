@@ -10,39 +10,28 @@ from __future__ import annotations
 import statistics
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 
-from harness.comfyui import FetchError, fetch
 from harness.paths import CACHE
 
 from . import ablation_report, ablation_rows
 from .ablation_report import Measured, check_changes
 from .ablation_rows import ALL, BASELINE, Configuration, published_on, quantization_of, runnable
-from .block_variants import one_of_each
-from .flux_loras import KEY_PREFIX, RANK, RandomLora, random_lora
-from .random_checkpoint import write_checkpoint
-from .report import BenchmarkError, OtherLoad, Report, Variant, interleave
+from .ablation_work import RESOLUTION, check_files, comfyui_folder, make_work, title_of
+from .report import BenchmarkError, OtherLoad, Report
 from .subject_process import SubjectFailedError, SubjectProcess
 from .subjects import Work
+from .timing import Variant, interleave
 
-HIDDEN_SIZE, QUICK_HIDDEN_SIZE = 3072, 256
-# Height of the latent and text tokens of the small model: 400 + 192 tokens; for --quick 16 + 8.
-SMALL, QUICK = (40, 192), (8, 8)
-TEXT_TOKENS = 512
-LATENT_PIXELS = 8
-SMALL_STEPS, STEPS = 2, 28
-RESOLUTION = 1024
 SWITCHES = 3
 ROUNDS, PEER_ROUNDS = 3, 7
-# Outputs of the small model's LoRA beside those of its linears.
-LORA_SHARE = 0.3
 
 
 def run(
@@ -52,6 +41,10 @@ def run(
     lora: Sequence[Path] | None = None,
     steps: int | None = None,
     resolution: int = RESOLUTION,
+    random: bool = False,
+    rows: Sequence[str] | None = None,
+    minutes: float | None = None,
+    save: Callable[[Report], None] = lambda report: None,
 ) -> Report:
     """Measure the table, and the peers if asked for.
 
@@ -61,35 +54,58 @@ def run(
         model: a FLUX.1 checkpoint in place of the small model.
         lora: two LoRA files for it.
         steps: of an image.
-        resolution: of an image with `model`.
+        resolution: of an image with `model` or `random`.
+        random: in place of a file, random weights of FLUX.1-dev's sizes that are made on the GPU, and two LoRAs.
+        rows: only these, and the baseline.
+        minutes: for all of it; rows that it is too short for say so.
+        save: gets what is known, after each row.
 
     Raises:
-        BenchmarkError: files that do not go together, or a configuration computed something else than the baseline.
+        BenchmarkError: arguments that do not go together, or a configuration computed something else than the baseline.
     """
     loras = tuple(lora or ())
-    _check_files(model, loras)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    check_files(model, loras)
+    if random and (model is not None or (device.type == "cpu" and not quick)):
+        raise BenchmarkError("--random is in place of --model, and needs a GPU, on which it makes 24 GB of weights.")
+    ends = None if minutes is None else time.monotonic() + 60 * minutes
     load = OtherLoad()
     CACHE.mkdir(parents=True, exist_ok=True)  # not the system's temporary folder, which may be a RAM disk
     with tempfile.TemporaryDirectory(prefix="bench-ablation-", dir=CACHE) as folder:
-        work = _work(Path(folder), model, loras, quick, device, steps, resolution)
+        work = make_work(Path(folder), model, loras, quick, device, steps, resolution, random)
         if peers:
-            work = replace(work, comfyui=_comfyui())
-        with closing(Ablation(work, Path(folder), quick)) as bench:
+            work = replace(work, comfyui=comfyui_folder())
+
+        def report(measured: Mapping[str, Measured]) -> Report:
+            title, share = title_of(work, model, quick), load.share(bench.cpu_s)
+            mode, card = quantization_of(device), published_on(device)
+            return ablation_report.report(title, measured, mode, work.steps, card, share)
+
+        table = ablation_rows.table(device, work.spec())
+        others = ablation_rows.peers(device) if peers else []
+        table, others = _chosen(table, rows, [*table, *others]), _chosen(others, rows, [*table, *others])
+        with closing(Ablation(work, Path(folder), quick, ends, lambda measured: save(report(measured)))) as bench:
             kept = {ALL, f"all but {quantization_of(device)}"} if peers and bench.together else set()
-            measured = bench.table(ablation_rows.table(device, work.model), kept, unadapted=peers)
+            measured = bench.table(table, kept, unadapted=peers)
             if peers:
-                measured |= bench.peers(ablation_rows.peers(device), measured)
+                measured |= bench.peers(others, measured)
     check_changes(measured)
-    what = model.name if model else f"one double and one single block of FLUX.1, hidden {HIDDEN_SIZE}"
-    if quick and not model:
-        what = what.replace(str(HIDDEN_SIZE), str(QUICK_HIDDEN_SIZE))
-    title = (
-        f"{what}, latent {work.latent} × {work.latent}, {work.text_tokens} text tokens, {work.steps} steps an image, "
-        f"two LoRAs in turn, {device.type}"
-    )
-    share = load.share(bench.cpu_s)
-    return ablation_report.report(title, measured, quantization_of(device), work.steps, published_on(device), share)
+    return report(measured)
+
+
+def _chosen(
+    rows: Sequence[Configuration], names: Sequence[str] | None, everything: Sequence[Configuration]
+) -> list[Configuration]:
+    """Those of the names, and the baseline, which all are compared with.
+
+    Raises:
+        BenchmarkError: a name that no row has.
+    """
+    known = [row.name for row in everything]
+    unknown = [name for name in names or () if name not in known]
+    if unknown:
+        raise BenchmarkError(f"--rows names {', '.join(unknown)}, expected some of: {', '.join(known)}.")
+    return [row for row in rows if names is None or row.name in names or row.name == BASELINE]
 
 
 class Ablation:
@@ -100,14 +116,25 @@ class Ablation:
         cpu_s: what its processes took that have ended.
     """
 
-    def __init__(self, work: Work, folder: Path, quick: bool) -> None:
+    def __init__(
+        self,
+        work: Work,
+        folder: Path,
+        quick: bool,
+        ends: float | None = None,
+        save: Callable[[Mapping[str, Measured]], None] = lambda measured: None,
+    ) -> None:
         """Start nothing yet.
 
         Args:
             work: what each does.
             folder: for logs and compile caches.
             quick: few rounds, and compiled code of earlier runs.
+            ends: when all of it must be over (`time.monotonic`), or None.
+            save: gets what is known after each row.
         """
+        self._ends = ends
+        self._save = save
         self.together = work.device == "cpu"
         self._work = work
         self._folder = folder
@@ -135,6 +162,7 @@ class Ablation:
                 _compare(measured[BASELINE], measured[row.name])
             if row.name not in keep and not (row.name == BASELINE and self.together):
                 self._close(row.name)
+            self._save({name: each for name, each in measured.items() if each.failed or each.image_ms})
         self._close(BASELINE)
         return measured
 
@@ -148,6 +176,8 @@ class Ablation:
                 self._measure(found[row.name], unadapted=False)
                 _compare(measured[BASELINE], found[row.name])
                 self._close(row.name)
+                done = {name: each for name, each in found.items() if each.failed or each.image_ms}
+                self._save({**measured, **done})
         if self.together:
             turns = {name: measured[name] if name in measured else found[name] for name in self._open}
             for each in turns.values():
@@ -176,10 +206,13 @@ class Ablation:
 
     def _first(self, measured: Measured) -> None:
         configuration = measured.configuration
+        if self._ends is not None and time.monotonic() > self._ends:
+            measured.failed = "not begun: the time was over"
+            return
         print(configuration.name, file=sys.stderr, flush=True)
         try:
             process = SubjectProcess(
-                configuration.name, configuration.setup, self._work, self._folder, cold=not self._quick
+                configuration.name, configuration.setup, self._work, self._folder, not self._quick, self._ends
             )
             self._open[configuration.name] = process
             answer = process.first(self._lora(configuration, 0))
@@ -249,62 +282,3 @@ def _compare(baseline: Measured, own: Measured) -> None:
     """How many times faster it is than a baseline that it did not take turns with."""
     if own is not baseline and not own.failed and not baseline.failed:
         own.over_baseline = statistics.median(baseline.image_ms) / statistics.median(own.image_ms)
-
-
-def _check_files(model: Path | None, loras: Sequence[Path]) -> None:
-    if model is None:
-        if loras:
-            raise BenchmarkError("--lora needs --model: without one, a small model and its LoRAs are made.")
-        return
-    if len(loras) != 2:
-        raise BenchmarkError(f"--lora was given {len(loras)} times, expected twice: two LoRAs take turns.")
-    for path in (model, *loras):
-        if not path.is_file():
-            raise BenchmarkError(f"there is no file {path}.")
-
-
-def _work(
-    folder: Path,
-    model: Path | None,
-    loras: tuple[Path, ...],
-    quick: bool,
-    device: torch.device,
-    steps: int | None,
-    resolution: int,
-) -> Work:
-    if model is not None:
-        latent = resolution // LATENT_PIXELS
-        if latent < 2 or latent % 2 or resolution % LATENT_PIXELS:
-            raise BenchmarkError(f"--resolution is {resolution}, expected a multiple of {2 * LATENT_PIXELS} pixels.")
-        paths = tuple(map(str, loras))
-        return Work(str(model), paths, device.type, "", latent, TEXT_TOKENS, _steps(steps, STEPS))
-    config = one_of_each(QUICK_HIDDEN_SIZE if quick else HIDDEN_SIZE)
-    write_checkpoint(folder / "model.safetensors", config, std=config.hidden_size**-0.5)
-    made = [random_lora(config, f"lora-{seed}", seed) for seed in range(2)]
-    paths = tuple(str(_write(each, folder / f"{each.name}.safetensors", config.hidden_size)) for each in made)
-    latent, text_tokens = QUICK if quick else SMALL
-    return Work(
-        str(folder / "model.safetensors"), paths, device.type, "", latent, text_tokens, _steps(steps, SMALL_STEPS)
-    )
-
-
-def _steps(chosen: int | None, default: int) -> int:
-    if chosen is not None and chosen < 2:
-        raise BenchmarkError(f"--steps is {chosen}, expected 2 or more: a step is timed from the end of another.")
-    return chosen or default
-
-
-def _write(lora: RandomLora, path: Path, hidden_size: int) -> Path:
-    """Save a LoRA whose output is about `LORA_SHARE` of its linear's, so that its absence would show."""
-    std = float(next(iter(lora.pairs.values()))[0].float().std())
-    factor = LORA_SHARE / (std * hidden_size**0.5 * std * RANK**0.5)
-    tensors = lora.state_dict(KEY_PREFIX)
-    save_file({key: value * factor if ".lora_B." in key else value for key, value in tensors.items()}, path)
-    return path
-
-
-def _comfyui() -> str:
-    try:
-        return str(fetch())
-    except FetchError as exc:
-        raise BenchmarkError(f"--peers needs ComfyUI: {exc}") from exc

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
-from accel.checkpoint import inspect_checkpoint
 from accel.engine import Engine
 from accel.errors import SettingsError
 from accel.quantize import choose
 from accel.settings import EngineSettings
+from accel.spec import ModelSpec
 
 from .subjects import Setup
 
@@ -62,7 +62,7 @@ def published_on(device: torch.device) -> str:
     return "RTX 4090" if "4090" in torch.cuda.get_device_name(device) else "H100"
 
 
-def flash_3_reason(device: torch.device, model: str) -> str:
+def flash_3_reason(device: torch.device, spec: ModelSpec) -> str:
     """Why FlashAttention 3 cannot run a checkpoint here; "" where it can."""
     if device.type != "cuda":
         return f"flash_3 needs an NVIDIA card of compute capability 9.0; this is the device {device}"
@@ -71,15 +71,15 @@ def flash_3_reason(device: torch.device, model: str) -> str:
         return f"flash_3 needs compute capability 9.0; {torch.cuda.get_device_name(device)} has {found[0]}.{found[1]}"
     try:
         settings = EngineSettings(dtype="bf16", attention="flash_3", device=str(device))
-        Engine(inspect_checkpoint(model), settings)
+        Engine(spec, settings)
     except SettingsError as exc:
         return str(exc)
     return ""
 
 
-def table(device: torch.device, model: str) -> list[Configuration]:
+def table(device: torch.device, spec: ModelSpec) -> list[Configuration]:
     """The published rows for a checkpoint: each optimization alone, all, each left out."""
-    quantized, no_flash = quantization_of(device), flash_3_reason(device, model)
+    quantized, no_flash = quantization_of(device), flash_3_reason(device, spec)
     attention = "auto" if no_flash else "flash_3"
     peft, pack = "diffusers, LoRAs loaded anew by PEFT", "this pack"
     rows = [

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from accel.families.flux1 import Flux1, Flux1Config
 from accel.lora.inputs import Columns, Input, as_input
+from accel.quantize import find_mode
 
 from .flux_loras import block_linears
 
@@ -70,6 +71,14 @@ def add_peft(model: nn.Module, config: Flux1Config, rank: int) -> None:
 def peft_layers(model: nn.Module) -> Iterator[nn.Module]:
     """The layers that `add_peft` made."""
     return (module for module in model.modules() if PEFT_ADAPTER in getattr(module, "lora_A", ()))
+
+
+def quantize_blocks(model: nn.Module, config: Flux1Config, mode: str) -> None:
+    """Convert all linears inside the blocks as the engine does while it loads."""
+    convert, per_picture = find_mode(mode).convert, Flux1().per_picture
+    for name in block_modules(config):
+        linear = model.get_submodule(name)
+        model.set_submodule(name, convert(linear.weight, linear.bias, per_picture(name)).eval())
 
 
 def quantize_float8(linear: nn.Linear) -> None:

@@ -37,7 +37,7 @@ class ComfySubject:
             import comfy_extras.nodes_torch_compile  # noqa: F401
         logging.getLogger().setLevel(logging.WARNING)
         self._setup = setup
-        self._model_path = work.model
+        self._work = work
         self._root: Any = None
         self._patched: Any = None
 
@@ -50,12 +50,21 @@ class ComfySubject:
         options: dict[str, Any] = {"dtype": DTYPE}
         if not self._setup.fp32_compute:
             options["custom_operations"] = comfy.ops.disable_weight_init  # those without a cast at each call
-        self._root = comfy.sd.load_diffusion_model(self._model_path, model_options=options)
+        if isinstance(self._work.model, str):
+            self._root = comfy.sd.load_diffusion_model(self._work.model, model_options=options)
+        else:
+            self._root = comfy.sd.load_diffusion_model_state_dict(self._made(), model_options=options)
         if not self._setup.fp32_compute:
             self._root.model.manual_cast_dtype = None
         expected = torch.float32 if self._setup.fp32_compute else DTYPE
         if (self._root.model.get_dtype(), self._root.model.get_dtype_inference()) != (DTYPE, expected):
             raise BenchmarkError(f"ComfyUI computes in {self._root.model.get_dtype_inference()}, expected {expected}.")
+
+    def _made(self) -> dict[str, Tensor]:
+        """Random weights in host memory, where a file's would be."""
+        file = self._work.spec().file
+        with file.open() as tensor:
+            return {name: tensor(name).cpu() for name in file.tensors}
 
     def use(self, lora: str | None) -> None:
         """See `subjects.Subject`. Merging happens when the next image begins, as in ComfyUI."""

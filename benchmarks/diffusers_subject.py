@@ -28,11 +28,9 @@ class DiffusersSubject:
 
     def __init__(self, setup: Setup, work: Work) -> None:
         """Read the checkpoint's header and the LoRAs."""
-        from accel.checkpoint import inspect_checkpoint
-
         self._setup = setup
         self._device = torch.device(work.device)
-        self._spec = inspect_checkpoint(work.model)
+        self._spec = work.spec()
         self._tensors = {path: self._peft_tensors(path) for path in work.loras} if setup.lora else {}
         self._model: Any = None
         self._adapted = self._compiled = False

@@ -6,7 +6,7 @@ real, which is all that switching a LoRA touches.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -14,20 +14,24 @@ import torch
 from torch import Tensor, nn
 
 from accel.families.flux1 import Flux1, Flux1Config
-from accel.files import FileIdentity, TensorFile, TensorInfo
+from accel.files import FileIdentity
 from accel.layout import Layout
 from accel.lora.bound import bound_to
 from accel.lora.layers import LoraLinear
 from accel.lora.slots import LoraSlots
-from accel.spec import ModelSpec
+from accel.lora.weights import LoraLayer, LoraWeights
 
 from .report import BenchmarkError
+from .timing import CPU
 
 DTYPE = torch.bfloat16
 RANK = 16
 # Not 1: then what is bound is not what the file holds, and the check sees whether the strength arrived.
 STRENGTH = 0.8
 KEY_PREFIX = "transformer."
+STD = 0.02
+# A visible LoRA's output beside its linear's.
+LORA_SHARE = 0.3
 
 DEV = Flux1Config(3072, 19, 38, 64, 64, 4096, 768, 12288, True)
 QUICK = Flux1Config(256, 2, 4, 64, 64, 768, 768, 1024, True)
@@ -77,34 +81,41 @@ def meta_model(config: Flux1Config) -> nn.Module:
         return nn.Module.to(Flux1().build(config), DTYPE).eval().requires_grad_(False)
 
 
-def spec_of(config: Flux1Config) -> ModelSpec:
-    """What the LoRA reader needs to know about the checkpoint: its shapes; there is no file."""
-    shapes = Flux1().layout(config).expected_shapes()
-    tensors = {key: TensorInfo(shape, DTYPE) for key, shape in shapes.items()}
-    return ModelSpec(TensorFile(FileIdentity("shapes only", 0, 0), tensors), Flux1(), config, DTYPE)
-
-
-def slots_of(config: Flux1Config) -> tuple[nn.Module, LoraSlots]:
-    """A model with the pack's LoRA layers on every linear, as `Engine.load` adds them."""
+def slots_of(config: Flux1Config, device: torch.device) -> tuple[nn.Module, LoraSlots]:
+    """A model with the pack's LoRA layers on every linear, as `Engine.load` adds them; for LoRAs on a device."""
     model = meta_model(config)
-    modules = [part.module for linear in Flux1().layout(config).linears for part in linear.parts]
-    return model, LoraSlots(model, modules, torch.device("cpu"))
+    return model, LoraSlots(model, Flux1().layout(config).modules, device)
 
 
-def random_lora(config: Flux1Config, name: str, seed: int, rank: int = RANK) -> RandomLora:
-    """Make a LoRA; the same seed gives the same values."""
-    generator = torch.Generator().manual_seed(seed)
+def random_lora(config: Flux1Config, name: str, seed: int, rank: int = RANK, device: torch.device = CPU) -> RandomLora:
+    """Make a LoRA in host memory; the same seed and device give the same values, a GPU much sooner than a CPU."""
+    return RandomLora(name, _random_pairs(config, seed, rank, lambda in_features: STD, STD, device))
 
-    def normal(rows: int, columns: int) -> Tensor:
-        return torch.empty(rows, columns, dtype=DTYPE).normal_(0.0, 0.02, generator=generator)
 
-    return RandomLora(
-        name,
-        {
-            module: (normal(rank, in_features), normal(out_features, rank))
-            for module, out_features, in_features in block_linears(Flux1().layout(config))
-        },
-    )
+def visible_lora(config: Flux1Config, name: str, seed: int, rank: int, device: torch.device) -> RandomLora:
+    """`random_lora`, whose output is `LORA_SHARE` of its linear's over weights of `random_checkpoint`: one sees it."""
+    b_std = LORA_SHARE * rank**-0.5
+    return RandomLora(name, _random_pairs(config, seed, rank, lambda in_features: in_features**-0.5, b_std, device))
+
+
+def _random_pairs(
+    config: Flux1Config, seed: int, rank: int, a_std: Callable[[int], float], b_std: float, device: torch.device
+) -> Pairs:
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(rows: int, columns: int, std: float) -> Tensor:
+        return torch.empty(rows, columns, dtype=DTYPE, device=device).normal_(0.0, std, generator=generator).cpu()
+
+    return {
+        module: (normal(rank, in_features, a_std(in_features)), normal(out_features, rank, b_std))
+        for module, out_features, in_features in block_linears(Flux1().layout(config))
+    }
+
+
+def lora_weights(lora: RandomLora) -> LoraWeights:
+    """A LoRA as the reader gives it."""
+    layers = tuple(LoraLayer(module, a, b, 1.0) for module, (a, b) in lora.pairs.items())
+    return LoraWeights(FileIdentity(lora.name, 0, 0), layers, ())
 
 
 @dataclass(frozen=True)
@@ -170,7 +181,7 @@ def check_bound(variant: str, model: nn.Module, adapter: str | None, expected: P
         variant: what the message begins with.
         model: with LoRA layers.
         adapter: of PEFT's layers; None for the pack's own.
-        expected: what must be bound.
+        expected: what must be bound, on the device where it must be.
 
     Returns:
         The tensors of `expected`'s layers.
@@ -202,8 +213,13 @@ def check_bound(variant: str, model: nn.Module, adapter: str | None, expected: P
     return tuple(seen)
 
 
+def pairs_on(device: torch.device, pairs: Pairs) -> Pairs:
+    """The same matrices on a device."""
+    return {module: (a.to(device), b.to(device)) for module, (a, b) in pairs.items()}
+
+
 def same_bits(tensor: Tensor, wanted: Tensor) -> bool:
-    """Whether two bf16 tensors agree in every bit."""
+    """Whether two bf16 tensors of one device agree in every bit."""
     if tensor.shape != wanted.shape or tensor.dtype != wanted.dtype:
         return False
     return torch.equal(tensor.detach().view(torch.int16), wanted.view(torch.int16))

@@ -75,8 +75,9 @@ NOTES = (
     "dynamic, by rows.",
     "Bounds: each kernel at the peak of the memory or of the tensor cores, whichever takes longer, one after another; "
     "19 double and 38 single blocks and the linears around them. H100 SXM: 3.35 TB/s, 989 TFLOPS bf16, 1,979 fp8; "
-    "RTX 4090: 1.008 TB/s, 165 and 330 with float32 accumulation (NVIDIA's data sheet and Ada whitepaper), with the "
-    "code for an H100. No step is that fast; launches are not in it.",
+    "RTX 4090: 1.008 TB/s, 165 bf16, 661 fp8 (NVIDIA's data sheet and Ada whitepaper), with the code for an H100. 661 "
+    "is with float16 accumulation; float32 accumulation, which torch's kernels use, halves it. Attention is in bf16: "
+    "one in fewer bits is not bound by this, nor a card above its data sheet's clock. Launches are not in it.",
 )
 
 

@@ -1,33 +1,33 @@
 """A step of FLUX.1-dev that does not fit the device: the copies of its blocks, its computation, and both at once.
 
-A pool of host memory stands for the device, a thread for the copy stream; every byte is really copied.
+On a CPU a pool of host memory stands for the device, a thread for the copy stream; every byte is really copied.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from accel.build import empty_model, linears
 from accel.engine import Engine
 from accel.families.flux1 import Flux1Config, Flux1Inputs
 from accel.memory import available_host_bytes
-from accel.offload.memory import HostMemory
+from accel.offload.memory import DeviceMemory, HostMemory, memory_of
 from accel.offload.plan import GB, OffloadPlan, Room, demand_of, lora_share, make_plan
-from accel.offload.weights import Weights
 from accel.quantize import find_mode
 from accel.settings import EngineSettings, Offload, Quantization
 
-from .flux_loras import DTYPE, QUICK, spec_of
+from .device_memory import peak_bytes, start_peak
+from .flux_loras import DTYPE, QUICK
 from .load import scaled
+from .random_checkpoint import random_spec
 from .report import BenchmarkError, Goal, OtherLoad, Report, Row, figure
+from .timing import CPU, Stopwatch, Variant, interleave_timed
 
 # Eager fp8 is emulated on a CPU, a hundred times slower than int8; either takes as many bytes.
 MODE = "int8"
@@ -40,53 +40,69 @@ GOAL_OVERLAP = 1.15
 GOAL_PEAK = 1.02
 # Beside the weights: Python, libraries, activations, a block twice.
 HOST_MARGIN_BYTES = 3 * GB
-POOL = 2**24
-# Random weights of this size keep the residual stream finite through all blocks.
-WEIGHT_STD = 0.02
 NAMES = ("copy", "compute", "streamed")
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured: the model, tokens, rounds."""
+    """What is measured: the model, tokens, rounds, and on which device with which quantization."""
 
     config: Flux1Config
     latent: int
     text_tokens: int
     compile: str
     rounds: int
+    device: torch.device = CPU
+    mode: str = MODE
 
 
 QUICK_CASE = Case(QUICK, 16, 16, "off", QUICK_ROUNDS)
 
 
-def run(quick: bool, scale: float = 1.0) -> Report:
+def run(quick: bool, scale: float = 1.0, device: str = "cpu") -> Report:
     """Load random weights by a plan, and time the parts of a step in turn.
 
     Args:
         quick: a narrow model, not compiled.
         scale: share of FLUX.1-dev's blocks.
+        device: where it runs.
 
     Raises:
         BenchmarkError: there is not the memory, or a step did something else than planned.
     """
-    case = QUICK_CASE if quick else Case(scaled(scale), 40, 192, "regional", ROUNDS)
-    plan = _plan(case)
-    needed = plan.weights_bytes + HOST_MARGIN_BYTES
+    case = case_of(quick, scale, torch.device(device))
+    planned = plan_of(case)
+    needed = planned.weights_bytes + HOST_MARGIN_BYTES
     if not quick and available_host_bytes() < needed:
         raise BenchmarkError(
             f"it needs {needed / GB:.0f} GB of memory for distinct bytes of all blocks, "
             f"{available_host_bytes() / GB:.0f} GB are free: run it later, or with a smaller --scale."
         )
-    memory = HostMemory(math.floor(plan.plan.device_bytes * GOAL_PEAK), flat=True)
-    steps = Steps(case, plan.plan, memory)
     load = OtherLoad()
-    samples = steps.measure()
-    return _report(case, plan, memory, samples, load.share())
+    memory = memory_for(case, planned.plan)
+    samples = Steps(case, planned.plan, memory).measure()
+    return _report(case, planned, memory, samples, load.share())
+
+
+def case_of(quick: bool, scale: float, device: torch.device) -> Case:
+    """The case for a device: a picture of 320 × 320 on a CPU, of 1024 × 1024 elsewhere."""
+    if quick:
+        return replace(QUICK_CASE, device=device)
+    if device.type == "cpu":
+        return Case(scaled(scale), 40, 192, "regional", ROUNDS)
+    mode = next((name for name in ("fp8", "int8") if find_mode(name).missing(device) is None), "int8_weight_only")
+    return Case(scaled(scale), 128, 512, "regional", ROUNDS, device, mode)
+
+
+def memory_for(case: Case, plan: OffloadPlan) -> DeviceMemory:
+    """The device's memory; on a CPU a pool for what was planned."""
+    if case.device.type == "cpu":
+        return HostMemory(math.floor(plan.device_bytes * GOAL_PEAK), flat=True)
+    return memory_of(case.device)
 
 
 @dataclass(frozen=True)
-class _Planned:
+class Planned:
     """A plan, the card that it is for, and all weights."""
 
     plan: OffloadPlan
@@ -94,82 +110,64 @@ class _Planned:
     weights_bytes: int
 
 
-def _plan(case: Case) -> _Planned:
+def plan_of(case: Case) -> Planned:
     """The plan for a card on which the same share of the blocks stays as of FLUX.1-dev on one of 8 GB."""
-    demand = demand_of(spec_of(case.config), DTYPE, MODE, case.compile != "off")
+    demand = demand_of(random_spec(case.config), DTYPE, case.mode, case.compile != "off")
     weights = demand.weights
     offload = Offload("stream")
     taken = weights.on_device(round(RESIDENT_SHARE * len(weights.blocks)))
     card = taken + lora_share(0) + demand.activation_bytes + round(offload.reserve_gb * GB)
-    return _Planned(make_plan(demand, offload, Room(card)), card, weights.total)
-
-
-class RandomEngine(Engine):
-    """An engine whose weights are random bytes, different ones for every block, made without a checkpoint."""
-
-    def _read_model(self, weights: Weights) -> nn.Module:
-        family, config = self.spec.family, self.spec.config
-        mode = find_mode(self.settings.quantization.mode)
-        # Random numbers are made once; each weight is a stretch of them from a random place, converted on its own.
-        generator = torch.Generator().manual_seed(0)
-        largest = max(rows * columns for _, rows, columns in linears(self.spec))
-        pool = torch.empty(largest + POOL, dtype=self.dtype).normal_(0.0, WEIGHT_STD, generator=generator)
-        with torch.inference_mode(False), torch.no_grad():
-            model = empty_model(self.spec)
-            weights.begin(model)
-            for vector in family.layout(config).vectors:
-                self._put(model, weights, vector.parameter, torch.ones(vector.size, dtype=self.dtype))
-            for name, out_features, in_features in linears(self.spec):
-                start = int(torch.randint(POOL, (1,), generator=generator))
-                weight = pool[start : start + out_features * in_features].view(out_features, in_features)
-                bias = torch.zeros(out_features, dtype=self.dtype)
-                if family.quantizable(name):
-                    model.set_submodule(name, mode.convert(weight, bias, family.per_picture(name)).eval())
-                    weights.placed(name)
-                else:
-                    self._put(model, weights, f"{name}.bias", bias)
-                    self._put(model, weights, f"{name}.weight", weight.clone())
-            weights.complete()
-        return model
-
-    def _put(self, model: nn.Module, weights: Weights, parameter: str, value: Tensor) -> None:
-        module, _, name = parameter.rpartition(".")
-        model.get_submodule(module)._parameters[name] = nn.Parameter(value, requires_grad=False)
-        if name == "weight":
-            weights.placed(module)
+    return Planned(make_plan(demand, offload, Room(card)), card, weights.total)
 
 
 class Steps:
     """One engine, and the three parts of its step that are timed."""
 
-    def __init__(self, case: Case, plan: OffloadPlan, memory: HostMemory) -> None:
-        """Load by the plan, and compile by running once."""
+    def __init__(self, case: Case, plan: OffloadPlan, memory: DeviceMemory) -> None:
+        """Draw with all weights on the device; then load by the plan, and compile by running once."""
         self._case = case
         self._plan = plan
         self._memory = memory
-        settings = EngineSettings(compile=case.compile, quantization=Quantization(MODE), offload=Offload("stream"))
-        self._engine = RandomEngine(spec_of(case.config), settings, plan=plan, memory=memory)
-        self._engine.load()
-        self._inputs = _inputs(case)
-        self._expected = self._engine(self._inputs)
-        if not self._expected.isfinite().all():
-            raise BenchmarkError("the output of random weights is not finite.")
+        self._inputs = _inputs(case, memory.device)
+        self._expected = self._resident()
+        self._engine = self._made(plan, memory)
+        self._engine(self._inputs)
 
-    def measure(self) -> dict[str, list[float]]:
+    def _made(self, plan: OffloadPlan | None, memory: DeviceMemory | None) -> Engine:
+        case = self._case
+        quantization = Quantization(case.mode)
+        settings = EngineSettings(
+            compile=case.compile, device=str(case.device), quantization=quantization, offload=Offload("stream")
+        )
+        engine = Engine(random_spec(case.config, case.device), settings, plan=plan, memory=memory)
+        engine.load()
+        return engine
+
+    def _resident(self) -> Tensor:
+        engine = self._made(None, None)
+        output = engine(self._inputs).clone()
+        if not output.isfinite().all():
+            raise BenchmarkError("the output of random weights is not finite.")
+        engine.release()
+        del engine
+        start_peak(self._case.device)
+        return output
+
+    def measure(self, ends: float | None = None) -> dict[str, list[float]]:
         """Seconds of each part, in turn.
 
+        Args:
+            ends: begin no further round after this time (`time.monotonic`), if each has a sample.
+
         Raises:
-            BenchmarkError: a step copied other bytes than planned, or computed something else.
+            BenchmarkError: a step copied other bytes than planned, or computed something else than the resident model.
         """
-        samples: dict[str, list[float]] = {name: [] for name in NAMES}
-        for number in range(self._case.rounds + 1):
-            for name, part in zip(NAMES, (self._copy, self._compute, self._stream), strict=True):
-                start = time.perf_counter()
-                part()
-                if number:  # the first round warms up
-                    samples[name].append(time.perf_counter() - start)
-            self._check()
-        return samples
+        parts = zip(NAMES, (self._copy, self._compute, self._stream), strict=True)
+        variants = [Variant(name, part) for name, part in parts]
+        last = variants[-1]
+        variants[-1] = replace(last, check=self._check)
+        timed = interleave_timed(variants, self._case.rounds, 1, Stopwatch(self._case.device), ends)
+        return {name: [sample.done_ms / 1e3 for sample in samples] for name, samples in timed.items()}
 
     def _copy(self) -> None:
         """All copies of one step, without what they are for."""
@@ -181,7 +179,7 @@ class Steps:
 
     def _compute(self) -> None:
         """All blocks, each with whatever weights lie in its buffer."""
-        with _Replaced(self._memory, "copy", lambda target, pieces, after: None):
+        with _Replaced(self._memory, "copy", lambda target, pieces, after: self._memory.mark()):
             self._engine(self._inputs)
         # What it did not copy counts as there: the next step must not believe that.
         for slot in self._engine._weights.ring._slots:
@@ -194,18 +192,18 @@ class Steps:
         self._copied = self._engine._weights.ring.copied_bytes - before
 
     def _check(self) -> None:
-        if not torch.equal(self._output, self._expected):
-            raise BenchmarkError("a streamed step computed something else than the first one.")
         for slot in self._engine._weights.ring._slots:
             for start, piece in self._engine._weights.ring._sources[slot.holds]:
-                if not torch.equal(slot.buffer[start : start + piece.numel()], piece):
+                there = slot.buffer[start : start + piece.numel()]
+                if not torch.equal(there, piece.to(there.device)):
                     raise BenchmarkError("the bytes of a block did not arrive.")
         # The buffers were empty before, so the first blocks come once more.
-        largest = self._memory.peak_bytes
-        if not 0 <= self._copied - self._plan.copied_bytes_per_step <= largest:
+        if not 0 <= self._copied - self._plan.copied_bytes_per_step <= self._plan.device_bytes:
             raise BenchmarkError(
                 f"a step copied {self._copied:,} bytes, planned were {self._plan.copied_bytes_per_step:,}."
             )
+        if not torch.equal(self._output, self._expected):
+            raise BenchmarkError("a streamed step computed something else than the resident model.")
 
 
 class _Replaced:
@@ -221,18 +219,18 @@ class _Replaced:
         delattr(self._owner, self._name)
 
 
-def _inputs(case: Case) -> Flux1Inputs:
-    generator = torch.Generator().manual_seed(1)
+def _inputs(case: Case, device: torch.device) -> Flux1Inputs:
+    generator = torch.Generator(device).manual_seed(1)
 
     def normal(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=DTYPE).normal_(generator=generator)
+        return torch.empty(shape, dtype=DTYPE, device=device).normal_(generator=generator)
 
     return Flux1Inputs(
         latent=normal(1, 16, case.latent, case.latent),
-        timestep=torch.full((1,), 0.7),
+        timestep=torch.full((1,), 0.7, device=device),
         encoder_hidden_states=normal(1, case.text_tokens, case.config.context_dim),
         pooled_projections=normal(1, case.config.pooled_dim),
-        guidance=torch.full((1,), 3.5),
+        guidance=torch.full((1,), 3.5, device=device),
     )
 
 
@@ -250,36 +248,24 @@ def group_offloading() -> str:
 
 def _report(
     case: Case,
-    planned: _Planned,
-    memory: HostMemory,
+    planned: Planned,
+    memory: DeviceMemory,
     samples: Mapping[str, Sequence[float]],
     other_cpu_share: float | None,
 ) -> Report:
-    median = {f"{name}_s": statistics.median(samples[name]) for name in NAMES}
-    # Of each round: what else the machine does hits its three parts alike.
-    rounds = zip(*(samples[name] for name in NAMES), strict=True)
-    overlap = statistics.median(streamed / max(copy, compute) for copy, compute, streamed in rounds)
-    plan, card_gb = planned.plan, planned.card_bytes / GB
-    values: dict[str, Any] = {
-        "planned_peak_bytes": plan.device_bytes,
-        "peak_bytes": memory.peak_bytes,
-        "copied_bytes_per_step": plan.copied_bytes_per_step,
-        **median,
-        "overlap": overlap,
-        "resident_blocks": plan.resident_blocks,
-        "total_blocks": plan.total_blocks,
-        "host_bytes": memory.host_bytes,
-        "card_gb": card_gb,
-        "rounds": case.rounds,
-        "quantization": MODE,
+    values = {
+        **figures(case, planned, memory, samples),
+        "card_gb": planned.card_bytes / GB,
         "group_offloading": group_offloading(),
         "other_cpu_share": other_cpu_share,
     }
+    plan, card_gb, overlap = planned.plan, planned.card_bytes / GB, values["overlap"]
+    median = {f"{name}_s": values[f"{name}_s"] for name in NAMES}
     pixels = 8 * case.latent
     rows = (
         Row("blocks that stay", f"{plan.resident_blocks} of {plan.total_blocks}", f"a card of {card_gb:.1f} GB"),
         Row("device, planned", f"{plan.device_bytes / GB:.3f} GB", "weights and staging"),
-        Row("device, most at once", f"{memory.peak_bytes / GB:.3f} GB"),
+        Row("device, most at once", f"{values['peak_bytes'] / GB:.3f} GB"),
         Row("copied per step", f"{plan.copied_bytes_per_step / GB:.3f} GB"),
         Row("copies alone", f"{figure(median['copy_s'])} s", _rate(plan, median["copy_s"])),
         Row("computation alone", f"{figure(median['compute_s'])} s"),
@@ -288,9 +274,15 @@ def _report(
         Row("overlap", f"{overlap:.3f}", "streamed step over the longer of the two; 1 is perfect"),
         Row("diffusers' group offloading", "", values["group_offloading"]),
     )
-    notes = [
-        "A pool of host memory with a hard limit stands for the device, and a thread for the copy stream: on this "
-        "machine a copy takes memory bandwidth and a core from the computation, which on a GPU it does not.",
+    notes = (
+        []
+        if case.device.type != "cpu"
+        else [
+            "A pool of host memory with a hard limit stands for the device, and a thread for the copy stream: on this "
+            "machine a copy takes memory bandwidth and a core from the computation, which on a GPU it does not.",
+        ]
+    )
+    notes += [
         "Random weights of their own for every block: nothing is shared, all bytes are copied. The computation alone "
         "runs with whatever lies in the staging buffers.",
         "Group offloading without streams moves modules between devices, of which a CPU has one, so it copies nothing "
@@ -298,16 +290,40 @@ def _report(
     ]
     if other_cpu_share is not None and other_cpu_share > QUIET_SHARE:
         notes.append(f"NOT QUIET: other processes used {other_cpu_share:.0%} of the CPUs meanwhile.")
-    goals = (
-        Goal("streamed step over the longer of copies and computation", overlap, GOAL_OVERLAP),
-        Goal("most bytes on the device over the plan", memory.peak_bytes / plan.device_bytes, GOAL_PEAK),
-    )
+    goals = [Goal("streamed step over the longer of copies and computation", overlap, GOAL_OVERLAP)]
+    if case.device.type == "cpu":
+        peak = values["peak_bytes"] / plan.device_bytes
+        goals.append(Goal("most bytes on the device over the plan", peak, GOAL_PEAK))
     title = (
-        f"{plan.total_blocks} blocks, hidden {case.config.hidden_size}, {MODE}, {pixels}×{pixels} pixels and "
-        f"{case.text_tokens} text tokens, streamed on a CPU; medians of {case.rounds} rounds"
+        f"{plan.total_blocks} blocks, hidden {case.config.hidden_size}, {case.mode}, {pixels}×{pixels} pixels "
+        f"and {case.text_tokens} text tokens, streamed, {case.device.type}; medians of {values['rounds']} rounds"
     )
     milliseconds = {name: [1e3 * sample for sample in each] for name, each in samples.items()}
     return Report(title, rows, values, goals, notes, milliseconds)
+
+
+def figures(
+    case: Case, planned: Planned, memory: DeviceMemory, samples: Mapping[str, Sequence[float]]
+) -> dict[str, Any]:
+    """What a run found, as the JSON file has it; `samples` in seconds, of `Steps.measure`."""
+    # Of each round: what else the machine does hits its three parts alike.
+    rounds = list(zip(*(samples[name] for name in NAMES), strict=True))
+    plan = planned.plan
+    most = memory.peak_bytes if isinstance(memory, HostMemory) else peak_bytes(case.device)
+    return {
+        "planned_peak_bytes": plan.device_bytes,
+        "peak_bytes": most,
+        "copied_bytes_per_step": plan.copied_bytes_per_step,
+        **{f"{name}_s": statistics.median(samples[name]) for name in NAMES},
+        "overlap": statistics.median(streamed / max(copy, compute) for copy, compute, streamed in rounds),
+        "bit_equal": True,  # else `Steps` has raised
+        "resident_blocks": plan.resident_blocks,
+        "total_blocks": plan.total_blocks,
+        "host_bytes": memory.host_bytes,
+        "pinned_bytes": memory.pinned_bytes,
+        "rounds": len(rounds),
+        "quantization": case.mode,
+    }
 
 
 def _rate(plan: OffloadPlan, copy_s: float) -> str:

@@ -8,18 +8,18 @@ from collections.abc import Sequence
 import torch
 
 from accel.families.flux1 import Flux1Config
-from accel.files import FileIdentity
 from accel.lora.buffers import HostBuffers
 from accel.lora.library import LoraLibrary
 from accel.lora.stack import LoraStack
-from accel.lora.weights import LoraLayer, LoraWeights
+from accel.lora.weights import LoraWeights
 from accel.memory import GIB, PoolBudgets
 
 from . import flux_loras
-from .flux_loras import DTYPE, STRENGTH, Pairs, RandomLora, check_bound, random_lora, same_bits
-from .report import BenchmarkError, Variant
+from .flux_loras import DTYPE, STRENGTH, Pairs, RandomLora, check_bound, lora_weights, pairs_on, random_lora, same_bits
+from .random_checkpoint import random_spec
+from .report import BenchmarkError
+from .timing import Variant
 
-CPU = torch.device("cpu")
 BUDGETS = PoolBudgets(1, 16 * GIB, 16 * GIB)
 RANKS = (64, 128)
 STRENGTHS = (STRENGTH, -0.6)
@@ -37,32 +37,34 @@ POOLED = {
 
 
 class Pooled:
-    """The pack's `LoraLibrary` over a model on the meta device. Host memory is the device, as on a CPU."""
+    """The pack's `LoraLibrary` over a model on the meta device. On a CPU, host memory is the device."""
 
-    def __init__(self, config: Flux1Config, loras: Sequence[RandomLora]) -> None:
+    def __init__(self, config: Flux1Config, loras: Sequence[RandomLora], device: torch.device) -> None:
         """Prepare nothing yet but what is compared with."""
         self._config = config
+        self._device = device
         self._loras = loras
         self._weights: dict[str, LoraWeights] = {}
-        self._model, self._slots = flux_loras.slots_of(config)
+        self._expected: dict[tuple[str, float], Pairs] = {}
+        self._model, self._slots = flux_loras.slots_of(config, device)
         self._library = self._new_library()
         lora_B = torch.cat([b.flatten() for _, b in loras[0].pairs.values()])
         buffers = HostBuffers(0)  # where the library's memory comes from
-        source, target = (buffers.take(lora_B.nbytes).view(lora_B.dtype) for _ in range(2))
+        source, target = (buffers.take(lora_B.nbytes).view(lora_B.dtype).to(device) for _ in range(2))
         self._product = source.copy_(lora_B), target
         self._other = self._stack((loras[-1], STRENGTH))
 
     def variants(self) -> list[Variant]:
         """One for each of `POOLED`."""
         variants = [
-            self._hot("stack3", self._stack(*((lora, STRENGTH) for lora in self._loras)), _stacked(self._loras)),
+            self._hot("stack3", self._stack(*((lora, STRENGTH) for lora in self._loras)), self._stacked()),
             self._multiplied(),
             self._strength(),
             self._prefetched(),
         ]
         for rank in RANKS:
-            lora = random_lora(self._config, f"rank-{rank}", rank, rank)
-            variants.append(self._hot(f"rank{rank}_hot", self._stack((lora, STRENGTH)), lora.scaled))
+            lora = random_lora(self._config, f"rank-{rank}", rank, rank, self._device)
+            variants.append(self._hot(f"rank{rank}_hot", self._stack((lora, STRENGTH)), self._there(lora)))
         return variants
 
     def _hot(self, name: str, stack: LoraStack, expected: Pairs) -> Variant:
@@ -84,7 +86,7 @@ class Pooled:
             self._switch(self._stack((lora, BETWEEN)))
 
         def check() -> None:
-            self._check("strength", lora.scaled_by(strength))
+            self._check("strength", self._there(lora, strength))
 
         return Variant("strength", lambda: self._switch(stack), before, check, SHORT_RUNS)
 
@@ -100,7 +102,7 @@ class Pooled:
             self._multiply(BETWEEN)
 
         def check() -> None:
-            self._check("multiply", lora.scaled_by(BETWEEN))
+            self._check("multiply", self._there(lora, BETWEEN))
             source, target = self._product
             if not same_bits(target, source * strength):
                 raise BenchmarkError(f"multiply: the target does not hold the product with {strength}.")
@@ -126,7 +128,7 @@ class Pooled:
         def run() -> None:
             library.bind(library.bring(stack))
 
-        return Variant("prefetched", run, before, lambda: self._check("prefetched", lora.scaled), SHORT_RUNS)
+        return Variant("prefetched", run, before, lambda: self._check("prefetched", self._there(lora)), SHORT_RUNS)
 
     def _multiply(self, strength: float) -> None:
         source, target = self._product
@@ -138,28 +140,33 @@ class Pooled:
     def _check(self, name: str, expected: Pairs) -> None:
         check_bound(name, self._model, None, expected)
 
+    def _there(self, lora: RandomLora, strength: float = STRENGTH) -> Pairs:
+        """What has to be bound of a LoRA, on the device; made once."""
+        key = lora.name, strength
+        if key not in self._expected:
+            self._expected[key] = pairs_on(self._device, lora.scaled_by(strength))
+        return self._expected[key]
+
+    def _stacked(self) -> Pairs:
+        """What a stack of all has to bind."""
+        scaled = [self._there(lora) for lora in self._loras]
+        return {
+            module: (
+                torch.cat([pairs[module][0] for pairs in scaled]),
+                torch.cat([pairs[module][1] for pairs in scaled], dim=1),
+            )
+            for module in scaled[0]
+        }
+
     def _stack(self, *entries: tuple[RandomLora, float]) -> LoraStack:
         stack = LoraStack()
         for lora, strength in entries:
             if lora.name not in self._weights:  # an engine reads a file once, whatever strengths follow
-                layers = tuple(LoraLayer(module, a, b, 1.0) for module, (a, b) in lora.pairs.items())
-                self._weights[lora.name] = LoraWeights(FileIdentity(lora.name, 0, 0), layers, ())
+                self._weights[lora.name] = lora_weights(lora)
             stack = stack.with_lora(self._weights[lora.name], strength)
         return stack
 
     def _new_library(self) -> LoraLibrary:
-        library = LoraLibrary(flux_loras.spec_of(self._config), DTYPE, CPU, BUDGETS)
+        library = LoraLibrary(random_spec(self._config), DTYPE, self._device, BUDGETS)
         library.attach(self._slots, BUDGETS)
         return library
-
-
-def _stacked(loras: Sequence[RandomLora]) -> Pairs:
-    """What a stack of these at `STRENGTH` has to bind."""
-    scaled = [lora.scaled for lora in loras]
-    return {
-        module: (
-            torch.cat([pairs[module][0] for pairs in scaled]),
-            torch.cat([pairs[module][1] for pairs in scaled], dim=1),
-        )
-        for module in scaled[0]
-    }

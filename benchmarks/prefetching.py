@@ -1,10 +1,9 @@
-"""How much a CPU's sampling slows down while LoRAs are prepared behind it, without pause."""
+"""How much sampling slows down while LoRAs are prepared behind it, without pause."""
 
 from __future__ import annotations
 
 import statistics
 import threading
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -20,9 +19,10 @@ from accel.prefetch import Prefetcher, WantedLora
 
 from . import flux_loras
 from .flux_loras import DTYPE, KEY_PREFIX, STRENGTH, RandomLora
-from .report import BenchmarkError, Variant
+from .random_checkpoint import random_spec
+from .report import BenchmarkError
+from .timing import Stopwatch, Variant
 
-CPU = torch.device("cpu")
 BUDGETS = PoolBudgets(1, 1 * GIB, 1 * GIB)
 TOKENS = 512
 # Long enough that a LoRA is prepared meanwhile.
@@ -38,18 +38,21 @@ class Prefetching:
         prepared_count: LoRAs that were prepared while the products ran.
     """
 
-    def __init__(self, config: Flux1Config, loras: Sequence[RandomLora], folder: Path, quick: bool) -> None:
+    def __init__(
+        self, config: Flux1Config, loras: Sequence[RandomLora], folder: Path, quick: bool, device: torch.device
+    ) -> None:
         """Write the LoRAs' files, and find out how many products are long enough."""
         self.prepared_count = 0
         self._paths = [str(folder / f"prefetch-{lora.name}.safetensors") for lora in loras]
         for path, lora in zip(self._paths, loras, strict=True):
             save_file(lora.state_dict(KEY_PREFIX), path)
         # Held: the library refers to its layers.
-        self._model, self._slots = flux_loras.slots_of(config)
-        self._library = LoraLibrary(flux_loras.spec_of(config), DTYPE, CPU, BUDGETS)
+        self._model, self._slots = flux_loras.slots_of(config, device)
+        self._library = LoraLibrary(random_spec(config), DTYPE, device, BUDGETS)
         self._library.attach(self._slots, BUDGETS)
-        self._weight = torch.randn(config.hidden_size, config.hidden_size) / config.hidden_size**0.5
-        self._x = torch.randn(TOKENS, config.hidden_size)
+        self._stopwatch = Stopwatch(device)
+        self._weight = torch.randn(config.hidden_size, config.hidden_size, device=device) / config.hidden_size**0.5
+        self._x = torch.randn(TOKENS, config.hidden_size, device=device)
         self._products = 1
         self._done = threading.Event()
         self._prefetcher: Prefetcher | None = None
@@ -100,9 +103,7 @@ class Prefetching:
     def _time(self, products: int) -> float:
         self._products = products
         self._step()
-        start = time.perf_counter()
-        self._step()
-        return time.perf_counter() - start
+        return self._stopwatch.seconds(self._step)[0]
 
 
 def slowdown(samples: Mapping[str, Sequence[float]]) -> float:

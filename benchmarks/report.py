@@ -1,4 +1,4 @@
-"""What every benchmark shares: fair timing, the machine's description, the table and the JSON file."""
+"""What every benchmark shares: the machine's description, the table and the JSON file."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import os
 import platform
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -20,66 +19,6 @@ SAMPLE_DIGITS = 4
 
 class BenchmarkError(Exception):
     """A benchmark could not run, or what it measured did not do its work."""
-
-
-def _nothing() -> None:
-    pass
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One thing to time among others.
-
-    Attributes:
-        name: key of its samples.
-        run: the work. What it returns is taken as its own measurement in ms; None: it is timed from outside.
-        before: not timed, before each run.
-        check: not timed, after each run; raises BenchmarkError when the work was not done.
-        runs: in each turn. Memory that lay idle while the others had theirs is slow at first (half as long again, on a
-            virtual machine), so the turn's sample is the median of the second half.
-    """
-
-    name: str
-    run: Callable[[], float | None]
-    before: Callable[[], None] = _nothing
-    check: Callable[[], None] = _nothing
-    runs: int = 1
-
-
-def interleave(variants: Sequence[Variant], rounds: int, warm_up: int) -> dict[str, list[float]]:
-    """Time variants in turn, A B C A B C …, so that drift of the machine hits all of them alike; see `Variant.runs`.
-
-    Args:
-        rounds: samples of each.
-        warm_up: rounds before them that are checked but not kept.
-
-    Returns:
-        Variant name -> milliseconds, one per round.
-
-    Raises:
-        BenchmarkError: from a variant's check.
-    """
-    samples: dict[str, list[float]] = {variant.name: [] for variant in variants}
-    for number in range(warm_up + rounds):
-        for variant in variants:
-            elapsed_ms = statistics.median(counted([_time(variant) for _ in range(variant.runs)]))
-            if number >= warm_up:
-                samples[variant.name].append(elapsed_ms)
-    return samples
-
-
-def counted(turn: Sequence[float]) -> Sequence[float]:
-    """What counts of a turn's runs, see `Variant.runs`."""
-    return turn[len(turn) // 2 :]
-
-
-def _time(variant: Variant) -> float:
-    variant.before()
-    start = time.perf_counter()
-    own_ms = variant.run()
-    elapsed_ms = (time.perf_counter() - start) * 1e3
-    variant.check()
-    return elapsed_ms if own_ms is None else own_ms
 
 
 @dataclass(frozen=True)
@@ -249,7 +188,7 @@ def write_markdown(report: Report, path: Path) -> None:
         text.append(_markdown_row([goal.statement, figure(goal.value), f"{sign} {figure(goal.limit)}", verdict]))
     text += ["", *(f"- {note}" for note in report.notes), ""]
     text.append(f"{described['cpu']}, {described['cores']} cores, torch {described['torch']}, {report.date}")
-    path.write_text("\n".join(text) + "\n", encoding="utf-8")
+    write_text("\n".join(text) + "\n", path)
 
 
 def _markdown_row(cells: Sequence[str]) -> str:
@@ -272,4 +211,18 @@ def write_json(report: Report, path: Path) -> None:
             name: [round(sample, SAMPLE_DIGITS) for sample in samples] for name, samples in report.samples_ms.items()
         },
     }
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", path)
+
+
+def save(report: Report, path: Path) -> None:
+    """Write the JSON file, and the Markdown file beside it where there is a wide table."""
+    write_json(report, path)
+    if report.lines:
+        write_markdown(report, path.with_suffix(".md"))
+
+
+def write_text(text: str, path: Path) -> None:
+    """Write a file whole or not at all: who reads it while it is written anew finds the old one."""
+    unfinished = path.with_name(f"{path.name}.part")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(path)

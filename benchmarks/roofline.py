@@ -1,7 +1,9 @@
 """The least time that a step of FLUX.1-dev can take on a GPU, from what its kernels read, write and compute: a bound.
 
 Each kernel takes at least its bytes over the memory's bandwidth, and at least its operations over the peak of the
-tensor cores; kernels follow one another. Nothing here is measured, and no kernel reaches both peaks.
+tensor cores; kernels follow one another. Nothing here is measured, and no kernel reaches both peaks. The peaks are the
+fastest that a card has for operands of a width, whatever it accumulates in, at the clock of its data sheet: a card that
+is clocked higher has higher ones.
 """
 
 from __future__ import annotations
@@ -18,7 +20,14 @@ FLUX1_DEV = Flux1Config(3072, 19, 38, 64, 64, 4096, 768, 12288, True)
 
 @dataclass(frozen=True)
 class Gpu:
-    """Peaks of a GPU: bytes per second, and dense operations per second by the bytes of an operand's element."""
+    """Peaks of a GPU.
+
+    Attributes:
+        name: for a reader.
+        bandwidth: bytes per second of its memory.
+        flops: dense operations per second by the bytes of an operand's element, 2 for bfloat16 and 1 for float8, with
+            the accumulator that is fastest.
+    """
 
     name: str
     bandwidth: float
@@ -38,11 +47,13 @@ class Work:
     width: int = 2
 
 
-# H100 SXM: NVIDIA H100 Tensor Core GPU datasheet, dense (half of the figures with sparsity). RTX 4090: NVIDIA Ada GPU
-# architecture whitepaper, appendix A, dense, with float32 accumulation.
+# H100 SXM: NVIDIA H100 Tensor Core GPU datasheet, dense (half of the figures with sparsity); one rate for both
+# accumulators. RTX 4090: NVIDIA Ada GPU architecture whitepaper, appendix A, dense. Its float8 products are twice as
+# fast with float16 accumulation (660.6) as with float32 (330.3, what torch's kernels use); bfloat16 accumulates in
+# float32 alone.
 GPUS = {
     "h100": Gpu("H100 SXM", 3.35e12, {2: 989e12, 1: 1979e12}),
-    "rtx4090": Gpu("RTX 4090", 1.008e12, {2: 165.2e12, 1: 330.3e12}),
+    "rtx4090": Gpu("RTX 4090", 1.008e12, {2: 165.2e12, 1: 660.6e12}),
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,6 +54,11 @@ def make_prompt(latent: int, text_tokens: int, context_dim: int, pooled_dim: int
         normal(1, pooled_dim),
         exact_sigmas(steps),
     )
+
+
+def prompt_for(config: Any, latent: int, text_tokens: int, steps: int) -> Prompt:
+    """`make_prompt` for a model's sizes."""
+    return make_prompt(latent, text_tokens, config.context_dim, config.pooled_dim, steps)
 
 
 def exact_sigmas(steps: int) -> Tensor:

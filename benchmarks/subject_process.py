@@ -2,49 +2,26 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from multiprocessing.connection import Connection
-from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from .child import STOP_S, Child, ChildError, OutOfTimeError, first_line
 from .report import BenchmarkError
-from .sampling import Clock, Prompt, make_prompt
-from .subjects import PackSubject, Setup, Subject, Work
-
-STOP_S = 30
-LOG_LINES = 15
-# What every subject imports, which takes seconds.
-LIBRARIES = (
-    "torch",
-    "torch._dynamo",
-    "torch._inductor.compile_fx",
-    "peft",
-    "torchao.quantization",
-    "diffusers.models.transformers.transformer_flux",
-    "benchmarks.subject_process",
-)
+from .sampling import Clock, prompt_for
+from .subjects import Setup, Work, make_subject
 
 
 class SubjectFailedError(BenchmarkError):
     """A subject does not run on this machine; the message says why."""
-
-
-def process_context(device: str) -> BaseContext:
-    """How processes are started: from one that has the libraries imported where that is possible, else from nothing."""
-    if device == "cpu" and "forkserver" in multiprocessing.get_all_start_methods():
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(list(LIBRARIES))
-        return context
-    return multiprocessing.get_context("spawn")  # CUDA does not survive a fork
 
 
 class SubjectProcess:
@@ -55,7 +32,9 @@ class SubjectProcess:
         cpu_s: CPU time that it took; known when it was closed.
     """
 
-    def __init__(self, name: str, setup: Setup, work: Work, folder: Path, cold: bool) -> None:
+    def __init__(
+        self, name: str, setup: Setup, work: Work, folder: Path, cold: bool, ends: float | None = None
+    ) -> None:
         """Start the process; it has imported what it needs when this returns.
 
         Args:
@@ -64,20 +43,18 @@ class SubjectProcess:
             work: what it does.
             folder: for its log, and the compile cache of a cold one.
             cold: compile as on a machine that never did, not from what earlier runs left.
+            ends: it is ended at this time (`time.monotonic`), or None.
 
         Raises:
             SubjectFailedError: a library is missing, or refuses the setup.
         """
         self.name = name
         self.cpu_s = 0.0
-        self._log = folder / f"{name.replace(' ', '-')}.log"
-        environment = {"TORCHINDUCTOR_CACHE_DIR": str(folder / f"{self._log.stem}-cache")} if cold else {}
-        context = process_context(work.device)
-        self._connection, theirs = context.Pipe()
-        arguments = (theirs, setup, work, str(self._log), environment)
-        self._process = context.Process(target=_serve, args=arguments, name=name, daemon=False)
-        self._process.start()
-        theirs.close()
+        self._ends = ends
+        log = folder / f"{name.replace(' ', '-')}.log"
+        environment = {"TORCHINDUCTOR_CACHE_DIR": str(folder / f"{log.stem}-cache")} if cold else {}
+        # This process may have asked for the card, and CUDA does not survive a fork.
+        self._child = Child(name, _serve, (setup, work), log, fork=work.device == "cpu", environment=environment)
         self._receive()
 
     def first(self, lora: str | None) -> dict[str, Any]:
@@ -111,48 +88,36 @@ class SubjectProcess:
     def close(self) -> None:
         """End the process."""
         with suppress(SubjectFailedError, OSError):
+            self._ends = time.monotonic() + STOP_S
             self.cpu_s = self._ask("cpu_s")
-        self._connection.close()
-        self._process.join(STOP_S)
-        if self._process.is_alive():
-            self._process.kill()
-            self._process.join()
+        self._child.close()
 
     def _ask(self, verb: str, *arguments: Any) -> Any:
-        self._connection.send((verb, arguments))
+        self._child.send((verb, arguments))
         return self._receive()
 
     def _receive(self) -> Any:
         try:
-            failed, answer = self._connection.recv()
-        except (EOFError, ConnectionError) as exc:
-            self._process.join(STOP_S)
-            raise SubjectFailedError(
-                f"{self.name}: its process ended with exit code {self._process.exitcode}. {self._tail()}"
-            ) from exc
+            limit_s = None if self._ends is None else max(0.0, self._ends - time.monotonic())
+            failed, answer = self._child.receive(limit_s)
+        except OutOfTimeError as exc:
+            raise SubjectFailedError("it was ended: the time was over") from exc
+        except ChildError as exc:
+            raise SubjectFailedError(str(exc)) from exc
         if failed:
             raise SubjectFailedError(f"{self.name}: {answer}")
         return answer
 
-    def _tail(self) -> str:
-        lines = self._log.read_text(encoding="utf-8", errors="replace").splitlines() if self._log.is_file() else []
-        return "\n".join(lines[-LOG_LINES:])
 
-
-def _serve(connection: Connection, setup: Setup, work: Work, log: str, environment: Mapping[str, str]) -> None:
+def _serve(connection: Connection, setup: Setup, work: Work) -> None:
     """The process: answer (verb, arguments) with (False, result) or (True, why not), until the other end closes."""
-    os.environ.update(environment)  # torch reads it when it first compiles
-    with open(log, "w", encoding="utf-8") as stream:
-        # Libraries write there, not between the lines of the table.
-        for number in (1, 2):
-            os.dup2(stream.fileno(), number)
-        try:
-            verbs = _answered(connection, lambda: _Server(setup, work))
-            while verbs is not None:
-                verb, arguments = connection.recv()
-                _answered(connection, lambda verb=verb, arguments=arguments: getattr(verbs, verb)(*arguments))
-        except EOFError:
-            return
+    try:
+        verbs = _answered(connection, lambda: _Server(setup, work))
+        while verbs is not None:
+            verb, arguments = connection.recv()
+            _answered(connection, lambda verb=verb, arguments=arguments: getattr(verbs, verb)(*arguments))
+    except EOFError:
+        return
 
 
 def _answered(connection: Connection, call: Callable[[], Any]) -> Any:
@@ -162,9 +127,7 @@ def _answered(connection: Connection, call: Callable[[], Any]) -> Any:
     except Exception as error:  # whatever a library raises: the other process says it
         traceback.print_exc(file=sys.stderr)
         sys.stderr.flush()
-        first_line = next((line for line in str(error).splitlines() if line.strip()), "")
-        kind = "" if isinstance(error, BenchmarkError) else f"{type(error).__name__}: "
-        connection.send((True, kind + first_line))
+        connection.send((True, first_line(error)))
         return None
     connection.send((False, None if isinstance(result, _Server) else result))
     return result
@@ -178,8 +141,8 @@ class _Server:
 
         self._cuda = work.device.startswith("cuda")
         self._clock = Clock(torch.cuda.synchronize if self._cuda else lambda: None)
-        self._subject = _make(setup, work)
-        self._prompt = _prompt_of(work)
+        self._subject = make_subject(setup, work)
+        self._prompt = prompt_for(work.spec().config, work.latent, work.text_tokens, work.steps)
         self._memory = None if self._cuda else _peak_memory()
         self._compiles = setup.compile != "off"
 
@@ -228,25 +191,6 @@ class _Server:
 
     def _watched(self) -> Any:
         return nullcontext() if self._memory is None else self._memory.sampling()
-
-
-def _make(setup: Setup, work: Work) -> Subject:
-    if setup.library == "pack":
-        return PackSubject(setup, work)
-    if setup.library == "diffusers":
-        from .diffusers_subject import DiffusersSubject
-
-        return DiffusersSubject(setup, work)
-    from .comfyui_subject import ComfySubject
-
-    return ComfySubject(setup, work)
-
-
-def _prompt_of(work: Work) -> Prompt:
-    from accel.checkpoint import inspect_checkpoint
-
-    config = inspect_checkpoint(work.model).config
-    return make_prompt(work.latent, work.text_tokens, config.context_dim, config.pooled_dim, work.steps)
 
 
 def _peak_memory() -> Any:

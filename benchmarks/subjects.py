@@ -11,7 +11,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from accel.families.flux1 import Flux1Config
+from accel.spec import ModelSpec
+
 from .flux_loras import STRENGTH
+from .random_checkpoint import random_spec
 from .report import BenchmarkError
 from .sampling import GUIDANCE, Clock, Prompt, euler
 
@@ -44,7 +48,8 @@ class Work:
     """What every subject does.
 
     Attributes:
-        model: a checkpoint in the original layout.
+        model: a checkpoint in the original layout; or the sizes of one whose weights are random numbers that are made
+            on the device.
         loras: two files.
         device: such as "cpu" or "cuda".
         comfyui: ComfyUI's folder; empty where none is measured.
@@ -53,13 +58,21 @@ class Work:
         steps: of each image.
     """
 
-    model: str
+    model: str | Flux1Config
     loras: tuple[str, str]
     device: str
     comfyui: str
     latent: int
     text_tokens: int
     steps: int
+
+    def spec(self) -> ModelSpec:
+        """The model, of which nothing but its header was read."""
+        from accel.checkpoint import inspect_checkpoint
+
+        if isinstance(self.model, Flux1Config):
+            return random_spec(self.model, torch.device(self.device))
+        return inspect_checkpoint(self.model)
 
 
 class Subject(Protocol):
@@ -83,11 +96,14 @@ class Subject(Protocol):
 
 
 class PackSubject:
-    """This package's engine."""
+    """This package's engine.
+
+    Attributes:
+        engine: the engine.
+    """
 
     def __init__(self, setup: Setup, work: Work) -> None:
         """Read the header of the checkpoint."""
-        from accel.checkpoint import inspect_checkpoint
         from accel.engine import Engine
         from accel.settings import EngineSettings, Quantization
 
@@ -95,11 +111,11 @@ class PackSubject:
             dtype="bf16", attention=setup.attention, compile=setup.compile, device=work.device,
             quantization=Quantization(setup.quantization),
         )  # fmt: skip
-        self._engine = Engine(inspect_checkpoint(work.model), settings)
+        self.engine = Engine(work.spec(), settings)
 
     def load(self) -> None:
         """See `Subject`."""
-        self._engine.load()
+        self.engine.load()
 
     def use(self, lora: str | None) -> None:
         """See `Subject`: as the node does before it samples."""
@@ -107,14 +123,14 @@ class PackSubject:
 
         stack = LoraStack()
         if lora is not None:
-            stack = stack.with_lora(self._engine.read_lora(lora), STRENGTH)
-        self._engine.swap(stack)
+            stack = stack.with_lora(self.engine.read_lora(lora), STRENGTH)
+        self.engine.swap(stack)
 
     def sample(self, prompt: Prompt, clock: Clock) -> Tensor:
         """See `Subject`."""
         from accel.families.flux1 import Flux1Inputs
 
-        engine = self._engine
+        engine = self.engine
         context, pooled = (tensor.to(engine.device, engine.dtype) for tensor in (prompt.context, prompt.pooled))
         guidance = torch.full((1,), GUIDANCE, device=engine.device)
 
@@ -125,5 +141,22 @@ class PackSubject:
 
     def check(self) -> None:
         """See `Subject`."""
-        if self._engine.recompile_count:
-            raise BenchmarkError(f"the pack compiled {self._engine.recompile_count} times too often.")
+        if self.engine.recompile_count:
+            raise BenchmarkError(f"the pack compiled {self.engine.recompile_count} times too often.")
+
+
+def make_subject(setup: Setup, work: Work) -> Subject:
+    """The subject of a setup's library.
+
+    Raises:
+        Exception: the library is missing, or refuses the setup.
+    """
+    if setup.library == "pack":
+        return PackSubject(setup, work)
+    if setup.library == "diffusers":
+        from .diffusers_subject import DiffusersSubject
+
+        return DiffusersSubject(setup, work)
+    from .comfyui_subject import ComfySubject
+
+    return ComfySubject(setup, work)

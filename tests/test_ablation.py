@@ -5,6 +5,7 @@ import math
 import statistics
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +16,9 @@ from benchmarks import ablation, ablation_report, ablation_rows
 from benchmarks.__main__ import main
 from benchmarks.ablation_report import Measured, check_changes
 from benchmarks.ablation_rows import ALL, BASELINE, Configuration
+from benchmarks.ablation_work import make_work
+from benchmarks.block_variants import one_of_each
+from benchmarks.random_checkpoint import random_spec
 from benchmarks.report import BenchmarkError, Goal
 from benchmarks.sampling import Clock, euler, exact_sigmas, make_prompt
 from benchmarks.subject_process import SubjectFailedError, SubjectProcess
@@ -49,7 +53,7 @@ def finished(tmp_path_factory):
 @pytest.mark.slow
 def test_every_configuration_is_measured_or_says_why_not(finished):
     figures, stdout, _ = finished
-    rows = [*ablation_rows.table(CPU, ""), *ablation_rows.peers(CPU)]
+    rows = [*ablation_rows.table(CPU, random_spec(one_of_each(256))), *ablation_rows.peers(CPU)]
     assert list(figures["configurations"]) == [row.name for row in rows]
     for name, values in figures["configurations"].items():
         assert f"  {name} " in stdout
@@ -181,6 +185,8 @@ def test_euler_integrates_and_tells_the_clock():
         (("--model", "absent.safetensors"), "--lora was given 0 times, expected twice"),
         (("--model", "absent.safetensors", "--lora", "a", "--lora", "b"), "there is no file absent.safetensors"),
         (("--quick", "--steps", "1"), "--steps is 1, expected 2 or more"),
+        (("--quick", "--rows", "teleport"), "--rows names teleport, expected some of: baseline, compile"),
+        (("--random",), "--random is in place of --model, and needs a GPU"),
     ],
 )
 def test_bad_arguments_are_clear_errors(arguments, message, capsys):
@@ -188,9 +194,30 @@ def test_bad_arguments_are_clear_errors(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_some_rows_with_random_weights_are_known_as_they_end():
+    """No file is written of the weights; the baseline is always among the rows."""
+    known = []
+    report = ablation.run(quick=True, random=True, rows=["hotswap"], save=known.append)
+    assert [list(each.values["configurations"]) for each in known] == [[BASELINE], [BASELINE, "hotswap"]]
+    assert report.values["configurations"]["hotswap"]["distance"] < 0.05
+    assert report.values["configurations"]["hotswap"]["over_baseline"] > 0
+    assert report.title.startswith("FLUX.1 with random weights, hidden 256")
+
+
+def test_rows_that_there_is_no_time_for_say_so():
+    report = ablation.run(quick=True, random=True, rows=["hotswap"], minutes=0.0)
+    failed = {name: values["failed"] for name, values in report.values["configurations"].items()}
+    assert failed == dict.fromkeys((BASELINE, "hotswap"), "not begun: the time was over")
+
+
+def test_a_row_is_ended_when_the_time_is_over(work, tmp_path):
+    with pytest.raises(SubjectFailedError, match="the time was over"):
+        SubjectProcess("late", Setup("pack"), work, tmp_path, cold=False, ends=time.monotonic())
+
+
 @pytest.fixture
 def work(tmp_path):
-    return ablation._work(tmp_path, None, (), True, CPU, None, 1024)
+    return make_work(tmp_path, None, (), True, CPU, None, 1024)
 
 
 def test_a_process_that_cannot_run_says_why(work, tmp_path):

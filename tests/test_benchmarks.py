@@ -18,8 +18,10 @@ from accel.lora.slots import LoraSlots
 from benchmarks import flux_loras, peers
 from benchmarks.cold_files import ColdFiles
 from benchmarks.pooled import Pooled
-from benchmarks.report import BenchmarkError, Goal, OtherLoad, Variant, interleave
-from benchmarks.swap import LORA_COUNT, Switch, peer_variants
+from benchmarks.report import BenchmarkError, Goal, OtherLoad
+from benchmarks.swap import LORA_COUNT, peer_variants
+from benchmarks.switch import Switch
+from benchmarks.timing import CPU, Variant, interleave
 from harness.paths import REPO
 
 MS_KEYS = {"memcpy_ms", "read_ms", "hot_ms", "warm_ms", "cold_ms", "peft_ms", "diffusers_ms", "stock_merge_ms",
@@ -190,7 +192,7 @@ def loras():
 
 @pytest.fixture
 def switch(loras, tmp_path):
-    return Switch(flux_loras.QUICK, loras, ColdFiles(tmp_path))
+    return Switch(flux_loras.QUICK, loras, ColdFiles(tmp_path), CPU)
 
 
 def variant_of(variants, name):
@@ -242,7 +244,7 @@ def test_warm_that_allocates_is_noticed(switch, monkeypatch):
 
 @pytest.mark.parametrize(("name", "kind"), [("peft", peers.PeftHotswap), ("diffusers", peers.DiffusersHotswap)])
 def test_a_peer_that_does_nothing_is_noticed(loras, monkeypatch, name, kind):
-    variant = variant_of(peer_variants(flux_loras.QUICK, loras), name)
+    variant = variant_of(peer_variants(flux_loras.QUICK, loras, CPU), name)
     interleave([variant], rounds=LORA_COUNT, warm_up=0)
     monkeypatch.setattr(kind, "swap", lambda self: None)
     with pytest.raises(BenchmarkError, match=f"^{name}: "):
@@ -267,14 +269,14 @@ def test_loras_differ_by_seed_and_strength(loras):
 
 @pytest.mark.parametrize("name", ["stack3", "multiply", "strength", "prefetched", "rank64_hot", "rank128_hot"])
 def test_a_pooled_switch_that_does_nothing_is_noticed(loras, name):
-    variant = variant_of(Pooled(flux_loras.QUICK, loras).variants(), name)
+    variant = variant_of(Pooled(flux_loras.QUICK, loras, CPU).variants(), name)
     interleave([variant], rounds=2, warm_up=0)
     with pytest.raises(BenchmarkError, match=f"^{name}: "):
         interleave([dataclasses.replace(variant, run=lambda: None)], rounds=1, warm_up=0)
 
 
 def test_a_product_that_is_not_made_is_noticed(loras, monkeypatch):
-    variant = variant_of(Pooled(flux_loras.QUICK, loras).variants(), "strength")
+    variant = variant_of(Pooled(flux_loras.QUICK, loras, CPU).variants(), "strength")
     interleave([variant], rounds=2, warm_up=0)
     monkeypatch.setattr(UnscaledB, "multiply", lambda self, entries, flat: None)
     with pytest.raises(BenchmarkError, match=r"^strength: lora_B"):

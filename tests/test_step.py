@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from accel.lora.slots import LoraSlots
-from benchmarks import step
+from benchmarks import block_steps, step
 from benchmarks.block_variants import one_of_each, without_lora_layers
-from benchmarks.report import BenchmarkError, Variant
+from benchmarks.report import BenchmarkError
+from benchmarks.timing import CPU, Stopwatch, Variant, interleave_timed
 from harness.paths import REPO
 
 
@@ -28,7 +29,7 @@ def finished(tmp_path_factory):
 
 def test_every_key_is_there_and_follows_from_the_samples(finished):
     figures, stdout = finished
-    assert set(figures["samples_ms"]) == set(step.NAMES)
+    assert set(figures["samples_ms"]) == set(block_steps.NAMES)
     bare = figures["samples_ms"]["none"]
     for name, samples in figures["samples_ms"].items():
         assert len(samples) == figures["rounds"] == step.QUICK_ROUNDS
@@ -53,13 +54,17 @@ class FakeRegions:
         return image + self.added
 
 
+def rotated(variants, rounds):
+    return interleave_timed(variants, rounds, step.WARM_UP, Stopwatch(), rotate=True)
+
+
 RIGHT = {"none": 0, "empty": 0, "rank16": 1, "rank128": 2, "stack4": 3, "peft_rank16": 1}
 
 
 @pytest.fixture
 def steps():
     with torch.no_grad():
-        made = step.Steps(step.QUICK)
+        made = block_steps.Steps(step.QUICK)
     made._regions = {name: FakeRegions(added) for name, added in RIGHT.items()}
     return made
 
@@ -67,7 +72,7 @@ def steps():
 def test_right_variants_pass(steps):
     steps.check_relations()
     steps.check_compiles()
-    samples = step._rotate(steps.variants(), rounds=2)
+    samples = rotated(steps.variants(), rounds=2)
     assert {len(each) for each in samples.values()} == {2}
 
 
@@ -84,7 +89,7 @@ def test_an_output_that_moves_between_rounds_is_noticed(steps):
     steps.check_relations()
     steps._regions["rank128"].added = 5
     with pytest.raises(BenchmarkError, match="rank128: its output moved"):
-        step._rotate(steps.variants(), rounds=1)
+        rotated(steps.variants(), rounds=1)
 
 
 def test_a_recompile_is_noticed(steps):
@@ -95,28 +100,28 @@ def test_a_recompile_is_noticed(steps):
 
 def test_each_round_begins_with_another_variant():
     calls = []
-    variants = [Variant(name, lambda name=name: calls.append(name)) for name in step.NAMES]
-    step._rotate(variants, rounds=3)
+    variants = [Variant(name, lambda name=name: calls.append(name)) for name in block_steps.NAMES]
+    rotated(variants, rounds=3)
     rounds = [calls[start : start + 6] for start in range(0, len(calls), 6)][step.WARM_UP :]
-    assert [each[0] for each in rounds] == list(step.NAMES[:3])
-    assert all(sorted(each) == sorted(step.NAMES) for each in rounds)
+    assert [each[0] for each in rounds] == list(block_steps.NAMES[:3])
+    assert all(sorted(each) == sorted(block_steps.NAMES) for each in rounds)
 
 
 def test_all_variants_share_their_base_weights_and_peft_holds_the_lora_of_rank_16(steps):
     config = one_of_each(step.QUICK.hidden)
-    bare = step._random_model(config)
-    ours = step._sharing_weights(bare, config)
-    LoraSlots(ours, ["transformer_blocks.0.attn.to_q"], step.CPU)
+    bare = block_steps._random_model(config, CPU)
+    ours = block_steps._sharing_weights(bare, config)
+    LoraSlots(ours, ["transformer_blocks.0.attn.to_q"], CPU)
     assert ours.transformer_blocks[0].attn.to_q.base.weight is bare.transformer_blocks[0].attn.to_q.weight
-    peft = step._sharing_weights(bare, config)
-    step.add_peft(peft, config, 16)
-    lora = step._random_lora(config, 16, 0)
-    step._fill_peft(peft, lora)
+    peft = block_steps._sharing_weights(bare, config)
+    block_steps.add_peft(peft, config, 16)
+    lora = block_steps._random_lora(config, 16, 0)
+    block_steps._fill_peft(peft, lora, CPU)
     layer = peft.transformer_blocks[0].attn.to_q
     assert layer.base_layer.weight is bare.transformer_blocks[0].attn.to_q.weight
     matrices = next(each for each in lora.layers if each.module == "transformer_blocks.0.attn.to_q")
     assert torch.equal(layer.lora_A["default"].weight, matrices.lora_A)
-    assert torch.equal(layer.lora_B["default"].weight, (matrices.lora_B.float() * step.STRENGTH).bfloat16())
+    assert torch.equal(layer.lora_B["default"].weight, (matrices.lora_B.float() * block_steps.STRENGTH).bfloat16())
 
 
 def test_a_function_without_lora_layers_calls_each_linear():

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -72,6 +72,8 @@ class GgufCheckpoint:
     identity: FileIdentity
     tensors: Mapping[str, GgufTensor]
     metadata: Mapping[str, str]
+
+    device: ClassVar[torch.device] = torch.device("cpu")
 
     @contextmanager
     def open(self) -> Iterator[Callable[[str], Rows]]:

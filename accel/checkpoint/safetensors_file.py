@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, FileError
@@ -32,6 +34,8 @@ class SafetensorsCheckpoint:
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str]
     shards: Mapping[str, TensorFile]
+
+    device: ClassVar[torch.device] = torch.device("cpu")
 
     @contextmanager
     def open(self) -> Iterator[Callable[[str], Tensor]]:

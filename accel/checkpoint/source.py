@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from ..files import FileIdentity, TensorInfo
@@ -15,7 +16,7 @@ class Rows(Protocol):
     """A stored tensor whose rows can be taken out, dequantized where the file has blocks. A Tensor is one."""
 
     def __getitem__(self, rows: slice) -> Tensor:
-        """Some rows, on the CPU, as a view of the file or a copy; copy before you keep them."""
+        """Some rows, on the checkpoint's device, as a view of the file or a copy; copy before you keep them."""
 
 
 class Checkpoint(Protocol):
@@ -26,12 +27,14 @@ class Checkpoint(Protocol):
         identity: the state of all its files.
         tensors: every tensor by its name in the files.
         metadata: what the files say about themselves.
+        device: where its rows are: the CPU, for files.
     """
 
     name: str
     identity: FileIdentity
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str]
+    device: torch.device
 
     def open(self) -> AbstractContextManager[Callable[[str], Rows]]:
         """Open the data, and make sure that the files are still the same.
