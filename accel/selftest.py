@@ -51,15 +51,16 @@ class Row:
         return "works" if self.proof.refusal is None else "FAILED"
 
 
-def try_everything(device: torch.device) -> Iterator[Row]:
+def try_everything(device: torch.device, compiled: bool = True) -> Iterator[Row]:
     """Try each thing on a device, in the dtype that it is best at; yields as soon as each is tried.
 
     Args:
         device: of this machine.
+        compiled: whether to try what a compiler makes, too, which takes seconds.
     """
     hardware = hardware_of(device)
     dtype = torch.bfloat16 if has_bf16(hardware) else torch.float16
-    target = Target(device, dtype, HEADS, HEAD_DIM, compiled=True)
+    target = Target(device, dtype, HEADS, HEAD_DIM, compiled)
     for name, backend in BACKENDS.items():
         reason = backend.missing(target)
         if reason is None and backend.downloads():
@@ -81,7 +82,8 @@ def try_everything(device: torch.device) -> Iterator[Row]:
             yield Row(name, None, on_gpus)
         else:
             yield from _made_by(device, name, run)
-    yield _row("compiled region", None, lambda: prove_compiling(device, dtype))
+    if compiled:
+        yield _row("compiled region", None, lambda: prove_compiling(device, dtype))
 
 
 def prove_compiling(device: torch.device, dtype: torch.dtype) -> Proof:

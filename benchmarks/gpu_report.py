@@ -145,7 +145,10 @@ def _section(stage: str, rows: Mapping[str, Mapping[str, Any]]) -> Iterator[str]
 
 
 def _tested(row: Mapping[str, Any]) -> str:
-    return f"{row['name']}: {'ok' if row['ok'] else row['error']}, {figure(row['ms'])} ms"
+    text = f"{row['name']}: {row['state']}"
+    if row["why"]:
+        return f"{text}: {row['why']}"
+    return f"{text}, {row['deviation']:.2g} from the reference, {figure(row['ms'])} ms"
 
 
 def _kernels(name: str, profile: Mapping[str, Any]) -> Iterator[str]:

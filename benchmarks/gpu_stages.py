@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import platform
-import time
-from collections.abc import Iterator
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -12,13 +10,12 @@ from typing import Any
 import torch
 
 from accel.attention import BACKENDS, Target
-from accel.attention.choose import AUTO
 from accel.attention.correctness import make_inputs, verify
-from accel.quantize.modes import MODES
+from accel.quantize.modes import MODES, refusal
+from accel.selftest import Row, try_everything
 
 from . import offload, step, swap
 from .block_steps import NAMES
-from .child import first_line
 from .gpu_job import Job
 from .kernel_profile import profile_kernels
 from .report import BenchmarkError
@@ -32,8 +29,6 @@ LIBRARIES = (
 HEADS, HEAD_DIM, TOKENS = 24, 128, 4_608
 QUICK_HEADS, QUICK_TOKENS = 2, 64
 DOWNLOADS = "is not installed, and would be fetched from the network when it is chosen"
-# A quantized linear on random data, relative L2; 4 bits are at 0.09.
-QUANTIZED_ERROR = 0.2
 SWAP_ROUNDS, QUICK_SWAP_ROUNDS = 5, 2
 # Runs on end: each is checked, and what memory on a CPU needs more of does not matter to a device.
 SWAP_RUNS = 3
@@ -83,50 +78,18 @@ def machine(device: torch.device) -> dict[str, Any]:
 def selftests(job: Job) -> None:
     """Each part on small random data against a plain reference."""
     rows = []
-    for row in selftest(job.device, job.quick):
-        rows.append(row)
-        job.add(rows=rows, passed=sum(row["ok"] for row in rows), tested=len(rows))
+    for row in try_everything(job.device, compiled=not job.quick):
+        rows.append(_tried(row))
+        states = [each["state"] for each in rows]
+        job.add(rows=rows, works=states.count("works"), failed=states.count("FAILED"))
 
 
-def selftest(device: torch.device, quick: bool) -> Iterator[dict[str, Any]]:
-    """Run every attention backend and every quantized product of this device.
-
-    Yields:
-        "name", "ok", "ms" (the first run, with what it compiles), "error": why not, or what it lacks here; or "".
-    """
-    target = _target(device, quick)
-    for name in AUTO if quick else BACKENDS:
-        start = time.perf_counter()
-        error = _missing(name, target) or verify(name, target).refusal
-        yield _tested(f"attention {name}", start, error)
-    for name, mode in MODES.items():
-        start = time.perf_counter()
-        error = mode.missing(device)
-        if error is None:
-            try:
-                error = _quantized_error(name, device)
-            except Exception as exc:  # a library raises what it likes
-                error = first_line(exc)
-        yield _tested(f"quantization {name}", start, error)
-
-
-def _tested(name: str, start: float, error: str | None) -> dict[str, Any]:
-    return {"name": name, "ok": error is None, "ms": (time.perf_counter() - start) * 1e3, "error": error or ""}
-
-
-def _quantized_error(mode: str, device: torch.device) -> str | None:
-    """What is wrong with a linear of a mode; None: nothing."""
-    generator = torch.Generator(device).manual_seed(0)
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=BF16, device=device).normal_(generator=generator)
-
-    with torch.inference_mode():
-        x, weight, bias = normal(128, 1024), normal(1024, 1024), normal(1024)
-        expected = x.float() @ weight.float().t() + bias.float()
-        output = MODES[mode].convert(weight, bias, False)(x).float()
-        error = float((output - expected).norm() / expected.norm())
-    return None if error < QUANTIZED_ERROR else f"is {error:.3g} from float32 (relative L2), allowed {QUANTIZED_ERROR}"
+def _tried(row: Row) -> dict[str, Any]:
+    if row.proof is None:
+        return {"name": row.name, "state": row.state, "why": row.reason}
+    proof = row.proof
+    figures = {"ms": proof.ms, "deviation": proof.deviation}
+    return {"name": row.name, "state": row.state, **figures, "why": proof.refusal or ""}
 
 
 def _missing(name: str, target: Target) -> str | None:
@@ -185,7 +148,7 @@ def switches(job: Job, group: str) -> None:
 
 def steps(job: Job, mode: str, resolution: int) -> None:
     """`step`: one double and one single block, with and without LoRAs."""
-    if mode != "none" and (missing := MODES[mode].missing(job.device)) is not None:
+    if mode != "none" and (missing := refusal(MODES[mode], job.device)) is not None:
         job.add(missing=missing)
         return
     case = step.case_of(job.quick, job.device, None if job.quick else resolution, mode)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from accel.lora.stack import LoraStack
 from accel.offload.plan import GB, demand_of
-from accel.quantize.modes import MODES
+from accel.quantize.modes import MODES, refusal
 from harness.comfyui import source_path
 
 from .ablation_report import distance
@@ -212,7 +212,7 @@ def _save(path: Path, tensors: dict[str, Tensor]) -> None:
 
 def _missing(job: Job, setup: Setup, work: Work) -> str | None:
     """Why a setup cannot run here, or None."""
-    if setup.quantization != "none" and (reason := MODES[setup.quantization].missing(job.device)) is not None:
+    if setup.quantization != "none" and (reason := refusal(MODES[setup.quantization], job.device)) is not None:
         return f"quantization {setup.quantization} {reason}"
     if setup.library == "diffusers" and setup.quantization == "fp8" and job.device.type == "cpu":
         return "torchao's own float8 configuration refuses a CPU"

@@ -19,7 +19,7 @@ from accel.families.flux1 import Flux1Config, Flux1Inputs
 from accel.memory import available_host_bytes
 from accel.offload.memory import DeviceMemory, HostMemory, memory_of
 from accel.offload.plan import GB, OffloadPlan, Room, demand_of, lora_share, make_plan
-from accel.quantize import find_mode
+from accel.quantize import find_mode, refusal
 from accel.settings import EngineSettings, Offload, Quantization
 
 from .device_memory import peak_bytes, start_peak
@@ -90,7 +90,7 @@ def case_of(quick: bool, scale: float, device: torch.device) -> Case:
         return replace(QUICK_CASE, device=device)
     if device.type == "cpu":
         return Case(scaled(scale), 40, 192, "regional", ROUNDS)
-    mode = next((name for name in ("fp8", "int8") if find_mode(name).missing(device) is None), "int8_weight_only")
+    mode = next((name for name in ("fp8", "int8") if refusal(find_mode(name), device) is None), "int8_weight_only")
     return Case(scaled(scale), 128, 512, "regional", ROUNDS, device, mode)
 
 

@@ -10,7 +10,6 @@ import time
 import pytest
 import torch
 
-from accel.attention import BACKENDS, correctness
 from accel.build import load_model
 from accel.checkpoint import inspect_checkpoint
 from accel.quantize.modes import MODES
@@ -27,7 +26,7 @@ from harness.paths import REPO
 # What each row must report, by stage: numbers above zero.
 NUMBERS = {
     ("device", "device"): ["bf16_product_tflops", "copy_gb_per_s", "upload_pinned_gb_per_s"],
-    ("selftest", "selftest"): ["passed", "tested"],
+    ("selftest", "selftest"): ["works"],
     ("swap", "pack"): ["hot_ms", "warm_ms", "cold_ms", "cold_kohya_ms", "memcpy_ms", "read_ms", "warm_over_memcpy",
                        "cold_over_read_plus_memcpy", "hot_host_ms", "lora_mb"],
     ("swap", "pools"): ["stack3_ms", "strength_ms", "multiply_ms", "prefetched_ms", "rank128_hot_ms"],
@@ -111,10 +110,10 @@ def test_streaming_equals_the_resident_model_and_the_self_tests_name_their_parts
     assert stages["offload"]["streamed"]["bit_equal"] is True
     assert 0 < stages["offload"]["streamed"]["resident_blocks"] < stages["offload"]["streamed"]["total_blocks"]
     tested = {row["name"]: row for row in stages["selftest"]["selftest"]["rows"]}
-    assert tested["attention sdpa"]["ok"]
-    assert tested["quantization int8"]["ok"]
+    assert tested["attention sdpa"]["state"] == tested["quantization int8"]["state"] == "works"
+    assert tested["quantization nvfp4"]["state"] == "not here"
     assert {f"quantization {name}" for name in MODES} <= set(tested)
-    assert all(row["ok"] != bool(row["error"]) and row["ms"] >= 0 for row in tested.values())
+    assert all(("ms" in row) != bool(row["why"]) for row in tested.values())
 
 
 def test_the_page_has_a_table_for_each_stage(finished):
@@ -220,35 +219,6 @@ def _after(out):
 def test_bad_arguments_are_clear_errors(arguments, message, capsys, tmp_path):
     assert main(["gpu", *arguments, "--out", str(tmp_path / "out")]) == 1
     assert message in capsys.readouterr().err
-
-
-def test_a_broken_backend_is_told(monkeypatch):
-    broken = correctness.Verdict("computes wrong numbers here", 1.0)
-    monkeypatch.setattr(gpu_stages, "verify", lambda name, target: broken)
-    monkeypatch.setattr(gpu_stages, "MODES", {})
-    rows = {row["name"]: row for row in gpu_stages.selftest(CPU, quick=True)}
-    assert rows["attention sdpa"]["error"] == "computes wrong numbers here"
-    assert not rows["attention sdpa"]["ok"]
-    assert set(rows) <= {f"attention {name}" for name in BACKENDS}
-
-
-@pytest.mark.parametrize("factor", [0.0, 1.3, math.nan])
-def test_a_broken_quantized_product_is_told(monkeypatch, factor):
-    convert = MODES["int8"].convert
-
-    class Wrong(torch.nn.Module):
-        def __init__(self, linear):
-            super().__init__()
-            self.linear = linear
-
-        def forward(self, x):
-            return self.linear(x) * factor
-
-    wrong = gpu_stages.MODES["int8"].__class__(**{**vars(MODES["int8"]), "convert": lambda *a: Wrong(convert(*a))})
-    monkeypatch.setattr(gpu_stages, "MODES", {"int8": wrong})
-    (row,) = (row for row in gpu_stages.selftest(CPU, quick=True) if row["name"] == "quantization int8")
-    assert not row["ok"]
-    assert "from float32" in row["error"]
 
 
 class FakeDevice:
