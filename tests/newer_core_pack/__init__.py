@@ -15,6 +15,7 @@ from unittest import mock
 
 import comfy.lora
 import comfy.memory_management
+import comfy.model_management
 import comfy.model_patcher
 import comfy.ops
 from server import PromptServer
@@ -55,7 +56,8 @@ def pass_fast_disk_through(patcher):
 def make_linears_lazy(ops):
     """Let comfy.ops alone believe that dynamic VRAM is on; it asks only where it makes and fills parameters."""
     memory = Overlay(comfy.memory_management, aimdo_enabled=True)
-    ops.comfy = Overlay(comfy, memory_management=memory)
+    devices = Overlay(comfy.model_management, WINDOWS=True)  # a further condition before 0.30
+    ops.comfy = Overlay(comfy, memory_management=memory, model_management=devices)
     assert ops.disable_weight_init.Linear(2, 2).weight is None
 
 
