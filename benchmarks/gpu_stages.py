@@ -23,7 +23,8 @@ from .timing import Stopwatch, interleave_timed, median
 
 BF16 = torch.bfloat16
 LIBRARIES = (
-    "torch", "triton", "diffusers", "peft", "torchao", "flash-attn", "flash-attn-4", "xformers", "sageattention",
+    "torch", "triton", "diffusers", "peft", "torchao", "bitsandbytes", "flash-attn", "flash-attn-4", "xformers",
+    "sageattention",
 )  # fmt: skip
 # FLUX.1's attention for a picture of 1024 × 1024 and a prompt.
 HEADS, HEAD_DIM, TOKENS = 24, 128, 4_608

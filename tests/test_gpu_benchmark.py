@@ -53,6 +53,14 @@ def finished(tmp_path_factory):
     return json.loads((folder / "gpu.json").read_text(encoding="utf-8")), done.stdout, folder / "out"
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_every_row_runs_on_a_gpu(tmp_path):
+    report = gpu.run(quick=True, minutes=10, out=tmp_path, device="cuda")
+    rows = {f"{stage}: {name}": row for stage, rows in report.values["stages"].items() for name, row in rows.items()}
+    assert not {name: row["error"] for name, row in rows.items() if not row["ok"]}
+
+
 def positive(row, keys):
     for key in keys:
         assert math.isfinite(row[key]), key
@@ -125,7 +133,7 @@ def test_the_page_has_a_table_for_each_stage(finished):
     assert not list(finished[2].rglob("lora-*"))
 
 
-def test_a_second_call_measures_nothing_again(finished, capsys):
+def test_a_second_call_measures_nothing_again(finished):
     out = finished[2]
     before = (out / gpu.RESULTS).read_text(encoding="utf-8").splitlines()
     report = gpu.run(quick=True, minutes=10, out=out, stages=["swap", "whole"], device="cpu")
@@ -184,6 +192,17 @@ def test_what_fails_dies_or_hangs_is_lost_alone_and_tried_again(tmp_path):
     lines = [json.loads(line)["row"] for line in gpu._lines(tmp_path / gpu.RESULTS)]
     assert lines == ["device", "fails", "dies", "works", "hangs", "device", "dies"]
     assert second.report().values["stages"]["test"]["works"]["ok"]
+
+
+def test_where_a_forked_process_has_no_device_a_new_one_is_started(tmp_path):
+    """Reading a value of the meta device fails as a GPU does in a process that was forked from one that had it."""
+    found = gpu.Measurement(tmp_path, "meta", True, time.monotonic() + 600)
+    (tmp_path / "logs").mkdir()
+    assert found._fork
+    record = found._run(Row("test", "works", works, 30.0))
+    assert record["ok"], record["error"]
+    assert record["values"] == {"answer": 42}
+    assert not found._fork
 
 
 def test_what_there_is_no_time_for_is_named(tmp_path):
