@@ -106,7 +106,7 @@ LACKS = {
     "comfy.patcher_extension:get_all_wrappers": (["Accelerated Flux Loader"], TAKES_THE_MODEL),
     "comfy.sd:CLIP.encode_from_tokens": (["Flux Text Encoder Loader is left out"], {"FluxTextEncoderLoader"}),
     "comfy.weight_adapter:OFTAdapter": (["use Hotswap LoRA"], set()),
-    "comfy.sd:load_lora_for_models": (["changes no text encoder"], set()),
+    "comfy.lora:model_lora_keys_clip": (["changes no text encoder"], set()),
     "comfy.model_management:MAX_PINNED_MEMORY": (["not page-locked"], set()),
     "server:PromptServer.instance.prompt_queue": (["named by their content", "not prepared ahead"], set()),
     "server:PromptServer.instance.send_progress_text": (["below running nodes"], set()),
@@ -257,7 +257,8 @@ def native_loras(core):
         sizes.hidden, sizes.depth, sizes.depth_single, sizes.in_channels, sizes.out_channels, sizes.context,
         sizes.pooled, sizes.mlp, sizes.guidance,
     )  # fmt: skip
-    return core("nodes.native_lora").NativeLoras(families.Flux1().layout(config), {}, None)
+    family = families.Flux1()
+    return core("nodes.native_lora").NativeLoras(family.layout(config), family.lora_absent(config), None)
 
 
 NAME = "diffusion_model.double_blocks.0.img_attn.proj"
