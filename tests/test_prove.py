@@ -277,11 +277,12 @@ def test_scaling_afterwards_in_runs_of_rows(monkeypatch, dtype, with_bias):
     scales = [random((size, 1), CPU, size).abs() for size in (45, 32)]
     bias = random((32,), CPU, 0).to(dtype) if with_bias else None
     exact = (rows.float() * scales[0]) @ (weight.float() * scales[1]).t() + (0 if bias is None else bias.float())
-    whole = scaled.afterwards(rows, weight, *scales, bias, dtype, None)
+    operands = scaled.Operands(rows, weight, *scales, bias, dtype)
+    whole = scaled.afterwards(operands)
     assert distance(whole.float(), exact) < 4 * torch.finfo(dtype).eps
     monkeypatch.setattr(scaled, "RUN_ELEMENTS", 32 * 10)
     out = torch.empty(45, 32, dtype=dtype)
-    assert scaled.afterwards(rows, weight, *scales, bias, dtype, out) is out
+    assert scaled.afterwards(dataclasses.replace(operands, out=out)) is out
     assert torch.equal(out, whole)
 
 

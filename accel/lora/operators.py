@@ -48,7 +48,8 @@ class Product:
     def linear(self, bias: Tensor | None, parts: int | None = None) -> Tensor:
         """The product and its bias; of the first parts alone, if a number is given."""
         if self.scales is not None:
-            return scaled.multiply(self.parts[0], self.weight, self.scales, bias, self.dtype, self.out)
+            operands = scaled.Operands(self.parts[0], self.weight, *self.scales, bias, self.dtype, self.out)
+            return scaled.multiply(operands)
         if packed.is_packed(self.weight):
             output = packed.multiply(self.parts[0], self.weight, bias)
             return output if self.out is None else self.out.copy_(output)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -36,44 +36,52 @@ REPEATS = 5
 # The shortest way is taken unless another is that much faster: it needs no memory beside its result.
 MARGIN = 0.05
 
-# rows (N, K), weight (M, K), scales of the rows (N, 1), scales of the weight's rows (M, 1), bias (M,) or None, dtype of
-# the result, where to write it (N, M) or None -> (N, M)
-Multiply = Callable[[Tensor, Tensor, Tensor, Tensor, "Tensor | None", torch.dtype, "Tensor | None"], Tensor]
+
+@dataclass(frozen=True)
+class Operands:
+    """What is multiplied: (rows ∘ row_scales) · (weight ∘ weight_scales)ᵀ + bias.
+
+    Attributes:
+        rows: (N, K) float8_e4m3fn, contiguous.
+        weight: (M, K) float8_e4m3fn, contiguous.
+        row_scales: (N, 1) float32.
+        weight_scales: (M, 1) float32.
+        bias: (M,) of `dtype`, or None.
+        dtype: of the result, bfloat16, float16 or float32.
+        out: contiguous (N, M) to write to; None for a new one.
+    """
+
+    rows: Tensor
+    weight: Tensor
+    row_scales: Tensor
+    weight_scales: Tensor
+    bias: Tensor | None
+    dtype: torch.dtype
+    out: Tensor | None = None
 
 
-def by_rows(
-    rows: Tensor,
-    weight: Tensor,
-    row_scales: Tensor,
-    weight_scales: Tensor,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-    out: Tensor | None,
-) -> Tensor:
-    """Let PyTorch scale while it multiplies; see `Multiply`."""
-    scales = {"scale_a": row_scales, "scale_b": weight_scales.t()}
-    return torch._scaled_mm(rows, weight.t(), bias=bias, out=out, out_dtype=dtype, use_fast_accum=True, **scales)
+Multiply = Callable[[Operands], Tensor]
 
 
-def afterwards(
-    rows: Tensor,
-    weight: Tensor,
-    row_scales: Tensor,
-    weight_scales: Tensor,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-    out: Tensor | None,
-) -> Tensor:
-    """Multiply with scales of one, then scale rows and columns; see `Multiply`."""
-    output = rows.new_empty((len(rows), len(weight)), dtype=dtype) if out is None else out
-    one, columns = _one(rows.device), weight_scales.t()
-    added = None if bias is None else bias.float()
-    at_a_time = max(1, RUN_ELEMENTS // len(weight))
-    for start in range(0, len(rows), at_a_time):
+def by_rows(x: Operands) -> Tensor:
+    """Let PyTorch scale while it multiplies."""
+    scales = {"scale_a": x.row_scales, "scale_b": x.weight_scales.t()}
+    return torch._scaled_mm(
+        x.rows, x.weight.t(), bias=x.bias, out=x.out, out_dtype=x.dtype, use_fast_accum=True, **scales
+    )
+
+
+def afterwards(x: Operands) -> Tensor:
+    """Multiply with scales of one, then scale rows and columns."""
+    output = x.rows.new_empty((len(x.rows), len(x.weight)), dtype=x.dtype) if x.out is None else x.out
+    one, columns = _one(x.rows.device), x.weight_scales.t()
+    added = None if x.bias is None else x.bias.float()
+    at_a_time = max(1, RUN_ELEMENTS // len(x.weight))
+    for start in range(0, len(x.rows), at_a_time):
         run = slice(start, start + at_a_time)
         product = torch._scaled_mm(
-            rows[run], weight.t(), scale_a=one, scale_b=one, out_dtype=torch.float32, use_fast_accum=True
-        ).mul_(row_scales[run])
+            x.rows[run], x.weight.t(), scale_a=one, scale_b=one, out_dtype=torch.float32, use_fast_accum=True
+        ).mul_(x.row_scales[run])
         output[run] = product.mul_(columns) if added is None else torch.addcmul(added, product, columns)
     return output
 
@@ -119,42 +127,25 @@ def way_on(device: torch.device, dtype: torch.dtype) -> Way:
     return Way(name, proven[name], refusals)
 
 
-def multiply(
-    rows: Tensor,
-    weight: Tensor,
-    scales: tuple[Tensor, Tensor],
-    bias: Tensor | None,
-    dtype: torch.dtype,
-    out: Tensor | None,
-) -> Tensor:
-    """Compute (rows ∘ row scales) · (weight ∘ its rows' scales)ᵀ + bias as this device does it best.
-
-    Args:
-        rows: (N, K) float8_e4m3fn, contiguous.
-        weight: (M, K) float8_e4m3fn, contiguous.
-        scales: of the rows, (N, 1), and of the weight's rows, (M, 1), float32.
-        bias: (M,) of `dtype`, or None.
-        dtype: of the result, bfloat16, float16 or float32.
-        out: contiguous (N, M) to write to; None for a new one.
+def multiply(x: Operands) -> Tensor:
+    """The product, (N, M), as this device computes it best.
 
     Raises:
         SettingsError: the device cannot; `way_on` says so before anything is loaded.
     """
-    way = way_on(rows.device, dtype)
-
-    def run() -> Tensor:
-        return way.multiply(rows, weight, *scales, bias, dtype, out)
-
-    if way.multiply is not afterwards or not rows.is_cuda or dtype == torch.float32:
-        return run()
-    nothing = rows.new_empty((len(rows), 0), dtype=dtype)
-    added = torch.zeros(len(weight), dtype=dtype, device=rows.device) if bias is None else bias
+    way = way_on(x.rows.device, x.dtype)
+    if way.multiply is not afterwards or not x.rows.is_cuda or x.dtype == torch.float32:
+        return way.multiply(x)
+    # The kernel without a LoRA: of rank 0, at an address all the same.
+    hidden, lora_B = (matrix.new_empty((len(matrix), 1), dtype=x.dtype)[:, :0] for matrix in (x.rows, x.weight))
+    added = hidden.new_zeros(len(x.weight)) if x.bias is None else x.bias
+    scales = x.row_scales, x.weight_scales
 
     def fused(config: kernels.Config) -> Tensor:
-        no_lora = nothing.new_empty((len(weight), 0))
-        return kernels.fused_linear(rows, weight, added, nothing, no_lora, scales, config, out=out)
+        return kernels.fused_linear(x.rows, x.weight, added, hidden, lora_B, scales, config, out=x.out)
 
-    return kernels.fastest(rows, (rows.shape[1], len(weight), 0, bias is None), fused, run)
+    shape = (x.rows.shape[1], *lora_B.shape, x.bias is None)
+    return kernels.fastest(x.rows, shape, fused, lambda: afterwards(x))
 
 
 def _compare(multiply: Multiply, device: torch.device, dtype: torch.dtype) -> Verdict:
@@ -167,13 +158,14 @@ def _compare(multiply: Multiply, device: torch.device, dtype: torch.dtype) -> Ve
     exact = [matrix.float() * scale for matrix, scale in zip(matrices, scales, strict=True)]
     reference = torch.addmm(bias.float(), exact[0], exact[1].t())
     target = torch.empty((rows, outputs), dtype=dtype, device=device)
-    written = multiply(*matrices, *scales, bias, dtype, target)
+    operands = Operands(*matrices, *scales, bias, dtype, target)
+    written = multiply(operands)
     if written.data_ptr() != target.data_ptr():
         return Verdict("does not write where it is told to")
     verdict = judge(target, reference, ERROR)
     if verdict.refusal is not None:
         return verdict
-    return judge(multiply(*matrices, *scales, None, dtype, None), reference - bias.float(), ERROR)
+    return judge(multiply(replace(operands, bias=None, out=None)), reference - bias.float(), ERROR)
 
 
 def fastest(seconds: Mapping[str, float]) -> str:
@@ -191,11 +183,8 @@ def _measure(proven: Mapping[str, Multiply], device: torch.device, dtype: torch.
         random((size, columns), device, seed).to(torch.float8_e4m3fn) for seed, size in enumerate((rows, outputs))
     )
     scales = [torch.ones((size, 1), device=device) for size in (rows, outputs)]
-    bias = torch.zeros(outputs, dtype=dtype, device=device)
-    return {
-        name: _seconds(functools.partial(way, left, right, *scales, bias, dtype, None), device)
-        for name, way in proven.items()
-    }
+    operands = Operands(left, right, *scales, torch.zeros(outputs, dtype=dtype, device=device), dtype)
+    return {name: _seconds(functools.partial(way, operands), device) for name, way in proven.items()}
 
 
 def _seconds(run: Callable[[], Tensor], device: torch.device) -> float:
