@@ -12,7 +12,8 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -58,19 +59,34 @@ def run(
     Raises:
         BenchmarkError: there is no GPU, no such stage, or the device does not work at all.
     """
-    # For the processes that it starts: one that asked CUDA itself whether there is a GPU could not be forked.
-    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     rows = rows_of(stages)
     if minutes <= 0:
         raise BenchmarkError(f"--minutes is {minutes:g}, expected more than 0.")
     if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        with _asking_nvml():
+            device = "cuda" if torch.cuda.is_available() else "cpu"
     if torch.device(device).type == "cpu" and not quick:
         raise BenchmarkError("there is no GPU here that torch knows: --quick shows on a CPU that the command works.")
     out.mkdir(parents=True, exist_ok=True)
     run = Measurement(out, device, quick, time.monotonic() + 60 * minutes)
-    run.measure(rows)
+    with _asking_nvml():
+        run.measure(rows)
     return run.report()
+
+
+@contextmanager
+def _asking_nvml() -> Iterator[None]:
+    """Let this process and those that it starts ask NVML for GPUs: one that asked CUDA itself could not be forked."""
+    name = "PYTORCH_NVML_BASED_CUDA_CHECK"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 class Measurement:

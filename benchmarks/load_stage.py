@@ -121,7 +121,10 @@ def load(options: argparse.Namespace) -> dict:
     _import_libraries(options.mode)
     notices, result = Notices(), {"from_cache": cached is not None}
     cache = QuantizedCache(str(options.cache), 10**13) if options.cache else None
-    settings = EngineSettings(dtype="bf16", compile="off", quantization=Quantization(options.mode, cache))
+    # Not "auto": two processes that measure may take different kernels, and their outputs are to be equal.
+    settings = EngineSettings(
+        dtype="bf16", attention="sdpa", compile="off", quantization=Quantization(options.mode, cache)
+    )
     engine = Engine(spec, settings, notices)
     if not options.hot:
         drop(source)

@@ -4,6 +4,7 @@ import builtins
 import json
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import accel.quantize.mode
+import accel.quantize.library
 from accel.checkpoint import read_file
 from accel.errors import AccelError, CheckpointError, FileError, SettingsError
 from accel.text_encoder.linear import Nf4, RowScaled, WeightOnlyLinear
@@ -296,7 +297,13 @@ def test_modes_that_cannot_run(monkeypatch):
         check_mode("fp8", torch.device("mps"))
     check_mode("nf4", CPU)
     for installed, words in ((None, "pip install 'bitsandbytes>=.*'int8'"), ("0.1", "installed is 0.1.*'int8'")):
-        monkeypatch.setattr(accel.quantize.mode, "_installed", lambda name, found=installed: found)
+
+        def version(name, found=installed):
+            if name == "bitsandbytes" and found is None:
+                raise PackageNotFoundError(name)
+            return found if name == "bitsandbytes" else torch.__version__
+
+        monkeypatch.setattr(accel.quantize.library, "version", version)
         with pytest.raises(SettingsError, match=words):
             check_mode("nf4", CPU)
 
