@@ -285,6 +285,8 @@ def machine(device: str) -> dict[str, object]:
         properties = torch.cuda.get_device_properties(device)
         driver = getattr(torch._C, "_cuda_getDriverVersion", lambda: None)()
         facts["gpu"] = [properties.name, properties.major, properties.minor, properties.total_memory, driver]
+    elif device.startswith("xpu"):
+        facts["gpu"] = str(torch.xpu.get_device_properties(device))  # with its driver
     return facts
 
 
