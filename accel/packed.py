@@ -1,8 +1,8 @@
 """Weights on a CPU in the order in which oneDNN multiplies them.
 
 oneDNN reorders a weight at every product unless it is given one that is in its order already. A packed weight takes as
-much memory, gives the same product of two or more rows bit for bit, and takes 10 to 17 % less time: FLUX.1's linears in
-bfloat16 on 592 and 4,608 tokens, AMD EPYC with AVX512-BF16, 2 cores, torch 2.14.1, 2026-11-25.
+much memory, gives the same product bit for bit (but see `one_row_differs`), and takes 10 to 17 % less time: FLUX.1's
+linears in bfloat16 on 592 and 4,608 tokens, AMD EPYC with AVX512-BF16, 2 cores, torch 2.14.1, 2026-11-25.
 
 A tensor in that order has no strides and no address, so torch cannot store what it compiled for one. A linear's weight
 becomes a placeholder instead, of the same shape and dtype, whose attribute is the tensor; PyTorch hands the operators
@@ -20,6 +20,8 @@ from torch import Tensor, nn
 # What the order is chosen for; it then holds for any number of rows.
 ROWS = 512
 _PACKED = "packed_for_onednn"
+# Of ten products of one row one to three differed under torch 2.15.0.
+ONE_ROW_TRIALS = 64
 
 
 def cpu_multiplies_bf16() -> bool:
@@ -62,6 +64,29 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _replace(linear: nn.Linear, weight: Tensor) -> nn.Parameter:
     parameter = linear._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
     return parameter
+
+
+@functools.cache
+def one_row_differs() -> bool:
+    """Whether this torch rounds a product of one row otherwise when the weight is packed. Of two rows none does.
+
+    Where it does not, one row stays one: two threads that share two rows wait for each other on a busy machine.
+    """
+    if not _works():
+        return False
+    with torch.inference_mode(False), torch.no_grad():
+        generator = torch.Generator().manual_seed(0)
+        weight, *vectors = (
+            torch.randn(shape, generator=generator).to(torch.bfloat16)
+            for shape in ((1536, 256), *((1, 256), (1536,)) * ONE_ROW_TRIALS)
+        )
+        linear = nn.Linear(256, 1536, dtype=torch.bfloat16)
+        linear.weight = nn.Parameter(weight.clone(), requires_grad=False)
+        pack(linear)
+        pairs = zip(vectors[::2], vectors[1::2], strict=True)
+        return any(
+            not torch.equal(multiply(x, linear.weight, bias), torch.addmm(bias, x, weight.t())) for x, bias in pairs
+        )
 
 
 @functools.cache

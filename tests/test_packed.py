@@ -50,7 +50,7 @@ def test_operators_that_are_not_what_they_were_are_left_alone(monkeypatch, flaw)
         packed._works.cache_clear()
 
 
-@pytest.mark.parametrize("rows", [2, 17, 592])  # one row is multiplied as two
+@pytest.mark.parametrize("rows", [1, 2, 17, 592])
 @pytest.mark.parametrize("bias", [True, False])
 @needs_bf16
 def test_products_and_weights_are_the_same_bits(rows, bias):
@@ -61,7 +61,8 @@ def test_products_and_weights_are_the_same_bits(rows, bias):
     packed.pack(linear)
     assert packed.is_packed(linear.weight)
     assert (linear.weight.shape, linear.weight.dtype) == (weight.shape, BF16)
-    assert torch.equal(packed.multiply(x, linear.weight, added), expected)
+    if rows > 1 or not packed.one_row_differs():
+        assert torch.equal(packed.multiply(x, linear.weight, added), expected)
     assert linear(x).isnan().all()  # what does not know of it
     packed.unpack(linear)
     assert torch.equal(linear.weight, weight)

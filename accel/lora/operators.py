@@ -67,14 +67,10 @@ class Product:
         return output
 
     def _is_one_row_on_a_cpu(self) -> bool:
-        """Whether it is multiplied as two rows, of bfloat16 as a picture's modulations are.
-
-        PyTorch 2.15 rounds a product of one row otherwise when the weight is packed; of two it does not. And plain
-        weights take 3.0 instead of 7.9 ms then, packed ones 2.1 as before (18,432 × 3,072, AMD EPYC, 2 cores, torch
-        2.14.1, 2026-11-26).
-        """
+        """Whether it is multiplied as two rows: one of bfloat16, as a picture's modulations are, see `packed`."""
         x = self.parts[0]
-        return len(x) == 1 and x.device.type == "cpu" and x.dtype == torch.bfloat16
+        one = len(x) == 1 and x.device.type == "cpu" and x.dtype == torch.bfloat16
+        return one and packed.one_row_differs()
 
     def finish(self, output: Tensor) -> Tensor:
         """What comes after the bias and the LoRA, in place."""
