@@ -12,6 +12,7 @@ import torch
 
 from accel.build import load_model
 from accel.checkpoint import inspect_checkpoint
+from accel.lora import scaled
 from accel.quantize.modes import MODES
 from benchmarks import gpu, gpu_report, gpu_stages
 from benchmarks.__main__ import main
@@ -67,6 +68,14 @@ def positive(row, keys):
         assert row[key] > 0, key
 
 
+@pytest.fixture
+def torchaos_float8():
+    """What stands beside ours in two rows of `step`: on a CPU it needs products with a scale for each row."""
+    if "scaled by row" in scaled.way_on(CPU, torch.bfloat16).refusals:
+        pytest.skip("this torch (2.11) has no such products on a CPU: the rows say so, and have no figures")
+
+
+@pytest.mark.usefixtures("torchaos_float8")
 def test_every_row_is_measured_or_says_what_is_missing(finished):
     figures, stdout, out = finished
     assert list(figures["stages"]) == ["device", *STAGES]
@@ -84,6 +93,7 @@ def test_every_row_is_measured_or_says_what_is_missing(finished):
     assert written["stages"] == figures["stages"]
 
 
+@pytest.mark.usefixtures("torchaos_float8")
 def test_steps_have_ratios_host_times_and_kernels(finished):
     for name, row in finished[0]["stages"]["step"].items():
         positive(row, STEP)
@@ -121,7 +131,8 @@ def test_streaming_equals_the_resident_model_and_the_self_tests_name_their_parts
     assert tested["attention sdpa"]["state"] == tested["quantization int8"]["state"] == "works"
     assert tested["quantization nvfp4"]["state"] == "not here"
     assert {f"quantization {name}" for name in MODES} <= set(tested)
-    assert all(("ms" in row) != bool(row["why"]) for row in tested.values())
+    assert all(("ms" in row) == (row["state"] != "not here") for row in tested.values())
+    assert all(bool(row["why"]) == (row["state"] != "works") for row in tested.values())
 
 
 def test_the_page_has_a_table_for_each_stage(finished):
