@@ -84,6 +84,11 @@ def dtype_on(choice: str, stored: torch.dtype, hardware: Hardware) -> torch.dtyp
     return explicit
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """A dtype as a person writes it, such as "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
 def has_bf16(hardware: Hardware) -> bool:
     """Whether it has bfloat16 arithmetic (NVIDIA from compute capability 8.0; the others always)."""
     return hardware.capability is None or hardware.capability >= (8, 0)

@@ -96,6 +96,7 @@ class Proofs:
         """Know nothing, and remember nothing for the next process."""
         self._found: dict[tuple[str, str], Proof] = {}
         self._seconds: dict[tuple[str, str], Mapping[str, float]] = {}
+        self._machines: dict[str, str] = {}
         self._folder: Path | None = None
         self._lock = threading.RLock()
 
@@ -188,8 +189,11 @@ class Proofs:
             _delete_oldest(path.parent)
 
     def _path(self, device: torch.device) -> Path:
-        facts = json.dumps(machine(str(device)), sort_keys=True, default=str)
-        return self._folder / f"{hashlib.sha256(facts.encode()).hexdigest()[:24]}{SUFFIX}"
+        name = str(device)
+        if name not in self._machines:  # asking for it looks up a dozen packages
+            facts = json.dumps(machine(name), sort_keys=True, default=str)
+            self._machines[name] = hashlib.sha256(facts.encode()).hexdigest()[:24]
+        return self._folder / f"{self._machines[name]}{SUFFIX}"
 
 
 @functools.cache

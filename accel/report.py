@@ -13,6 +13,7 @@ import torch
 
 from .build import conversion_of
 from .engine import Engine, SwapReport
+from .hardware import dtype_name
 from .lora.report import together
 from .lora.schedule import ScheduledStack
 from .lora.stack import describe, grouped
@@ -121,10 +122,10 @@ def _model(reported: Reported) -> Rows:
     if reported.last_load_s is not None:
         loaded += f", the last time in {reported.last_load_s:.2f} s"
     return [
-        ("file", f"{Path(spec.file.name).name}, {_gb(spec.file.identity.size_bytes)}, {_dtype(spec.stored_dtype)}"),
+        ("file", f"{Path(spec.file.name).name}, {_gb(spec.file.identity.size_bytes)}, {dtype_name(spec.stored_dtype)}"),
         ("family", f"{spec.family.name} {config.variant}, {spec.parameter_count / 1e6:,.0f} million parameters"),
         ("blocks", f"{config.depth} double, {config.depth_single} single, hidden size {config.hidden_size}"),
-        ("computes in", f"{_dtype(engine.dtype)} (dtype: {engine.settings.dtype})"),
+        ("computes in", f"{dtype_name(engine.dtype)} (dtype: {engine.settings.dtype})"),
         ("weights", f"{_gb(engine.bytes)} on {engine.device}; {loaded if engine.load_count else 'not loaded yet'}"),
         ("now", "on the device" if engine.loaded else "not on the device"),
     ]
@@ -296,10 +297,6 @@ def _processor() -> str:
 
 def _gb(size_bytes: int) -> str:
     return f"{size_bytes / 1e9:.2f} GB" if size_bytes >= 1e8 else f"{size_bytes / 1e6:.1f} MB"
-
-
-def _dtype(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 # What a report has, in order. A section gives (name, value) rows; one without rows is left out.

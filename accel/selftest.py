@@ -14,7 +14,7 @@ from .attention import BACKENDS, Target
 from .attention.correctness import verify
 from .compile import RegionCompiler
 from .errors import AccelError
-from .hardware import hardware_of, has_bf16
+from .hardware import dtype_name, hardware_of, has_bf16
 from .lora import kernels
 from .lora.bound import NOTHING, make_slot
 from .lora.layers import LoraLinear, linears
@@ -88,7 +88,7 @@ def try_everything(device: torch.device, compiled: bool = True) -> Iterator[Row]
 
 def prove_compiling(device: torch.device, dtype: torch.dtype) -> Proof:
     """Compile a small region and compare it with the same uncompiled. Takes seconds where nothing is cached."""
-    subject = f"compiled region, {str(dtype).removeprefix('torch.')}"
+    subject = f"compiled region, {dtype_name(dtype)}"
     return proofs().of(subject, device, lambda: _compare_compiled(device, dtype))
 
 

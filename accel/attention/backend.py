@@ -9,7 +9,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from ..hardware import Hardware, hardware_of
+from ..hardware import Hardware, dtype_name, hardware_of
 
 Attention: TypeAlias = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
 
@@ -98,8 +98,8 @@ class Backend:
     def _without_kernels(self, dtype: torch.dtype) -> str | None:
         if dtype in self.tolerance:
             return None
-        known = ", ".join(_dtype_name(each) for each in self.tolerance)
-        return f"computes in {known}, but dtype is {_dtype_name(dtype)}"
+        known = ", ".join(dtype_name(each) for each in self.tolerance)
+        return f"computes in {known}, but dtype is {dtype_name(dtype)}"
 
 
 def installed_with_torch() -> None:
@@ -130,7 +130,3 @@ def nvidia(*majors: int, max_head_dim: int, amd: bool = False) -> Callable[[Targ
 
 def _ranges(majors: tuple[int, ...]) -> str:
     return " or ".join(f"{major}.x" for major in majors)
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import SettingsError
+from ..hardware import dtype_name
 from ..prove import proofs
 from .backend import Attention, Backend, Target
 from .backends import BACKENDS
@@ -116,8 +117,8 @@ def fastest(seconds: Mapping[str, float]) -> str:
 
 
 def _remembered_seconds(names: tuple[str, ...], target: Target) -> Mapping[str, float]:
-    dtype = str(target.dtype).removeprefix("torch.")
-    subject = f"seconds of attention, {target.heads} heads of {target.head_dim}, {dtype}: {', '.join(names)}"
+    heads = f"{target.heads} heads of {target.head_dim}"
+    subject = f"seconds of attention, {heads}, {dtype_name(target.dtype)}: {', '.join(names)}"
     return proofs().seconds(subject, target.device, lambda: measure(names, target))
 
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..compile import SHAPE_OPTIONS, mark_batch
+from ..hardware import dtype_name
 from ..prove import Proof, Verdict, proofs
 from .backend import Attention, Backend, Target
 from .backends import BACKENDS
@@ -37,8 +38,7 @@ def verify(name: str, target: Target) -> Proof:
     Raises:
         torch.OutOfMemoryError: there is no room for 0.3 GB: says nothing of the backend.
     """
-    dtype = str(target.dtype).removeprefix("torch.")
-    subject = f"attention {name}, {target.heads} heads of {target.head_dim}, {dtype}"
+    subject = f"attention {name}, {target.heads} heads of {target.head_dim}, {dtype_name(target.dtype)}"
     return proofs().of(subject, target.device, functools.partial(_compare, name, target))
 
 

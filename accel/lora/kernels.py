@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..hardware import dtype_name
 from ..prove import Proof, Verdict, judge, proofs, random
 
 log = logging.getLogger(__name__)
@@ -233,7 +234,7 @@ def choose(
 
 def prove(device: torch.device, dtype: torch.dtype) -> Proof:
     """Run the kernel once on a device, for a table of what works there; `fastest` compares it at each shape anyway."""
-    subject = f"fused LoRA kernel, {str(dtype).removeprefix('torch.')}"
+    subject = f"fused LoRA kernel, {dtype_name(dtype)}"
     return proofs().of(subject, device, functools.partial(_compare, device, dtype))
 
 

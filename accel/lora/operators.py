@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import packed
+from ..hardware import dtype_name
 from ..prove import Verdict, judge, proofs, random
 from . import kernels, kronecker, scaled
 from .bound import Bound, bound_to
@@ -110,7 +111,7 @@ class Product:
 @functools.cache
 def gelu_fuses(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether a product with GELU (tanh) in one call proved itself on a device."""
-    subject = f"product with GELU, {str(dtype).removeprefix('torch.')}"
+    subject = f"product with GELU, {dtype_name(dtype)}"
     return proofs().of(subject, device, functools.partial(_compare_gelu, device, dtype)).refusal is None
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..errors import SettingsError
+from ..hardware import dtype_name
 from ..prove import Verdict, judge, proofs, random
 from . import kernels
 
@@ -113,7 +114,7 @@ def way_on(device: torch.device, dtype: torch.dtype) -> Way:
     """
     refusals, proven = {}, {}
     for name, multiply in WAYS.items():
-        subject = f"float8 product {name}, {str(dtype).removeprefix('torch.')}"
+        subject = f"float8 product {name}, {dtype_name(dtype)}"
         refusal = proofs().of(subject, device, functools.partial(_compare, multiply, device, dtype)).refusal
         if refusal is None:
             proven[name] = multiply
@@ -122,7 +123,7 @@ def way_on(device: torch.device, dtype: torch.dtype) -> Way:
     if not proven:
         failed = "; ".join(f"{name}, it {refusal}" for name, refusal in refusals.items())
         raise SettingsError(f"{device} has no float8 product that works: {failed}.")
-    subject = f"seconds of a float8 product, {str(dtype).removeprefix('torch.')}: {', '.join(proven)}"
+    subject = f"seconds of a float8 product, {dtype_name(dtype)}: {', '.join(proven)}"
     name = fastest(proofs().seconds(subject, device, lambda: _measure(proven, device, dtype)))
     return Way(name, proven[name], refusals)
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from ..hardware import dtype_name
 from ..lora.bound import NOTHING, Bound, make_slot
 from ..lora.layers import LoraLinear
 from ..prove import Proof, Verdict, judge, proofs, random
@@ -29,7 +30,7 @@ def prove(mode: Mode, device: torch.device, dtype: torch.dtype) -> Proof:
     Raises:
         torch.OutOfMemoryError: there is no room for a few megabytes: says nothing of the mode.
     """
-    subject = f"quantization {mode.name}, {str(dtype).removeprefix('torch.')}"
+    subject = f"quantization {mode.name}, {dtype_name(dtype)}"
     return proofs().of(subject, device, functools.partial(_compare, mode, device, dtype))
 
 
