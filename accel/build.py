@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .checkpoint import LinearWeights, read_weights
 from .errors import CheckpointError
-from .memory import free_device_bytes, give_back_freed
+from .memory.budgets import free_device_bytes, give_back_freed
 from .quantize import Mode
 from .quantize.cache import CacheWriter
 from .spec import ModelSpec

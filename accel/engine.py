@@ -15,17 +15,17 @@ from torch import Tensor, nn
 
 from .attention import Target, check_attention, choose_attention, prove_attention
 from .build import load_model, model_bytes
-from .compile import CompileObserver, RegionCompiler
-from .compile_cache import CompileCache
+from .compile.cache import CompileCache
+from .compile.compiler import CompileObserver, RegionCompiler
 from .errors import EngineStateError
 from .hardware import resolve_dtype
 from .load import load_quantized
-from .lora.library import LoraLibrary
-from .lora.slots import LoraSlots
+from .lora.adapter import LoraWeights
+from .lora.hold.library import LoraLibrary
+from .lora.hold.slots import LoraSlots
 from .lora.stack import LoraStack
-from .lora.weights import LoraWeights
-from .memory import PoolBudgets
-from .offload.memory import DeviceMemory, memory_of
+from .memory.budgets import PoolBudgets
+from .memory.device import DeviceMemory, memory_of
 from .offload.plan import OffloadPlan
 from .offload.prove import restrict
 from .offload.weights import Weights
@@ -117,7 +117,7 @@ class Engine:
             lora_cache: folder for LoRA matrices that are slow to compute; None computes them each time.
             compile_cache: keeps compiled code for the next start; None leaves that to torch's own cache.
             plan: what of the weights stays on the device, or what decides it, called at each `load`; None: everything.
-            memory: of the device; by default as `offload.memory.memory_of` has it.
+            memory: of the device; by default as `memory.device.memory_of` has it.
 
         Raises:
             SettingsError: the machine cannot do what the settings ask for.
@@ -359,7 +359,7 @@ class Engine:
         """Read and check a LoRA file for this model; from memory while the file is unchanged.
 
         Raises:
-            FileError: see `lora.file.read_lora`.
+            FileError: see `lora.read.file.read_lora`.
             LoraError: likewise.
         """
         return self._library.read(path)
@@ -371,7 +371,7 @@ class Engine:
         does not change.
 
         Raises:
-            LoraError: see `lora.flatten.flatten`.
+            LoraError: see `lora.pack.flat.flatten`.
         """
         if stack.active and (self.loaded or not stack.needs_base):
             # Takes long, so outside the lock: a swap must not wait for it.
@@ -390,7 +390,7 @@ class Engine:
 
         Raises:
             EngineStateError: the weights are not loaded.
-            LoraError: see `lora.flatten.flatten`.
+            LoraError: see `lora.pack.flat.flatten`.
         """
         with self._lock:
             if not self.loaded:

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from .errors import FileError
-from .mapped import MappedTensors, check_entries
+from .memory.mapped import MappedTensors, check_entries
 
 # The names that safetensors writes in its header, https://github.com/huggingface/safetensors#format
 DTYPES: Mapping[str, torch.dtype] = {

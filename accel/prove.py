@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .compile_cache import machine
+from .compile.cache import machine
 from .errors import first_line
 
 # Only files of this name are ever deleted; none is larger than a few kilobytes.

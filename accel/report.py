@@ -14,10 +14,10 @@ import torch
 from .build import conversion_of
 from .engine import Engine, SwapReport
 from .hardware import dtype_name
-from .lora.report import together
+from .lora.read.report import together
 from .lora.schedule import ScheduledStack
 from .lora.stack import describe, grouped
-from .memory import available_host_bytes, free_device_bytes
+from .memory.budgets import available_host_bytes, free_device_bytes
 from .prove import proofs
 from .quantize import find_mode
 from .step_cache import StepCacheSettings

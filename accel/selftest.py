@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from .attention import BACKENDS, Target
 from .attention.correctness import verify
-from .compile import RegionCompiler
+from .compile.compiler import RegionCompiler
 from .errors import AccelError
 from .hardware import dtype_name, hardware_of, has_bf16
-from .lora import kernels
-from .lora.bound import NOTHING, make_slot
-from .lora.layers import LoraLinear, linears
-from .lora.operators import gelu_fuses
-from .offload.memory import memory_of
+from .linear import kernels
+from .linear.layers import LoraLinear, linears
+from .linear.operators import gelu_fuses
+from .linear.slot import NOTHING, make_slot
+from .memory.device import memory_of
 from .offload.prove import restrict
 from .prove import Proof, Verdict, proofs, random
 from .quantize.modes import MODES

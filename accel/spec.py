@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from .families.layout import Layout
 from .files import TensorInfo
-from .layout import Layout
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from accel.families.flux1 import Flux1, Flux1Config
-from accel.lora.inputs import Columns, Input, as_input
+from accel.linear.inputs import Columns, Input, as_input
 from accel.quantize import find_mode
 
 from .flux_loras import block_linears

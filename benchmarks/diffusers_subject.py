@@ -93,8 +93,8 @@ class DiffusersSubject:
             raise BenchmarkError(f"diffusers: the model has {layers} LoRA layers, expected {expected}.")
 
     def _peft_tensors(self, path: str) -> dict[str, Tensor]:
-        from accel.lora.file import read_lora
-        from accel.lora.weights import LoraLayer
+        from accel.lora.adapter import LoraLayer
+        from accel.lora.read.file import read_lora
 
         weights = read_lora(path, self._spec)
         if weights.vectors or not all(isinstance(each, LoraLayer) and not each.magnitude for each in weights.layers):

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from accel.families.flux1 import Flux1, Flux1Config
+from accel.families.layout import Layout
 from accel.files import FileIdentity
-from accel.layout import Layout
-from accel.lora.bound import bound_to
-from accel.lora.layers import LoraLinear
-from accel.lora.slots import LoraSlots
-from accel.lora.weights import LoraLayer, LoraWeights
+from accel.linear.layers import LoraLinear
+from accel.linear.slot import bound_to
+from accel.lora.adapter import LoraLayer, LoraWeights
+from accel.lora.hold.slots import LoraSlots
 
 from .report import BenchmarkError
 from .timing import CPU

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from accel.families.flux1 import Flux1, Flux1Config
 from accel.families.flux1.blocks import double_block, single_block
-from accel.lora.inputs import MODULATED, PLAIN
-from accel.lora.slots import LoraSlots
+from accel.linear.inputs import MODULATED, PLAIN
+from accel.lora.hold.slots import LoraSlots
 
 from .block_variants import add_peft, block_modules, one_of_each, quantize_float8, without_lora_layers
 from .pretend_h100 import pretend

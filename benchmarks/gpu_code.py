@@ -66,7 +66,7 @@ NOTES = (
     "Inductor leaves out what a fused kernel writes for itself alone, between two passes: that is in the _spilled_mb "
     "keys, and in no other figure; diffusers' blocks have such writes, the pack's have none.",
     "The pack's operators are opaque to inductor; their bytes follow from what they do, see benchmarks/lora_bytes.py. "
-    "'fused' is the Triton kernel of accel/lora/kernels.py, 'separate' is cuBLAS and a second product. On a GPU the "
+    "'fused' is the Triton kernel of accel/linear/kernels.py, 'separate' is cuBLAS and a second product. On a GPU the "
     "pack takes the one that is faster there, by measuring; which one that is on an H100 is not known.",
     "A LoRA on all linears of the block, modulation included. The code is generated for constant sizes; attention is "
     "an opaque stand-in, as FlashAttention 3 would be.",

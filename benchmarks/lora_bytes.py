@@ -1,7 +1,7 @@
 """Bytes that the pack's linear operators move on a GPU, LoRA included. A count on paper: nothing here is measured.
 
 TorchInductor counts each input of an operator that it does not know once, whatever happens inside. So these are counted
-by what `accel.lora.operators` does with them.
+by what `accel.linear.operators` does with them.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from accel.lora.inputs import GELU, MODULATED, PLAIN
+from accel.linear.inputs import GELU, MODULATED, PLAIN
 
 # Of activations, biases and LoRA matrices: bfloat16.
 WIDTH = 2
@@ -26,7 +26,7 @@ class Linears:
         parts: columns of each tensor that the input, or what it is computed from, consists of.
         out_features: of each linear.
         weight_width: bytes of a weight's element; 1: float8, whose input is float8, too, both with a scale per row.
-        recipe: how the input is computed from the parts, see `accel.lora.inputs`. float8 linears read it ready-made.
+        recipe: how the input is computed from the parts, see `accel.linear.inputs`. float8 linears read it ready-made.
         gelu_last: the last output goes through GELU.
     """
 
@@ -61,7 +61,7 @@ def linears_bytes(linears: Linears, rank: int, fused: bool) -> int:
     Args:
         linears: the call.
         rank: of each linear's LoRA; 0: none is bound, and nothing is computed.
-        fused: whether `accel.lora.kernels` adds the LoRA, or a product of its own.
+        fused: whether `accel.linear.kernels` adds the LoRA, or a product of its own.
     """
     rows, in_features = linears.rows, linears.in_features
     scales = SCALE if linears.weight_width == 1 else 0
@@ -84,7 +84,7 @@ def linears_bytes(linears: Linears, rank: int, fused: bool) -> int:
 
 
 def _down_bytes(linears: Linears, ranks: int, fused: bool) -> int:
-    """The product with every lora_A of a call, side by side: see `accel.lora.inputs.down`.
+    """The product with every lora_A of a call, side by side: see `accel.linear.inputs.down`.
 
     It reads what the input consists of and lora_A, and writes the hidden states, rows × ranks. GELU of the last part
     is written out and read, unless the kernel applies it to what it reads. What is done to the columns of a modulated

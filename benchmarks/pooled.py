@@ -8,11 +8,11 @@ from collections.abc import Sequence
 import torch
 
 from accel.families.flux1 import Flux1Config
-from accel.lora.buffers import HostBuffers
-from accel.lora.library import LoraLibrary
+from accel.lora.adapter import LoraWeights
+from accel.lora.hold.library import LoraLibrary
 from accel.lora.stack import LoraStack
-from accel.lora.weights import LoraWeights
-from accel.memory import GIB, PoolBudgets
+from accel.memory.budgets import GIB, PoolBudgets
+from accel.memory.buffers import HostBuffers
 
 from . import flux_loras
 from .flux_loras import DTYPE, STRENGTH, Pairs, RandomLora, check_bound, lora_weights, pairs_on, random_lora, same_bits

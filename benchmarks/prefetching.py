@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import save_file
 
 from accel.families.flux1 import Flux1Config
-from accel.lora.library import LoraLibrary
+from accel.lora.adapter import LoraWeights
+from accel.lora.hold.library import LoraLibrary
 from accel.lora.stack import LoraStack
-from accel.lora.weights import LoraWeights
-from accel.memory import GIB, PoolBudgets
+from accel.memory.budgets import GIB, PoolBudgets
 from accel.prefetch import Prefetcher, WantedLora
 
 from . import flux_loras

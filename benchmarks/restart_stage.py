@@ -9,7 +9,7 @@ import time
 import torch
 
 from accel.checkpoint import inspect_checkpoint
-from accel.compile_cache import CompileCache
+from accel.compile.cache import CompileCache
 from accel.engine import Engine
 from accel.settings import EngineSettings
 

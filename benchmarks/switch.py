@@ -11,13 +11,13 @@ from typing import Any
 import torch
 
 from accel.families.flux1 import Flux1Config
-from accel.lora.buffers import HostBuffers
-from accel.lora.device import DeviceLoras
-from accel.lora.file import read_lora
-from accel.lora.flatten import FlatLora, flatten
-from accel.lora.library import BUFFERS_BYTES
+from accel.lora.hold.device import DeviceLoras
+from accel.lora.hold.library import BUFFERS_BYTES
+from accel.lora.pack.flat import FlatLora, flatten
+from accel.lora.read.file import read_lora
 from accel.lora.stack import LoraStack
-from accel.offload.memory import memory_of
+from accel.memory.buffers import HostBuffers
+from accel.memory.device import memory_of
 
 from . import flux_loras
 from .cold_files import ColdFiles, read_into

@@ -11,9 +11,9 @@ import torch
 
 from accel.attention import BACKENDS, Target
 from accel.attention.choose import AUTO
-from accel.compile import compiler_for
+from accel.compile.compiler import compiler_for
 from accel.hardware import Hardware, dtype_on
-from accel.offload.memory import copies_on
+from accel.memory.device import copies_on
 from accel.quantize.modes import MODES, preferences
 from accel.selftest import HEAD_DIM, HEADS
 from harness.paths import REPO

@@ -14,7 +14,7 @@ import comfy.text_encoders.flux
 import torch
 from torch import Tensor
 
-from ..accel.lora.pool import ByteLru
+from ..accel.store.lru import ByteLru
 from ..accel.text_encoder.spec import EncoderSpec
 from .encoders import EncodersPatcher, FluxEncoders, host_memory_is_scarce
 

@@ -13,7 +13,7 @@ import comfy.lora
 from torch import Tensor, nn
 
 from ..accel.files import open_tensors, read_header
-from ..accel.lora.text_encoders import EncoderKeys, EncoderNames, sort_encoder_keys
+from ..accel.lora.read.text_encoders import EncoderKeys, EncoderNames, sort_encoder_keys
 
 # Role -> how ComfyUI ends the name of its tensor; all others end in a dot and the role.
 ENDS = {"A": ".lora_down.weight", "B": ".lora_up.weight", "mid": ".lora_mid.weight"}

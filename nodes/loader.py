@@ -9,9 +9,9 @@ from comfy_api.latest import io
 
 from ..accel.attention import BACKENDS
 from ..accel.checkpoint import inspect_checkpoint
-from ..accel.compile_cache import CompileCache
+from ..accel.compile.cache import CompileCache
 from ..accel.engine import Engine
-from ..accel.offload.memory import memory_of
+from ..accel.memory.device import memory_of
 from ..accel.registry import ENGINES, EngineKey
 from ..accel.settings import COMPILE_MODES, DTYPES, EngineSettings, Offload, Quantization
 from .files import CATEGORY, cache_folder, find_model, fingerprint_model, model_files

@@ -10,8 +10,8 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..accel.errors import LoraError, SettingsError
+from ..accel.lora.adapter import LoraWeights
 from ..accel.lora.schedule import between
-from ..accel.lora.weights import LoraWeights
 from . import contract
 from .clip_lora import patch_clip
 from .files import CATEGORY, find_file, fingerprint

@@ -17,12 +17,12 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..accel.errors import LoraError
-from ..accel.layout import FusedLinear, Layout, LinearPart, LoraTarget, VectorWeight
-from ..accel.lora.keys import CONFIG_END
-from ..accel.lora.names import ModuleNames
-from ..accel.lora.patches import LinearPatch, NormPatch, from_patches, tensor_digest
-from ..accel.lora.shapes import INSTEAD
-from ..accel.lora.weights import LoraWeights
+from ..accel.families.layout import FusedLinear, Layout, LinearPart, LoraTarget, VectorWeight
+from ..accel.lora.adapter import LoraWeights
+from ..accel.lora.kinds.shapes import INSTEAD
+from ..accel.lora.read.keys import CONFIG_END
+from ..accel.lora.read.names import ModuleNames
+from ..accel.lora.read.patches import LinearPatch, NormPatch, from_patches, tensor_digest
 from .prompts import inputs_of_running_node
 
 log = logging.getLogger(__name__)

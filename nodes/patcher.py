@@ -19,9 +19,9 @@ import torch
 
 from ..accel.engine import Engine
 from ..accel.errors import LoraError, SettingsError
+from ..accel.lora.adapter import LoraWeights
 from ..accel.lora.schedule import Keyframes, Playback, ScheduledStack
 from ..accel.lora.stack import LoraStack
-from ..accel.lora.weights import LoraWeights
 from ..accel.offload.planner import Planner
 from ..accel.prefetch import Prefetcher
 from ..accel.step_cache import StepCache, StepCacheSettings

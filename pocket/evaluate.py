@@ -28,7 +28,7 @@ from accel.checkpoint import inspect_checkpoint
 from accel.engine import Engine
 from accel.errors import AccelError
 from accel.families.flux1 import Flux1Inputs
-from accel.lora.lowrank import Factors, compress
+from accel.lora.kinds.lowrank import Factors, compress
 from accel.lora.stack import LoraStack
 from accel.settings import EngineSettings, Quantization
 from accel.step_cache import StepCache, StepCacheSettings

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from accel.families.flux1.layout import checkpoint_layout
-from accel.layout import FusedLinear
+from accel.families.layout import FusedLinear
 
 from .model import CONFIG
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from accel.lora.device import DeviceLoras
-from accel.lora.rescale import UnscaledB
-from accel.lora.slots import LoraSlots
+from accel.lora.hold.device import DeviceLoras
+from accel.lora.hold.slots import LoraSlots
+from accel.lora.pack.strength import UnscaledB
 from benchmarks import flux_loras, peers
 from benchmarks.cold_files import ColdFiles
 from benchmarks.pooled import Pooled

@@ -16,13 +16,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import accel.compile_cache
-from accel.compile import INDUCTOR_OPTIONS, RegionCompiler
-from accel.compile_cache import DIGEST_BYTES, KERNELS, MAGIC, SUFFIX, CompileCache, chosen_by_user, make_room
-from accel.compile_region import Precompiled
-from accel.lora.bound import Bound
-from accel.lora.layers import LoraLinear, linears
-from accel.lora.slots import LoraSlots
+import accel.compile.cache
+from accel.compile.cache import DIGEST_BYTES, KERNELS, MAGIC, SUFFIX, CompileCache, chosen_by_user, make_room
+from accel.compile.compiler import INDUCTOR_OPTIONS, RegionCompiler
+from accel.compile.region import Precompiled
+from accel.linear.layers import LoraLinear, linears
+from accel.linear.slot import Bound
+from accel.lora.hold.slots import LoraSlots
 from accel.quantize import find_mode
 from accel.settings import COMPILE_MODES
 from harness.paths import REPO
@@ -263,7 +263,7 @@ def test_files_of_other_engines_machines_and_sources_are_others(tmp_path, monkey
         assert name(dtype="bf16") != base
     for target in ("_sources_digest", "_cpu"):
         with monkeypatch.context() as patch:
-            patch.setattr(accel.compile_cache, target, lambda: "another")
+            patch.setattr(accel.compile.cache, target, lambda: "another")
             assert name(dtype="bf16") != base
     monkeypatch.setenv("TORCHINDUCTOR_MAX_AUTOTUNE", "1")
     assert name(dtype="bf16") != base

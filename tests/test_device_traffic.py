@@ -16,9 +16,9 @@ from torch.utils._pytree import tree_leaves
 
 from accel.families.flux1 import Flux1, Flux1Inputs
 from accel.families.flux1.forward import BlockState, Hooks, Residuals
-from accel.lora import kernels, layers, operators, scaled
-from accel.lora.bound import Bound
-from accel.lora.slots import Bindings, LoraSlots
+from accel.linear import kernels, layers, operators, scaled
+from accel.linear.slot import Bound
+from accel.lora.hold.slots import Bindings, LoraSlots
 from benchmarks.block_variants import block_modules, one_of_each, quantize_float8
 
 CUDA = torch.device("cuda")

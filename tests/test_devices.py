@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import accel.quantize.modes
-from accel.compile import failure_notice
+from accel.compile.compiler import failure_notice
 from accel.errors import SettingsError
 from accel.hardware import dtype_on, hardware_of
-from accel.offload.memory import CudaMemory
+from accel.memory.device import CudaMemory
 from accel.prove import Proof, Verdict
 from accel.quantize import choose
 from accel.quantize.modes import MODES

@@ -8,15 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-import accel.compile
-import accel.lora.device
+import accel.compile.compiler
+import accel.lora.hold.device
 from accel.checkpoint import inspect_checkpoint
-from accel.compile import batch_can_be_unbacked
+from accel.compile.compiler import batch_can_be_unbacked
 from accel.engine import Engine, Silent
 from accel.errors import EngineStateError, LoraError, SettingsError
 from accel.families.flux1 import Flux1Inputs
 from accel.families.flux1.forward import Residuals
-from accel.lora.flatten import flatten
+from accel.lora.pack.flat import flatten
 from accel.lora.stack import LoraStack
 from accel.settings import EngineSettings
 from harness.lora_files import in_attention, write_lora
@@ -262,7 +262,7 @@ def test_device_buffers_are_reused_and_the_bound_one_is_not_overwritten(eager, l
         expected.append(eager(inputs))
     flats = [flatten(stack.active, eager.dtype, pin=False) for stack in stacks]
     slots = eager._slots
-    pool = accel.lora.device.DeviceLoras(slots, torch.device("cpu"), flats[0].bytes, share_host=False)
+    pool = accel.lora.hold.device.DeviceLoras(slots, torch.device("cpu"), flats[0].bytes, share_host=False)
     buffers = set()
     for _ in range(3):
         for stack, flat, reference in zip(stacks, flats, expected, strict=True):
@@ -284,9 +284,9 @@ class Boom(Exception):
 
 
 FAILURES = {
-    "flatten": ("accel.lora.library.flatten", Boom, 0.31),
-    "copy to the device": ("accel.lora.device.DeviceLoras.put", torch.OutOfMemoryError, 0.32),
-    "before the binding": ("accel.lora.device.DeviceLoras.bind", KeyboardInterrupt, 0.33),
+    "flatten": ("accel.lora.hold.library.flatten", Boom, 0.31),
+    "copy to the device": ("accel.lora.hold.device.DeviceLoras.put", torch.OutOfMemoryError, 0.32),
+    "before the binding": ("accel.lora.hold.device.DeviceLoras.bind", KeyboardInterrupt, 0.33),
 }
 
 

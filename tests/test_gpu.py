@@ -16,9 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from accel.checkpoint import inspect_checkpoint
 from accel.engine import Engine
 from accel.hardware import hardware_of
-from accel.lora import kernels
+from accel.linear import kernels
 from accel.lora.stack import LoraStack
-from accel.memory import MIB, PoolBudgets
+from accel.memory.budgets import MIB, PoolBudgets
 from accel.quantize.modes import MODES
 from accel.selftest import try_everything
 from accel.settings import EngineSettings, Quantization
@@ -244,7 +244,7 @@ def test_a_swap_that_runs_out_of_memory_changes_nothing(eager, loras, monkeypatc
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr("accel.lora.device.DeviceLoras.put", full)
+        patch.setattr("accel.lora.hold.device.DeviceLoras.put", full)
         with pytest.raises(torch.OutOfMemoryError):
             eager.swap(new)
     assert torch.equal(eager(on_device(eager, make_inputs())), expected)

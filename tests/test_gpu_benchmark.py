@@ -12,7 +12,7 @@ import torch
 
 from accel.build import load_model
 from accel.checkpoint import inspect_checkpoint
-from accel.lora import scaled
+from accel.linear import scaled
 from accel.quantize.modes import MODES
 from benchmarks import gpu, gpu_report, gpu_stages
 from benchmarks.__main__ import main

@@ -9,7 +9,7 @@ import pytest
 import torch
 from packaging.version import Version
 
-import accel.lora.layers  # noqa: F401 - registers the pack's operators
+import accel.linear.layers  # noqa: F401 - registers the pack's operators
 from benchmarks import gpu_code
 from benchmarks.lora_bytes import Linears, linears_bytes, linears_products
 from benchmarks.roofline import GPUS, Gpu, Work, rest, step_ms

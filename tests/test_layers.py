@@ -15,16 +15,16 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from accel.compile import RegionCompiler
+from accel.compile.compiler import RegionCompiler
 from accel.engine import Silent
-from accel.lora import kernels, layers
-from accel.lora import operators as lora_operators
-from accel.lora.bound import NOTHING, Bound, bound_to, make_slot
-from accel.lora.flatten import FlatLora, Placed
-from accel.lora.inputs import Columns, modulated
-from accel.lora.kronecker import Term, add_, multiplications
-from accel.lora.layers import LoraLinear, linears
-from accel.lora.slots import LoraSlots
+from accel.linear import kernels, layers
+from accel.linear import operators as lora_operators
+from accel.linear.inputs import Columns, modulated
+from accel.linear.kronecker import Term, add_, multiplications
+from accel.linear.layers import LoraLinear, linears
+from accel.linear.slot import NOTHING, Bound, bound_to, make_slot
+from accel.lora.hold.slots import LoraSlots
+from accel.lora.pack.flat import FlatLora, Placed
 from benchmarks.block_variants import quantize_float8
 from harness.paths import REPO
 

@@ -9,17 +9,18 @@ from safetensors.torch import load_file, save_file
 
 from accel.checkpoint import inspect_checkpoint
 from accel.errors import FileError, LoraError
+from accel.families.layout import LoraTarget
 from accel.files import read_header
-from accel.layout import LoraTarget
-from accel.lora import bulk, writing
-from accel.lora.buffers import BYTES_ALIGNMENT
-from accel.lora.file import read_lora
-from accel.lora.flatten import HEAD_BYTES, aligned_rank, flatten
-from accel.lora.patches import LinearPatch, from_patches, tensor_digest
-from accel.lora.pool import ByteLru
-from accel.lora.report import together
+from accel.lora.pack import write as writing
+from accel.lora.pack.flat import HEAD_BYTES, aligned_rank, flatten
+from accel.lora.read import stream as bulk
+from accel.lora.read.file import read_lora
+from accel.lora.read.patches import LinearPatch, from_patches, tensor_digest
+from accel.lora.read.report import together
 from accel.lora.schedule import ScheduledStack, between
 from accel.lora.stack import LoraStack, grouped
+from accel.memory.buffers import BYTES_ALIGNMENT
+from accel.store.lru import ByteLru
 from harness import broken_files
 from harness.lora_files import ALL_FORMATS, clip_l_lora_state_dict, lora_state_dict, write_lora
 from harness.tiny_models import TinyFluxConfig

@@ -11,25 +11,25 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-import accel.lora.buffers
-import accel.lora.bulk
-import accel.lora.file
+import accel.lora.read.file
+import accel.lora.read.stream
+import accel.memory.buffers
 from accel.checkpoint import inspect_checkpoint
 from accel.errors import FileError, LoraError
-from accel.layout import LoraTarget
-from accel.lora import lowrank
-from accel.lora.buffers import HostBuffers
-from accel.lora.bulk import max_magnitude
-from accel.lora.compose import mix
-from accel.lora.file import read_lora
-from accel.lora.flatten import FlatLora, flatten
-from accel.lora.kronecker import multiplications
-from accel.lora.lowrank import Tolerance
-from accel.lora.patches import LinearPatch, from_patches, tensor_digest
-from accel.lora.slots import LoraSlots
+from accel.families.layout import LoraTarget
+from accel.linear.kronecker import multiplications
+from accel.lora.adapter import KroneckerLayer
+from accel.lora.hold.slots import LoraSlots
+from accel.lora.kinds import lowrank
+from accel.lora.kinds.lowrank import Tolerance
+from accel.lora.pack.compose import mix
+from accel.lora.pack.flat import FlatLora, flatten
+from accel.lora.pack.truncate import truncate
+from accel.lora.read.file import read_lora
+from accel.lora.read.patches import LinearPatch, from_patches, tensor_digest
+from accel.lora.read.stream import max_magnitude
 from accel.lora.stack import LoraStack
-from accel.lora.truncate import truncate
-from accel.lora.weights import KroneckerLayer
+from accel.memory.buffers import HostBuffers
 from accel.quantize import find_mode
 from harness import lora_files
 from harness.lora_files import ALL_FORMATS, STOCK_FORMATS, kind_state_dict, lora_state_dict, norm_state_dict
@@ -606,7 +606,7 @@ def test_approximations_are_cached_and_rebuilt(tmp_path, spec, monkeypatch):
     path = write(tmp_path, "loha", loha())
     first = read_lora(str(path), spec, cache_dir=tmp_path / "cache")
     (cached,) = (tmp_path / "cache").iterdir()
-    import accel.lora.factor_cache as module
+    import accel.lora.read.factor_cache as module
 
     computed = []
     real = module.product_factors
@@ -835,7 +835,7 @@ def test_buffers_are_used_again_when_no_tensor_is_left(tmp_path, spec, monkeypat
     del layer
     assert buffers.free_bytes >= passed_through + path.stat().st_size * 0.99
     with monkeypatch.context() as patch:
-        patch.setattr(accel.lora.buffers, "new_block", None)
+        patch.setattr(accel.memory.buffers, "new_block", None)
         again = read_lora(str(path), spec, buffers=buffers)
     assert torch.equal(again.layers[3].lora_B, plain.layers[3].lora_B)
     flat = flatten(LoraStack().with_lora(again, 0.5).active, torch.float32, pin=False, buffers=buffers)
@@ -863,7 +863,7 @@ def test_the_largest_magnitude_is_found_among_the_bits(dtype):
 @pytest.mark.parametrize("chunk_bytes", [64, 2**12, 2**23])
 def test_a_value_that_is_not_finite_is_named_wherever_it_is(tmp_path, spec, monkeypatch, chunk_bytes):
     """A file is checked piece by piece while it comes, and converted meanwhile."""
-    monkeypatch.setattr(accel.lora.bulk, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(accel.lora.read.stream, "CHUNK_BYTES", chunk_bytes)
     one = {
         kind: kind_state_dict(kind, targets=lambda name, module=module: name == module, alpha=2.0)
         for kind, module in (
@@ -888,15 +888,15 @@ def test_a_value_that_is_not_finite_is_named_wherever_it_is(tmp_path, spec, monk
 
 def test_a_file_that_shrinks_while_it_is_read_is_refused(tmp_path, spec, monkeypatch):
     path = write(tmp_path, "shrinking", lora_state_dict("kohya", rank=3))
-    looked_at = accel.lora.file.account
+    looked_at = accel.lora.read.file.account
 
     def cut(file, spec):
         keys = looked_at(file, spec)
         os.truncate(path, path.stat().st_size // 2)
         return keys
 
-    monkeypatch.setattr(accel.lora.bulk, "CHUNK_BYTES", 2**10)  # so that most of it is read after that
-    monkeypatch.setattr(accel.lora.file, "account", cut)
+    monkeypatch.setattr(accel.lora.read.stream, "CHUNK_BYTES", 2**10)  # so that most of it is read after that
+    monkeypatch.setattr(accel.lora.read.file, "account", cut)
     with pytest.raises(FileError, match=r"'shrinking\.safetensors' became shorter or unreadable.*Get it again"):
         read_lora(str(path), spec)
 
@@ -904,13 +904,13 @@ def test_a_file_that_shrinks_while_it_is_read_is_refused(tmp_path, spec, monkeyp
 def test_another_file_in_the_same_place_is_refused(tmp_path, spec, monkeypatch):
     path = write(tmp_path, "replaced", lora_state_dict("kohya", rank=3))
     other = write(tmp_path, "other", lora_state_dict("kohya", rank=4))
-    header = accel.lora.file.read_header
+    header = accel.lora.read.file.read_header
 
     def replaced(name):
         os.replace(other, path)
         return header(name)
 
-    monkeypatch.setattr(accel.lora.file, "read_header", replaced)
+    monkeypatch.setattr(accel.lora.read.file, "read_header", replaced)
     with pytest.raises(FileError, match=r"'replaced\.safetensors' was changed while it was read"):
         read_lora(str(path), spec)
 
@@ -918,7 +918,7 @@ def test_another_file_in_the_same_place_is_refused(tmp_path, spec, monkeypatch):
 def test_a_file_that_is_overwritten_in_place_is_refused(tmp_path, spec, monkeypatch):
     """Half old and half new values would be no LoRA."""
     path = write(tmp_path, "overwritten", lora_state_dict("kohya", rank=3))
-    convert, changed = accel.lora.file.convert, []
+    convert, changed = accel.lora.read.file.convert, []
 
     def overwrite(*arguments):
         if not changed:
@@ -926,7 +926,7 @@ def test_a_file_that_is_overwritten_in_place_is_refused(tmp_path, spec, monkeypa
             os.utime(path, ns=(1, 1))
         return convert(*arguments)
 
-    monkeypatch.setattr(accel.lora.file, "convert", overwrite)
+    monkeypatch.setattr(accel.lora.read.file, "convert", overwrite)
     with pytest.raises(FileError, match=r"'overwritten\.safetensors' was changed while it was read"):
         read_lora(str(path), spec)
 

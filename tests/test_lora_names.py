@@ -9,10 +9,10 @@ from accel.checkpoint import inspect_checkpoint
 from accel.errors import LoraError
 from accel.families.flux1 import Flux1, Flux1Config
 from accel.files import TensorInfo
-from accel.lora.file import read_lora
-from accel.lora.names import WORDS
-from accel.lora.origins import origin
-from accel.lora.text_encoders import EncoderNames, sort_encoder_keys, split_encoder
+from accel.lora.read.file import read_lora
+from accel.lora.read.names import WORDS
+from accel.lora.read.origins import origin
+from accel.lora.read.text_encoders import EncoderNames, sort_encoder_keys, split_encoder
 from harness.lora_files import lora_state_dict, norm_state_dict
 from harness.tensor_files import write_tensors
 from harness.tiny_models import TinyFluxConfig

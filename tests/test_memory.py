@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from accel import memory
+from accel.memory import budgets as memory
 
 BLOCK = 2**16
 STATUS = Path("/proc/self/status")

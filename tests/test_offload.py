@@ -20,12 +20,12 @@ from accel.checkpoint import inspect_checkpoint
 from accel.engine import Engine, Silent
 from accel.families.flux1 import Flux1Inputs
 from accel.families.flux1.forward import Hooks
-from accel.lora.slots import LoraSlots
+from accel.lora.hold.slots import LoraSlots
 from accel.lora.stack import LoraStack
-from accel.memory import PoolBudgets
+from accel.memory.budgets import PoolBudgets
+from accel.memory.device import CudaMemory, HostMemory
+from accel.memory.host import HostPages
 from accel.offload.flat import ALIGNMENT, FlatLayout
-from accel.offload.host import HostPages
-from accel.offload.memory import CudaMemory, HostMemory
 from accel.offload.plan import OffloadPlan
 from accel.offload.ring import Ring
 from accel.offload.weights import Weights, streamed_blocks
@@ -393,7 +393,7 @@ def test_page_locked_memory_is_bounded_and_given_back():
 def test_without_page_locked_memory_nothing_is_locked(monkeypatch):
     """What `_pin` would do needs a GPU; whether it is asked to does not."""
     asked = []
-    monkeypatch.setattr("accel.offload.memory._pin", lambda address, size: bool(asked.append(size)))
+    monkeypatch.setattr("accel.memory.device._pin", lambda address, size: bool(asked.append(size)))
     for pin in (True, False):
         memory = CudaMemory(torch.device("cuda"), pin, streams=object())
         assert memory.flat == memory.pin == pin
@@ -572,7 +572,7 @@ def test_a_copy_that_fails_on_its_thread_is_told_and_made_again(spec, loras, res
         raise OSError("pretended")
 
     with monkeypatch.context() as patch:
-        patch.setattr("accel.offload.memory._move", fail)
+        patch.setattr("accel.memory.device._move", fail)
         with pytest.raises(OSError, match="pretended"):
             engine(make_inputs())
     for _ in range(2):

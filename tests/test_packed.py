@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 import accel.offload.weights
-from accel import packed
 from accel.checkpoint import inspect_checkpoint
-from accel.compile_cache import CompileCache
+from accel.compile.cache import CompileCache
 from accel.engine import Engine
 from accel.families.flux1 import Flux1Inputs
+from accel.linear import packed
 from accel.lora.stack import LoraStack
 from accel.offload.plan import OffloadPlan
 from accel.settings import EngineSettings

@@ -9,21 +9,21 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import accel.lora.library
-import accel.memory
+import accel.lora.hold.library
+import accel.memory.budgets
 from accel.checkpoint import inspect_checkpoint
 from accel.engine import Engine
 from accel.errors import LoraError
 from accel.families.flux1 import Flux1Inputs
-from accel.lora.buffers import HostBuffers
-from accel.lora.device import DeviceLoras
-from accel.lora.file import read_lora
-from accel.lora.flatten import FlatLora, flatten
-from accel.lora.rescale import UnscaledB
-from accel.lora.slots import LoraSlots
+from accel.lora.hold.device import DeviceLoras
+from accel.lora.hold.slots import LoraSlots
+from accel.lora.pack.flat import FlatLora, flatten
+from accel.lora.pack.strength import UnscaledB
+from accel.lora.pack.truncate import truncate
+from accel.lora.read.file import read_lora
 from accel.lora.stack import LoraStack
-from accel.lora.truncate import truncate
-from accel.memory import GIB, MIB, PoolBudgets, available_host_bytes, pinned_bytes
+from accel.memory.budgets import GIB, MIB, PoolBudgets, available_host_bytes, pinned_bytes
+from accel.memory.buffers import HostBuffers
 from accel.prefetch import Prefetcher, WantedLora
 from accel.settings import EngineSettings
 from harness.lora_files import in_attention, kind_state_dict, write_lora
@@ -169,7 +169,7 @@ def test_another_strength_flattens_nothing_and_keeps_the_parameters(spec, loras,
     bind = LoraSlots.bind
     monkeypatch.setattr(LoraSlots, "bind", lambda self, made: (bindings.append(made), bind(self, made)))
     engine.swap(stack_of(loras, ("kohya", 0.8), ("bf16", 0.3)))
-    monkeypatch.setattr(accel.lora.library, "flatten", None)
+    monkeypatch.setattr(accel.lora.hold.library, "flatten", None)
     assert engine.swap(stack_of(loras, ("kohya", -0.4), ("bf16", 0.7))).source == "strength"
     assert bindings[0] is bindings[1]
     after = output(engine)
@@ -442,18 +442,18 @@ def test_prefetch_before_loading_prepares_on_the_host(spec, loras):
     ],
 )
 def test_budgets_follow_the_free_memory(monkeypatch, free, expected):
-    monkeypatch.setattr(accel.memory, "available_host_bytes", lambda: free)
+    monkeypatch.setattr(accel.memory.budgets, "available_host_bytes", lambda: free)
     assert PoolBudgets.of_free_memory(torch.device("cpu")) == expected
 
 
 def test_the_device_budget_follows_its_own_memory(monkeypatch):
-    monkeypatch.setattr(accel.memory, "available_host_bytes", lambda: 16 * GIB)
-    monkeypatch.setattr(accel.memory, "free_device_bytes", lambda device: 10 * GIB)
+    monkeypatch.setattr(accel.memory.budgets, "available_host_bytes", lambda: 16 * GIB)
+    monkeypatch.setattr(accel.memory.budgets, "free_device_bytes", lambda device: 10 * GIB)
     assert PoolBudgets.of_free_memory(torch.device("cuda"), 2 * GIB) == PoolBudgets(1 * GIB, 2 * GIB, 1 * GIB)
 
 
 def test_a_container_with_little_memory_is_seen(monkeypatch, tmp_path):
-    monkeypatch.setattr(accel.memory, "CGROUP", tmp_path)
+    monkeypatch.setattr(accel.memory.budgets, "CGROUP", tmp_path)
     whole = available_host_bytes()
     assert whole > GIB
     (tmp_path / "memory.max").write_text("max\n", encoding="ascii")

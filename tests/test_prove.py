@@ -18,12 +18,12 @@ from torch import nn
 import accel.prove
 from accel.attention import BACKENDS
 from accel.checkpoint import inspect_checkpoint
-from accel.compile import RegionCompiler
+from accel.compile.compiler import RegionCompiler
 from accel.engine import Engine, Silent
 from accel.errors import SettingsError
-from accel.lora import operators, scaled
+from accel.linear import operators, scaled
 from accel.lora.stack import LoraStack
-from accel.offload.memory import CudaMemory, HostMemory
+from accel.memory.device import CudaMemory, HostMemory
 from accel.offload.prove import restrict
 from accel.prove import Proofs, Verdict, judge, proofs, random
 from accel.quantize import choose, dequantize

@@ -22,12 +22,12 @@ import accel.quantize.library
 import accel.quantize.modes
 from accel.build import conversion_of, linears, load_model, model_bytes
 from accel.checkpoint import inspect_checkpoint
-from accel.compile import batch_can_be_unbacked
+from accel.compile.compiler import batch_can_be_unbacked
 from accel.engine import Engine, Silent
 from accel.errors import CheckpointError, SettingsError
 from accel.files import FileIdentity
-from accel.lora.bound import NOTHING, Bound, make_slot
-from accel.lora.layers import LoraLinear
+from accel.linear.layers import LoraLinear
+from accel.linear.slot import NOTHING, Bound, make_slot
 from accel.lora.stack import LoraStack
 from accel.prove import Proof, Verdict
 from accel.quantize import choose, dequantize, find_mode, parameter_bytes
@@ -328,7 +328,7 @@ def test_compiled_swaps_equal_eager_and_do_not_recompile(spec, engines, loras, m
 
 @pytest.mark.parametrize("mode", ON_CPU)
 def test_lora_matrices_keep_their_dtype(engines, loras, mode):
-    from accel.lora.bound import bound_to
+    from accel.linear.slot import bound_to
 
     engine = engines[mode]
     engine.swap(LoraStack().with_lora(engine.read_lora(loras[7]), 1.0))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from accel.lora.slots import LoraSlots
+from accel.lora.hold.slots import LoraSlots
 from benchmarks import block_steps, step
 from benchmarks.block_variants import one_of_each, without_lora_layers
 from benchmarks.report import BenchmarkError

@@ -18,10 +18,10 @@ import accel
 from accel.checkpoint import inspect_checkpoint
 from accel.engine import Engine
 from accel.families.flux1 import Flux1Inputs
-from accel.lora.device import DeviceLoras
-from accel.lora.library import BUFFERS_BYTES
+from accel.lora.hold.device import DeviceLoras
+from accel.lora.hold.library import BUFFERS_BYTES
 from accel.lora.stack import LoraStack
-from accel.memory import MIB, PoolBudgets
+from accel.memory.budgets import MIB, PoolBudgets
 from accel.settings import EngineSettings
 from harness.lora_files import in_attention, kind_state_dict, lora_state_dict, norm_state_dict, write_lora
 from harness.paths import CACHE, REPO

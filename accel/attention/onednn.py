@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..packed import cpu_multiplies_bf16
+from ..linear.packed import cpu_multiplies_bf16
 from .backend import EXACT, Attention, Backend, Target, installed_with_torch
 from .native import sdpa
 from .operator import opaque, register

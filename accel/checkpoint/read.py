@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..layout import FusedLinear
+from ..families.layout import FusedLinear
 from ..spec import ModelSpec
 from .stored import StoredReader
 

@@ -11,8 +11,8 @@ import torch
 
 from ..errors import CheckpointError
 from ..families import FAMILIES
+from ..families.layout import Layout
 from ..files import TensorInfo
-from ..layout import Layout
 from ..spec import ModelSpec, StoredTensor
 from .attention_requests import find_requests
 from .gguf_file import ARCHITECTURE

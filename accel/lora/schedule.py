@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..errors import SettingsError
+from .adapter import LoraWeights
 from .stack import LoraStack, describe, grouped
-from .weights import LoraWeights
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ import torch
 
 from ..errors import LoraError
 from ..files import FileIdentity
-from .kronecker import multiplications
-from .weights import KroneckerLayer, LoraWeights, RotationLayer
+from ..linear.kronecker import multiplications
+from .adapter import KroneckerLayer, LoraWeights, RotationLayer
 
 
 @dataclass(frozen=True)

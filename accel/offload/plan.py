@@ -9,7 +9,7 @@ import torch
 
 from ..errors import SettingsError
 from ..hardware import hardware_of
-from ..memory import device_pool_bytes
+from ..memory.budgets import device_pool_bytes
 from ..quantize.modes import MODES, find_mode
 from ..settings import Offload
 from ..spec import ModelSpec

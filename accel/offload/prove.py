@@ -8,8 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..memory.device import LOCKS_PAGES, CudaMemory, DeviceMemory
 from ..prove import Verdict, proofs
-from .memory import LOCKS_PAGES, CudaMemory, DeviceMemory
 
 BYTES = 2**20
 

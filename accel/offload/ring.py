@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .memory import DeviceMemory, Mark, Pieces
+from ..memory.device import DeviceMemory, Mark, Pieces
 
 # One block computes from a buffer while the next one is copied into the other.
 SLOTS = 2

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ..packed import is_packed, pack, packs, unpack
+from ..linear.packed import is_packed, pack, packs, unpack
+from ..memory.device import DeviceMemory
 from .flat import FlatLayout, Home, Place
-from .memory import DeviceMemory
 from .plan import OffloadPlan
 from .ring import SLOTS, Ring
 from .sizes import streamed_blocks as choose_streamed

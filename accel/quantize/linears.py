@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..packed import is_packed, unpacked
+from ..linear.packed import is_packed, unpacked
 from .bitsandbytes_modes import Nf4Linear
 
 UNIT_VECTORS = 1024

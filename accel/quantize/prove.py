@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..hardware import dtype_name
-from ..lora.bound import NOTHING, Bound, make_slot
-from ..lora.layers import LoraLinear
+from ..linear.layers import LoraLinear
+from ..linear.slot import NOTHING, Bound, make_slot
 from ..prove import Proof, Verdict, judge, proofs, random
 from .mode import Mode
 

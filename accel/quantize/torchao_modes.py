@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..hardware import Hardware
-from ..lora.scaled import way_on
+from ..linear.scaled import way_on
 from .library import Library
 from .mode import Mode, cuda_from, runs_anywhere
 

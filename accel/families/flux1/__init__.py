@@ -11,9 +11,9 @@ from torch import nn
 
 from ...attention import Attention
 from ...files import TensorInfo
-from ...layout import Layout, LoraTarget, VectorWeight
-from ...lora.names import ModuleNames
+from ...lora.read.names import ModuleNames
 from ..diffusers_models import model_class
+from ..layout import Layout, LoraTarget, VectorWeight
 from . import blocks
 from .activations import activation_bytes, image_tokens
 from .config import AXES_DIM, DIFFUSERS, HEAD_DIM, INPUTS, PATCH_SIZE, VARIANT_BY_IN_CHANNELS, Flux1Config

@@ -23,7 +23,7 @@ from .config import HEAD_DIM, Flux1Config
 
 PIXELS_PER_TOKEN = 16
 FLOAT32_BYTES = 4
-# How each quantization computes; see accel/dynamic.py and accel/quantize.
+# How each quantization computes; see accel/linear/dynamic.py and accel/quantize.
 DYNAMIC = ("fp8", "int8", "nvfp4", "mxfp8")
 UNPACKING = ("fp8_weight_only", "int8_weight_only", "nf4")
 

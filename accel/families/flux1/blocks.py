@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ...attention import Attention
-from ...lora.inputs import Modulated, modulated
-from ...lora.layers import joint_linears, linears, split_linears
+from ...linear.inputs import Modulated, modulated
+from ...linear.layers import joint_linears, linears, split_linears
 from .config import HEAD_DIM
 
 FLOAT16_MAX = 65504.0

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ...layout import FusedLinear, Layout, LinearPart, VectorWeight
+from ..layout import FusedLinear, Layout, LinearPart, VectorWeight
 from .config import HEAD_DIM, TIMESTEP_DIM, Flux1Config
 
 

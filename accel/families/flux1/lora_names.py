@@ -1,6 +1,7 @@
 """By which names LoRA files call the linears and norms of FLUX.1.
 
-What may stand before such a name, and whether it has dots or underscores, is the same for all models: `lora.names`.
+What may stand before such a name, and whether it has dots or underscores, is the same for all models: see
+`lora.read.names`.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from ...layout import FusedLinear, Layout, LinearPart, LoraTarget, VectorWeight
+from ..layout import FusedLinear, Layout, LinearPart, LoraTarget, VectorWeight
 from .config import DEPTH, DEPTH_SINGLE, Flux1Config
 from .layout import checkpoint_layout
 

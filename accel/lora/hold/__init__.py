@@ -1,0 +1,1 @@
+"""LoRAs in memory, on the host and on the device, and their binding."""

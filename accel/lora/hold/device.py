@@ -1,0 +1,133 @@
+"""LoRAs that lie on the device, ready to bind."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..pack.flat import FlatLora
+from .slots import Bindings, LoraSlots
+
+
+@dataclass(frozen=True)
+class _Resident:
+    """A stack in a device buffer, which may be larger than the stack, and what is bound of it."""
+
+    flat: FlatLora
+    bindings: Bindings
+
+    @property
+    def bytes(self) -> int:
+        return self.flat.bytes
+
+
+class DeviceLoras:
+    """Prepared stacks on the device, least recently used out first.
+
+    Buffers are reused, and so are the views of them when the next stack has the same layout (LoRAs from one
+    trainer usually have): then switching costs one copy and no allocation. The buffer that is bound is never
+    overwritten, so a copy that fails leaves the model as it was.
+    """
+
+    def __init__(
+        self,
+        slots: LoraSlots,
+        device: torch.device,
+        budget_bytes: int,
+        *,
+        share_host: bool | None = None,
+        upload: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        """Hold up to `budget_bytes` on the device, but at least what is bound and what is being prepared.
+
+        Args:
+            slots: the model's LoRA layers.
+            device: where the model is.
+            budget_bytes: 0 keeps nothing but the bound stack.
+            share_host: bind host buffers themselves, without a copy; by default where the device is the host.
+            upload: makes a copy of a host tensor on the device.
+        """
+        self._slots = slots
+        self._budget_bytes = budget_bytes
+        self._share_host = device.type == "cpu" if share_host is None else share_host
+        self._upload = upload or (lambda tensor: tensor.to(device, non_blocking=True, copy=True))
+        self._residents: OrderedDict[Hashable, _Resident] = OrderedDict()
+        self._bound: Hashable | None = None
+
+    @property
+    def budget_bytes(self) -> int:
+        """What the buffers may take."""
+        return self._budget_bytes
+
+    @property
+    def bytes(self) -> int:
+        """What the buffers take."""
+        return sum(resident.bytes for resident in self._residents.values())
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._residents
+
+    def put(self, key: Hashable, flat: FlatLora) -> None:
+        """Bring a stack to the device; the least recently used ones make room."""
+        victim = self._make_room(flat)
+        if self._share_host:
+            self._residents[key] = _Resident(flat, self._slots.bindings(flat))
+            return
+        with torch.inference_mode(False), torch.no_grad():
+            # On a GPU the copy runs while the views are made; what binds them runs behind it in the stream.
+            if victim is None:
+                buffer = self._upload(flat.buffer)
+            else:
+                buffer = victim.flat.buffer
+                buffer[: flat.buffer.numel()].copy_(flat.buffer, non_blocking=True)
+        same_layout = (
+            victim is not None
+            and victim.flat.placed == flat.placed
+            and victim.flat.kroneckers == flat.kroneckers
+            and not any((flat.mixing, flat.vectors, victim.flat.mixing, victim.flat.vectors))
+        )
+        mixing, vectors = self._moved(flat.mixing), self._moved(flat.vectors)
+        on_device = replace(flat, buffer=buffer, mixing=mixing, vectors=vectors)
+        bindings = victim.bindings if same_layout else self._slots.bindings(on_device)
+        self._residents[key] = _Resident(on_device, bindings)
+
+    def bind(self, key: Hashable) -> None:
+        """Make the model compute with a stack that `put` brought here."""
+        resident = self._residents[key]
+        self._residents.move_to_end(key)
+        self._bound = key
+        self._slots.bind(resident.bindings)
+
+    def bind_empty(self) -> None:
+        """Make the model compute without LoRA."""
+        self._bound = None
+        self._slots.bind(self._slots.empty)
+
+    def flat(self, key: Hashable) -> FlatLora:
+        """One stack as it lies on the device; with `share_host` the very object that `put` got."""
+        return self._residents[key].flat
+
+    def fits(self, size: int) -> bool:
+        """Whether a stack of `size` bytes would come to the device without another one having to go."""
+        return self.bytes + size <= self._budget_bytes
+
+    def _moved(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        with torch.inference_mode(False), torch.no_grad():
+            return {name: self._upload(tensor) for name, tensor in tensors.items()}
+
+    def _make_room(self, flat: FlatLora) -> _Resident | None:
+        """Drop what is over the budget; return the dropped buffer that fits best, to be reused."""
+        best: _Resident | None = None
+        for key in list(self._residents):
+            if self.fits(flat.bytes):
+                break
+            if key != self._bound:
+                dropped = self._residents.pop(key)
+                size = dropped.flat.buffer.nbytes  # not what stands beside it: only the buffer is used again
+                if size >= flat.buffer.nbytes and (best is None or size < best.flat.buffer.nbytes):
+                    best = dropped
+        return best

@@ -1,0 +1,1 @@
+"""The kinds of change that trainers write for one linear."""

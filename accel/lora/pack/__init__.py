@@ -1,0 +1,1 @@
+"""From a stack of adapters to one flat buffer."""

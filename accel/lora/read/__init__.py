@@ -1,0 +1,1 @@
+"""From a LoRA file, or another node's patches, to an adapter."""
