@@ -11,7 +11,7 @@ import torch
 
 from accel.attention import BACKENDS, Target
 from accel.attention.choose import AUTO
-from accel.compile.compiler import compiler_for
+from accel.compile.failures import compiler_for
 from accel.hardware import Hardware, dtype_on
 from accel.memory.device import copies_on
 from accel.quantize.modes import MODES, preferences

@@ -30,7 +30,7 @@ def onednn(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Te
 
 
 def _make() -> Attention:
-    register()
+    register("onednn", _onednn)
     return onednn
 
 
@@ -71,5 +71,4 @@ ONEDNN = Backend(
     make=_make,
     instead=(),
     tolerance={torch.bfloat16: EXACT[torch.bfloat16]},
-    kernel=_onednn,
 )
