@@ -37,7 +37,7 @@ from accel.engine import Engine, Silent
 from accel.errors import SettingsError
 from accel.families.flux1 import Flux1Inputs
 from accel.prove import proofs
-from accel.settings import EngineSettings
+from accel.settings import ATTENTION_BACKENDS, EngineSettings
 from harness.attention_packages import PACKAGES, write_package
 from harness.paths import REPO
 
@@ -134,6 +134,7 @@ def calls_in(graph) -> list[str]:
 
 
 def test_the_names_are_those_of_the_loader():
+    assert ("auto", *BACKENDS) == ATTENTION_BACKENDS
     assert tuple(BACKENDS) == NAMES
     for name in ("auto", *NAMES):
         assert EngineSettings(attention=name).attention == name
