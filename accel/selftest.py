@@ -20,6 +20,7 @@ from .linear.layers import LoraLinear, linears
 from .linear.operators import gelu_fuses
 from .linear.slot import NOTHING, make_slot
 from .memory.device import memory_of
+from .observer import Silent
 from .offload.prove import restrict
 from .prove import Proof, Verdict, proofs, random
 from .quantize.modes import MODES
@@ -93,7 +94,7 @@ def prove_compiling(device: torch.device, dtype: torch.dtype) -> Proof:
 
 
 def _compare_compiled(device: torch.device, dtype: torch.dtype) -> Verdict:
-    compiler = RegionCompiler("regional", _Deaf())
+    compiler = RegionCompiler("regional", Silent())
     block = LoraLinear(nn.Linear(256, 256, device=device, dtype=dtype).requires_grad_(False))
     block.lora = make_slot(device)
     block.lora.bound_lora = NOTHING
@@ -106,19 +107,6 @@ def _compare_compiled(device: torch.device, dtype: torch.dtype) -> Verdict:
 
 def _region(block: nn.Module, x: Tensor) -> Tensor:
     return x + F.silu(linears(F.layer_norm(x, x.shape[-1:]), block)[0])
-
-
-class _Deaf:
-    """A `compile.CompileObserver` for a trial, whose result is said elsewhere."""
-
-    def notice(self, text: str, warning: bool) -> None:
-        """Ignore."""
-
-    def compiling(self, region: str) -> None:
-        """Ignore."""
-
-    def compiled(self, region: str, seconds: float, count: int, why: str) -> None:
-        """Ignore."""
 
 
 def _row(name: str, reason: str | None, run: Callable[[], Proof]) -> Row:

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 from accel.engine import Engine
 from accel.families.flux1 import Flux1Config, Flux1Inputs
+from accel.memory.base import DeviceMemory
 from accel.memory.budgets import available_host_bytes
-from accel.memory.device import DeviceMemory, HostMemory, memory_of
+from accel.memory.cpu import HostMemory
+from accel.memory.device import memory_of
 from accel.offload.plan import GB, OffloadPlan, Room, demand_of, lora_share, make_plan
 from accel.quantize import find_mode, refusal
 from accel.settings import EngineSettings, Offload, Quantization

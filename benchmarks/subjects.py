@@ -141,8 +141,8 @@ class PackSubject:
 
     def check(self) -> None:
         """See `Subject`."""
-        if self.engine.recompile_count:
-            raise BenchmarkError(f"the pack compiled {self.engine.recompile_count} times too often.")
+        if self.engine.compiler.recompiles:
+            raise BenchmarkError(f"the pack compiled {self.engine.compiler.recompiles} times too often.")
 
 
 def make_subject(setup: Setup, work: Work) -> Subject:

@@ -19,9 +19,9 @@ from ..accel.engine import Engine
 from ..accel.families.flux1 import PATCH_SIZE, Flux1Config, Flux1Inputs
 from ..accel.families.flux1.forward import BlockHook, BlockState, EmbeddingHook, Hooks, Residuals
 from ..accel.families.flux1.positions import RopeOptions
+from ..accel.history import Sampling
 from ..accel.offload.planner import Planner
 from ..accel.offload.sizes import Workload
-from ..accel.report import Sampling
 from .native_lora import NativeLoras
 from .offload import out_of_memory
 from .skeleton import make_skeleton, unet_config

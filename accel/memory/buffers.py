@@ -7,10 +7,13 @@ them, are new in an eighth of the time.
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import threading
 import weakref
+from collections.abc import Callable
 from contextlib import suppress
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,16 +52,7 @@ class HostBuffers:
                 self._free.remove(block)
         if block is None:
             block = new_block(size)
-        view = memoryview(block)
-        tensor = torch.frombuffer(view, dtype=torch.uint8, count=size)
-        # The storage holds the view, and so do all tensors over it.
-        weakref.finalize(view, self._give_back, block, self._epoch).atexit = False
-        return tensor
-
-    def prepare(self, size: int) -> None:
-        """Have a buffer of this size ready: take its pages from the system now. For a background thread."""
-        if size >= LARGE_BYTES:
-            self.take(size).zero_()
+        return tensor_over(block, size, self._give_back, block, self._epoch)
 
     def clear(self) -> None:
         """Give all unused memory back to the system; what is in use now is not kept either, when it comes back."""
@@ -83,3 +77,24 @@ def new_block(size: int) -> mmap.mmap:
         with suppress(OSError):  # a kernel without them
             block.madvise(mmap.MADV_HUGEPAGE)
     return block
+
+
+def address_of(block: mmap.mmap) -> int:
+    """Where a block begins in this process's memory."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(block))
+
+
+def tensor_over(block: mmap.mmap, size: int, released: Callable[..., None], *args: Any) -> Tensor:
+    """A block's first bytes as a tensor: (size,) uint8.
+
+    Args:
+        block: of `new_block`.
+        size: in bytes.
+        released: called with `args` when the last tensor over the block is gone, in whatever thread that is.
+        args: see `released`.
+    """
+    view = memoryview(block)
+    tensor = torch.frombuffer(view, dtype=torch.uint8, count=size)
+    # The storage holds the view, and so do all tensors over it.
+    weakref.finalize(view, released, *args).atexit = False
+    return tensor

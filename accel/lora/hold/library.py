@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import torch
 
 from ...files import FileIdentity
+from ...memory.base import DeviceMemory
 from ...memory.budgets import PoolBudgets, pinned_bytes
 from ...memory.buffers import HostBuffers
-from ...memory.device import DeviceMemory, memory_of
+from ...memory.device import memory_of
 from ...spec import ModelSpec
 from ...store.lru import ByteLru
 from ..adapter import LoraWeights
@@ -61,7 +62,7 @@ class Brought:
     """A stack that lies on the device.
 
     Attributes:
-        source: "hot", "strength" (there, with another lora_B), "warm" or "cold", see `engine.SwapReport`.
+        source: "hot", "strength" (there, with another lora_B), "warm" or "cold", see `history.SwapReport`.
         stack: with the strengths that are wanted.
         key: what it is found by.
         resident: the buffer; None: nothing of the stack is active.
