@@ -21,9 +21,11 @@ from .device_memory import free_bytes, peak_bytes, start_peak
 from .flux_loras import DEV, DTYPE, KEY_PREFIX, QUICK, RANK, STRENGTH, lora_weights, visible_lora
 from .gpu_job import Job
 from .kernel_profile import profile_kernels
+from .make_subject import make_subject
+from .pack_subject import PackSubject
 from .report import BenchmarkError
 from .sampling import Clock, Prompt, prompt_for
-from .subjects import PackSubject, Setup, Subject, Work, make_subject
+from .subjects import Setup, Subject, Work
 from .timing import Stopwatch
 
 LATENT, TEXT_TOKENS, STEPS = 128, 512, 8
