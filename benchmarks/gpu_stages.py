@@ -14,7 +14,7 @@ from accel.attention.correctness import make_inputs, verify
 from accel.quantize.modes import MODES, refusal
 from accel.selftest import Row, try_everything
 
-from . import offload, step, swap
+from . import offload, offload_case, offload_report, step, swap
 from .block_steps import NAMES
 from .gpu_job import Job
 from .kernel_profile import profile_kernels
@@ -167,8 +167,8 @@ def steps(job: Job, mode: str, resolution: int) -> None:
 
 def offloaded(job: Job) -> None:
     """`offload`: a step whose blocks are copied while it computes, beside the resident model's."""
-    case = offload.case_of(job.quick, OFFLOAD_SCALE, job.device)
-    planned = offload.plan_of(case)
-    memory = offload.memory_for(case, planned.plan)
+    case = offload_case.case_of(job.quick, OFFLOAD_SCALE, job.device)
+    planned = offload_case.plan_of(case)
+    memory = offload_case.memory_for(case, planned.plan)
     samples = offload.Steps(case, planned.plan, memory).measure(job.ends - RESERVE_S)
-    job.add(**offload.figures(case, planned, memory, samples))
+    job.add(**offload_report.figures(case, planned, memory, samples))
