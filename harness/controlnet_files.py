@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .lora_files import FORMATS
+from .lora_formats import FORMATS
 from .tiny_models import TinyFluxConfig, flux_linears, linear_gain, seeded_normal, tiny_flux_state_dict
 
 _NORMS = {

@@ -31,14 +31,15 @@ from accel.lora.read.stream import max_magnitude
 from accel.lora.stack import LoraStack
 from accel.memory.buffers import HostBuffers
 from accel.quantize import find_mode
-from harness import lora_files
-from harness.lora_files import ALL_FORMATS, STOCK_FORMATS, kind_state_dict, lora_state_dict, norm_state_dict
+from harness import lora_files, lora_kinds
+from harness.lora_files import kind_state_dict, lora_state_dict, norm_state_dict
+from harness.lora_formats import ALL_FORMATS, STOCK_FORMATS
 from harness.stock_weights import StockWeights
 from harness.tiny_models import TinyFluxConfig, flux_linears, tiny_flux_state_dict
 
 EXACT = 2e-5
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
-TINY = lora_files.TinyFluxConfig()
+TINY = TinyFluxConfig()
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +178,7 @@ def test_names_that_stock_does_not_know_mean_the_same_layers(tmp_path, spec, ten
 
 
 # ComfyUI 0.30 logs an error at a LoKr's middle matrix (a view of what is not contiguous) and leaves it out.
-STOCK_KINDS = [kind for kind in lora_files.KINDS if not kind.startswith("PEFT") and kind != "LoKr Tucker"]
+STOCK_KINDS = [kind for kind in lora_kinds.KINDS if not kind.startswith("PEFT") and kind != "LoKr Tucker"]
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.6, -0.8])
