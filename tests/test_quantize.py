@@ -145,6 +145,10 @@ def test_signal_to_noise_of_a_linear(mode, dtype):
         # What dequantize gives is what it computes with.
         if mode in ("fp8_weight_only", "int8_weight_only", "nf4"):
             assert distance(output.float(), F.linear(x.float(), restored, bias.float())) < 0.01
+        unbiased = find_mode(mode).convert(weight.to(dtype), None, False)
+        assert unbiased.bias is None
+        # The sum is rounded once more.
+        assert distance(as_in_a_block(unbiased, x).float() + bias.float(), output.float()) < torch.finfo(dtype).eps
 
 
 def spare(mode, rows):
@@ -160,8 +164,10 @@ def test_bytes_are_known_before_converting(mode, shape):
         assert shape == (3, 7)
         return
     weight, bias = normal(*shape).bfloat16(), torch.zeros(shape[0], dtype=torch.bfloat16)
-    planned = mode.weight_bytes(*shape) + 2 * shape[0]
-    assert planned - spare(mode, shape[0]) <= parameter_bytes(mode.convert(weight, bias, False)) <= planned
+    planned = mode.weight_bytes(*shape)
+    for added, its_bytes in ((bias, 2 * shape[0]), (None, 0)):
+        taken = parameter_bytes(mode.convert(weight, added, False)) - its_bytes
+        assert planned - spare(mode, shape[0]) <= taken <= planned
 
 
 @pytest.mark.parametrize("mode", ON_CPU)
