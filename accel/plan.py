@@ -1,6 +1,6 @@
 """What fits which GPU, before anything is loaded: `python -m accel.plan FILE --vram 12 --quantization fp8`.
 
-FILE is any checkpoint that the loader reads, of which only the header is read; or the name of a model, see `MODELS`.
+FILE is any checkpoint that the loader reads, of which only the header is read; or the name of a model, see `published`.
 """
 
 from __future__ import annotations
@@ -8,15 +8,15 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from .checkpoint import inspect_checkpoint
 from .errors import AccelError, SettingsError
+from .families import registry
 from .families.base import Family, FamilyConfig
-from .families.registry import FAMILIES
 from .files import FileIdentity, TensorFile, TensorInfo
 from .offload.plan import GB, Demand, Room, demand_of, gb, make_plan
 from .offload.sizes import Workload
@@ -24,9 +24,6 @@ from .settings import DTYPES, OFFLOAD_MODES, QUANTIZATION_MODES, Offload
 from .spec import ModelSpec
 
 CARDS_GB = (8.0, 10.0, 12.0, 16.0, 24.0, 32.0, 48.0, 80.0)
-MODELS: Mapping[str, tuple[Family, FamilyConfig]] = {
-    name: (family, config) for family in FAMILIES for name, config in family.published.items()
-}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -135,23 +132,29 @@ def _sentence(card: float, demand: Demand, options: argparse.Namespace) -> str:
     return f"{card:g} GB: {plan.sentence}"
 
 
+def published() -> dict[str, tuple[Family, FamilyConfig]]:
+    """The models that can be asked for by name."""
+    return {name: (family, config) for family in registry.FAMILIES for name, config in family.published.items()}
+
+
 def _spec(file: str) -> ModelSpec:
-    if file not in MODELS:
+    models = published()
+    if file not in models:
         return inspect_checkpoint(file)
-    family, config = MODELS[file]
+    family, config = models[file]
     tensors = {key: TensorInfo(shape, torch.bfloat16) for key, shape in family.layout(config).expected_shapes().items()}
     return ModelSpec(TensorFile(FileIdentity(file, 0, 0), tensors), family, config, torch.bfloat16)
 
 
 def _encoder_forms() -> tuple[str, ...]:
     """How the text encoders of any model can be kept."""
-    encoders = (encoder for family, config in MODELS.values() for encoder in family.text_encoders(config))
+    encoders = (encoder for family, config in published().values() for encoder in family.text_encoders(config))
     return tuple(dict.fromkeys(form for encoder in encoders for form in encoder.bytes))
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m accel.plan", description="What fits which GPU.")
-    parser.add_argument("file", metavar="FILE", help=f"a checkpoint, or one of: {', '.join(MODELS)}")
+    parser.add_argument("file", metavar="FILE", help=f"a checkpoint, or one of: {', '.join(published())}")
     parser.add_argument("--vram", type=_size, metavar="GB", help="a card of this size too, with a sentence why")
     parser.add_argument("--quantization", choices=QUANTIZATION_MODES, default="none")
     parser.add_argument("--mode", choices=OFFLOAD_MODES, default="auto", help="of Offload Config (default auto)")

@@ -18,7 +18,7 @@ from accel.memory.device import HostMemory
 from accel.offload.plan import GB, Demand, Room, check_device, demand_of, lora_share, make_plan
 from accel.offload.planner import SPARE_BYTES, Planner
 from accel.offload.sizes import WeightSizes, Workload, weight_sizes
-from accel.plan import CARDS_GB, MODELS, main
+from accel.plan import CARDS_GB, main, published
 from accel.quantize import find_mode
 from accel.quantize.linears import stored_tensors
 from accel.settings import EngineSettings, Offload, Quantization
@@ -373,7 +373,7 @@ def test_the_known_size_of_flux_dev(capsys):
 
 def test_a_checkpoint_of_which_only_the_header_is_there(tmp_path, capsys):
     file = tmp_path / "flux.safetensors"
-    family_shapes = inspect_shapes(*MODELS["flux1-schnell"])
+    family_shapes = inspect_shapes(*published()["flux1-schnell"])
     entries, offset = {}, 0
     for name, shape in family_shapes.items():
         size = 2 * torch.Size(shape).numel()

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError
+from ..families import registry
 from ..families.base import Config, Family, KnownNames
 from ..families.layout import Layout
-from ..families.registry import FAMILIES
 from ..files import TensorInfo
 from ..spec import ModelSpec, StoredTensor
 from . import wording
@@ -53,7 +53,7 @@ def inspect_checkpoint(path: str | os.PathLike[str]) -> ModelSpec:
     relatives = _refuse_others(file)
     for prefix in PREFIXES:
         names = {key.removeprefix(prefix): info for key, info in file.tensors.items() if key.startswith(prefix)}
-        for family in FAMILIES:
+        for family in registry.FAMILIES:
             found = None if family in relatives else _recognise(file, prefix, names, family)
             if found is not None:
                 config, layout = found
@@ -61,6 +61,22 @@ def inspect_checkpoint(path: str | os.PathLike[str]) -> ModelSpec:
                     _check_config(located, family.diffusers_config(config))
                 return _spec(file, prefix, {family.canonical(name): name for name in names}, family, config, layout)
     raise _relative(file, relatives) if relatives else _unknown(file)
+
+
+def looks_like(file: Checkpoint) -> Family | None:
+    """The family whose transformer a file seems to hold, complete or not: for messages."""
+    for prefix in PREFIXES:
+        names = {key.removeprefix(prefix): info for key, info in file.tensors.items() if key.startswith(prefix)}
+        for family in registry.FAMILIES:
+            if first_match(family.relatives, names) is not None:
+                continue
+            try:
+                found = family.recognise(names, file.name)
+            except CheckpointError:
+                return family
+            if found is not None:
+                return family
+    return None
 
 
 def _recognise(
@@ -77,7 +93,7 @@ def _recognise(
 
 def _check_architecture(file: Checkpoint) -> None:
     known: dict[str, list[str]] = {}
-    for family in FAMILIES:
+    for family in registry.FAMILIES:
         known.setdefault(family.gguf_architecture, []).append(family.name)
     found = file.metadata.get(ARCHITECTURE)
     # stable-diffusion.cpp writes none; then the names of the tensors must do.
@@ -97,9 +113,9 @@ def _refuse_others(file: Checkpoint) -> dict[Family, KnownNames]:
             f"it in Hotswap LoRA; choose a file such as {wording.example()} here."
         )
     names = _without_prefixes(file)
-    found = {family: first_match(family.relatives, names) for family in FAMILIES}
+    found = {family: first_match(family.relatives, names) for family in registry.FAMILIES}
     relatives = {family: relative for family, relative in found.items() if relative is not None}
-    if len(relatives) == len(FAMILIES):
+    if len(relatives) == len(registry.FAMILIES):
         raise _relative(file, relatives)
     foreign = foreign_quantization(file.tensors)
     if foreign is not None:
@@ -174,7 +190,7 @@ def _spec(
 
 def _check_class(located: Located) -> None:
     found = read_json(located.config).get("_class_name")
-    known = {family.diffusers_class for family in FAMILIES}
+    known = {family.diffusers_class for family in registry.FAMILIES}
     if found is not None and found not in known:
         raise CheckpointError(
             f"'{located.name}': its config.json is of a {found}, expected {' or '.join(sorted(known))}: this is "

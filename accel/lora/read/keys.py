@@ -197,8 +197,9 @@ def _check_inputs(file: TensorFile, spec: ModelSpec, keys: _Sorted) -> None:
             instead = "Choose that model in Accelerated Flux Loader. " if reads.runs else ""
             raise LoraError(
                 f"LoRA '{file.name}': '{pieces['A'].key}' is {shape}, expected (rank, {target.in_features}): it is for "
-                f"{reads.models}, trained on that model or made to turn another into it. That reads {shape[1]} channels; "
-                f"this model reads {target.in_features}, and a compiled model keeps its shape. {instead}{INSTEAD}"
+                f"{reads.models}, trained on that model or made to turn another into it. That reads {shape[1]} "
+                f"channels; this model reads {target.in_features}, and a compiled model keeps its shape. {instead}"
+                f"{INSTEAD}"
             )
 
 
