@@ -21,9 +21,9 @@ class Nf4Linear(nn.Module):
     """A linear whose weight is stored in 4 bits: `packed`, two values a byte, and `absmax`, one per 64 of a row.
 
     Attributes:
-        packed: (out · in / 2, 1) uint8, row by row.
-        absmax: (out · in / 64,) float32.
-        bias: (out,) in the compute dtype.
+        packed: ``(out_features in_features / 2) 1`` uint8, row by row.
+        absmax: ``(out_features in_features / 64)`` float32.
+        bias: ``out_features`` in the compute dtype, or None.
     """
 
     def __init__(self, in_features: int, out_features: int) -> None:
@@ -35,21 +35,22 @@ class Nf4Linear(nn.Module):
             self.register_parameter(name, None)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """(…, in_features) -> (…, out_features). The weight is unpacked into the input's dtype, then multiplied."""
+        """``… in_features -> … out_features``. The weight is unpacked into the input's dtype, then multiplied."""
         return F.linear(hidden_states, self.unpack(hidden_states.dtype), self.bias)
 
     def unpack(self, dtype: torch.dtype) -> Tensor:
-        """The weight that it computes with, (out_features, in_features)."""
+        """The weight that it computes with, ``out_features in_features``."""
         return unpack(self.packed, self.absmax, (self.out_features, self.in_features), dtype)
 
 
-def _to_nf4(weight: Tensor, bias: Tensor, per_picture: bool) -> Nf4Linear:
+def _to_nf4(weight: Tensor, bias: Tensor | None, per_picture: bool) -> Nf4Linear:
     out_features, in_features = weight.shape
     packed, absmax = pack(weight)
     linear = Nf4Linear(in_features, out_features)
     linear.packed = nn.Parameter(packed, requires_grad=False)
     linear.absmax = nn.Parameter(absmax, requires_grad=False)
-    linear.bias = nn.Parameter(bias, requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias, requires_grad=False)
     return linear
 
 

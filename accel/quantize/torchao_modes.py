@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..families.base import Workspace
 from ..hardware import Hardware
-from ..linear.scaled import way_on
+from ..linear.float8 import way_on
 from .library import Library
 from .mode import Mode, cuda_from, runs_anywhere
 
@@ -28,12 +28,13 @@ NVFP4_BLOCK = 16
 MXFP8_BLOCK = 32
 
 
-def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     out_features, in_features = weight.shape
     with torch.device("meta"):
-        linear = nn.Linear(in_features, out_features)
+        linear = nn.Linear(in_features, out_features, bias=bias is not None)
     linear.weight = nn.Parameter(weight, requires_grad=False)
-    linear.bias = nn.Parameter(bias, requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias, requires_grad=False)
     return linear
 
 
@@ -78,25 +79,25 @@ def _int8_weight(weight: Tensor, dynamic: bool) -> Tensor:
     return _by_rows(weight, lambda run: Int8Tensor.from_hp(run, granularity=PerRow(), act_quant_kwargs=activations))
 
 
-def _to_fp8(weight: Tensor, bias: Tensor, per_picture: bool) -> nn.Module:
+def _to_fp8(weight: Tensor, bias: Tensor | None, per_picture: bool) -> nn.Module:
     return _linear(_fp8_weight(weight, dynamic=True), bias)
 
 
-def _to_fp8_weight_only(weight: Tensor, bias: Tensor, per_picture: bool) -> nn.Module:
+def _to_fp8_weight_only(weight: Tensor, bias: Tensor | None, per_picture: bool) -> nn.Module:
     return _linear(_fp8_weight(weight, dynamic=False), bias)
 
 
-def _to_int8(weight: Tensor, bias: Tensor, per_picture: bool) -> nn.Module:
+def _to_int8(weight: Tensor, bias: Tensor | None, per_picture: bool) -> nn.Module:
     # A linear that sees one row per picture gains nothing from int8 activations, and CUDA's int8 product refuses fewer
     # than 17 rows (torch._int_mm), so its weight alone is int8.
     return _linear(_int8_weight(weight, dynamic=not per_picture), bias)
 
 
-def _to_int8_weight_only(weight: Tensor, bias: Tensor, per_picture: bool) -> nn.Module:
+def _to_int8_weight_only(weight: Tensor, bias: Tensor | None, per_picture: bool) -> nn.Module:
     return _linear(_int8_weight(weight, dynamic=False), bias)
 
 
-def _to_int4(weight: Tensor, bias: Tensor, per_picture: bool) -> nn.Module:
+def _to_int4(weight: Tensor, bias: Tensor | None, per_picture: bool) -> nn.Module:
     from torchao.quantization import Int4WeightOnlyConfig
 
     # The format that PyTorch's own kernel reads; the others need the package mslk.
@@ -106,13 +107,13 @@ def _to_int4(weight: Tensor, bias: Tensor, per_picture: bool) -> nn.Module:
     return _quantized(_linear(weight, bias), config)
 
 
-def _to_nvfp4(weight: Tensor, bias: Tensor, per_picture: bool) -> nn.Module:
+def _to_nvfp4(weight: Tensor, bias: Tensor | None, per_picture: bool) -> nn.Module:
     from torchao.prototype.mx_formats import NVFP4DynamicActivationNVFP4WeightConfig
 
     return _quantized(_linear(weight, bias), NVFP4DynamicActivationNVFP4WeightConfig(use_triton_kernel=False))
 
 
-def _to_mxfp8(weight: Tensor, bias: Tensor, per_picture: bool) -> nn.Module:
+def _to_mxfp8(weight: Tensor, bias: Tensor | None, per_picture: bool) -> nn.Module:
     from torchao.prototype.mx_formats import MXDynamicActivationMXWeightConfig
 
     return _quantized(_linear(weight, bias), MXDynamicActivationMXWeightConfig(block_size=MXFP8_BLOCK))
