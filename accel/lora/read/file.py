@@ -57,9 +57,9 @@ def read_lora(
         keys = account(file, spec)
         config = adapter_config(file)
         products = Products(keys.changes, file.identity, tolerance, cache_dir)
-        wanted = _wanted(keys, products.known, spec.family.layout(spec.config).modules)
+        wanted = _wanted(keys, products.known, spec.layout.modules)
         reader.expect(file, wanted)
-        format_name = name_format(file)
+        format_name = name_format(file, spec)
         values = _Values(file, keys, wanted, reader)
         vectors = [
             VectorLayer(vector.parameter, own_vector(values.of_norm(vector)), 1.0, vector.replaces)
