@@ -17,6 +17,7 @@ from .clip_lora import patch_clip
 from .files import CATEGORY, find_file, fingerprint
 from .patcher import AcceleratedModelPatcher
 from .progress import show_text
+from .reliance import CLIP_LORAS
 
 FOLDER = "loras"
 log = logging.getLogger(__name__)
@@ -149,7 +150,7 @@ def _patch_clip(clip: Any, path: str, weights: LoraWeights, strength: float) -> 
         return None, [f"Not used: {waits}"]
     if strength == 0.0:
         return clip, [f"{len(keys)} keys for text encoders are off: strength_clip 0"]
-    if not contract.holds(contract.CLIP_LORAS):
+    if not contract.holds(CLIP_LORAS):
         raise SettingsError(
             f"LoRA '{weights.name}' has {len(keys)} text encoder keys, which this version of ComfyUI takes in another "
             "way than this pack hands them over (its log says more). Disconnect clip, or update this pack."

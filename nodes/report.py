@@ -16,6 +16,7 @@ from ..accel.report import Reported, write_report
 from . import contract
 from .files import CATEGORY
 from .patcher import AcceleratedModelPatcher
+from .reliance import VERSION
 
 PROJECT = Path(__file__).resolve().parent.parent / "pyproject.toml"
 
@@ -79,7 +80,7 @@ def _host() -> dict[str, str]:
 
 
 def _comfyui_version() -> str:
-    if not contract.holds(contract.VERSION):
+    if not contract.holds(VERSION):
         return "unknown"
     from comfyui_version import __version__
 
