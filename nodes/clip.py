@@ -16,7 +16,7 @@ from torch import Tensor
 from ..accel.store.lru import ByteLru
 from .encoders import Encoders, EncodersPatcher, host_memory_is_scarce
 
-# 64 prompts of 256 tokens of width 4096, in float32.
+# Some sixty prompts: what a large encoder gives for one is about 4 MB.
 CACHE_BYTES = 256 * 1024**2
 
 

@@ -49,7 +49,7 @@ class FluxOffloadConfig(io.ComfyNode):
                     min=0.0,
                     max=1000.0,
                     step=0.25,
-                    tooltip="What of the free memory stays for other programs, when vram_budget_gb is 0. Never less "
+                    tooltip="What of the free memory stays for other programs when vram_budget_gb is 0. Never less "
                     "than ComfyUI's --reserve-vram.",
                 ),
             ],

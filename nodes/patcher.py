@@ -9,7 +9,7 @@ import uuid
 from dataclasses import replace
 from typing import Any
 
-from ..accel.errors import LoraError
+from ..accel.errors import LoraError, SettingsError
 from ..accel.lora.adapter import LoraWeights
 from ..accel.lora.schedule import Keyframes, Playback, ScheduledStack
 from ..accel.lora.stack import LoraStack
@@ -22,6 +22,25 @@ from .residency import ResidentPatcher
 from .sampling import SamplingRecord, summary
 
 log = logging.getLogger(__name__)
+
+
+def accelerated(model: Any, node: str, otherwise: str) -> AcceleratedModelPatcher:
+    """A node's MODEL, if it is one of ours.
+
+    Args:
+        model: what the node got.
+        node: its name.
+        otherwise: what to do with another model, as a sentence.
+
+    Raises:
+        SettingsError: it is not.
+    """
+    if not isinstance(model, AcceleratedModelPatcher):
+        raise SettingsError(
+            f"{node} got a model of type {type(model.model).__name__}, expected one from Accelerated Flux Loader. "
+            f"{otherwise}"
+        )
+    return model
 
 
 class AcceleratedModelPatcher(ResidentPatcher):
