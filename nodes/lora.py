@@ -10,7 +10,7 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..accel.errors import LoraError, SettingsError
-from ..accel.lora.adapter import LoraWeights
+from ..accel.lora.adapter import Adapter
 from ..accel.lora.schedule import between
 from . import contract
 from .clip_lora import patch_clip
@@ -131,7 +131,7 @@ def _describe_cost(model: AcceleratedModelPatcher) -> str:
     )
 
 
-def _patch_clip(clip: Any, path: str, weights: LoraWeights, strength: float) -> tuple[Any, list[str]]:
+def _patch_clip(clip: Any, path: str, weights: Adapter, strength: float) -> tuple[Any, list[str]]:
     """Apply the text-encoder part of a LoRA; without a CLIP, say that it waits.
 
     Returns:

@@ -19,8 +19,10 @@ from ..accel.engine import Engine
 from ..accel.families.flux1 import PATCH_SIZE, Flux1Config, Flux1Inputs
 from ..accel.families.flux1.forward import BlockHook, BlockState, EmbeddingHook, Hooks, Residuals
 from ..accel.families.flux1.positions import RopeOptions
+from ..accel.lora.read.names import known_names
 from ..accel.offload.planner import Planner
-from ..accel.offload.sizes import Workload
+from ..accel.offload.sizes import Workload, activation_bytes
+from ..accel.quantize import find_mode
 from ..accel.report import Sampling
 from .native_lora import NativeLoras
 from .offload import out_of_memory
@@ -46,7 +48,7 @@ class AcceleratedFlux(comfy.model_base.Flux):
         super().__init__(config, model_type=kind)
         self.diffusion_model = TransformerAdapter(engine, planner, make_skeleton(config.unet_config, engine.dtype))
         family, config = engine.spec.family, engine.spec.config
-        self.native_loras = NativeLoras(family.layout(config), family.lora_absent(config), engine.lora_cache)
+        self.native_loras = NativeLoras(engine.spec.layout, known_names(family, config).absent, engine.lora_cache)
         self.samplings: collections.deque[Sampling] = collections.deque(maxlen=SAMPLINGS)
         self.last_load_s: float | None = None
         self.planner = planner
@@ -71,14 +73,9 @@ class AcceleratedFlux(comfy.model_base.Flux):
         batch, _, height, width = input_shape
         references = sum(math.prod(shape[2:]) for shape in (cond_shapes or {}).get("ref_latents", ()))
         tokens = Workload.text_tokens + (height * width + references) / PATCH_SIZE**2
-        settings = engine.settings
-        return engine.spec.family.activation_bytes(
-            engine.spec.config,
-            math.ceil(batch * tokens),
-            engine.dtype,
-            settings.quantization.mode,
-            settings.compile != "off",
-        )
+        mode = find_mode(engine.settings.quantization.mode)
+        compiled = engine.settings.compile != "off"
+        return activation_bytes(engine.spec, math.ceil(batch * tokens), engine.dtype, mode, compiled)
 
     def _apply_model(
         self, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, *args, **kwargs

@@ -18,7 +18,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..accel.errors import LoraError
 from ..accel.families.layout import FusedLinear, Layout, LinearPart, LoraTarget, VectorWeight
-from ..accel.lora.adapter import LoraWeights
+from ..accel.lora.adapter import Adapter
 from ..accel.lora.kinds.shapes import INSTEAD
 from ..accel.lora.read.keys import CONFIG_END
 from ..accel.lora.read.names import ModuleNames
@@ -70,14 +70,14 @@ class NativeLoras:
         known = comfy.weight_adapter
         self._roles = {getattr(known, name): roles for name, roles in ROLES.items() if hasattr(known, name)}
 
-    def read(self, patches: Mapping[Any, Any]) -> tuple[LoraWeights | None, list[Any]]:
-        """Turn patches into weights.
+    def read(self, patches: Mapping[Any, Any]) -> tuple[Adapter | None, list[Any]]:
+        """Turn patches into an adapter.
 
         Args:
             patches: key -> adapter, as `comfy.lora.load_lora` returns them; text-encoder keys may be among them.
 
         Returns:
-            The weights, or None when the patches are for text encoders only; and the keys that they cover.
+            The adapter, or None when the patches are for text encoders only; and the keys that they cover.
 
         Raises:
             LoraError: a patch cannot be carried beside the weights, has a wrong shape, or holds NaN; or nothing fits.
@@ -107,7 +107,7 @@ class NativeLoras:
             return None, configs
         return self._weights(patches, ours), [*ours, *configs]
 
-    def _weights(self, patches: Mapping[Any, Any], keys: list[Any]) -> LoraWeights:
+    def _weights(self, patches: Mapping[Any, Any], keys: list[Any]) -> Adapter:
         return from_patches([self._patch(key, patches[key]) for key in keys], self._digest, cache_dir=self._cache_dir)
 
     def _patch(self, key: Any, patch: Any) -> LinearPatch | NormPatch:

@@ -19,7 +19,7 @@ import torch
 
 from ..accel.engine import Engine
 from ..accel.errors import LoraError, SettingsError
-from ..accel.lora.adapter import LoraWeights
+from ..accel.lora.adapter import Adapter
 from ..accel.lora.schedule import Keyframes, Playback, ScheduledStack
 from ..accel.lora.stack import LoraStack
 from ..accel.offload.planner import Planner
@@ -90,7 +90,7 @@ class AcceleratedModelPatcher(comfy.model_patcher.ModelPatcher):
         return copy
 
     def with_lora(
-        self, weights: LoraWeights, strength: float, keyframes: Keyframes = ()
+        self, weights: Adapter, strength: float, keyframes: Keyframes = ()
     ) -> AcceleratedModelPatcher:
         """A clone with one more LoRA on its stack."""
         copy = self.clone()

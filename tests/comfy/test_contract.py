@@ -258,7 +258,8 @@ def native_loras(core):
         sizes.pooled, sizes.mlp, sizes.guidance,
     )  # fmt: skip
     family = families.Flux1()
-    return core("nodes.native_lora").NativeLoras(family.layout(config), family.lora_absent(config), None)
+    absent = core("accel.lora.read.names").known_names(family, config).absent
+    return core("nodes.native_lora").NativeLoras(family.layout(config), absent, None)
 
 
 NAME = "diffusion_model.double_blocks.0.img_attn.proj"

@@ -77,7 +77,7 @@ def test_comfyuis_loader_puts_loras_on_it(switch, load, format):
         tensors = lora_state_dict(format, rank=4)
         patched, _ = comfy.sd.load_lora_for_models(load(), None, tensors, 0.7, 0.0)
         [entry] = patched.loras.stack.entries
-        stacks.append([(layer.module, layer.rank) for layer in entry.weights.layers])
+        stacks.append([(layer.module, layer.rank) for layer in entry.adapter.layers])
     assert stacks[0] == stacks[1]
     assert stacks[0]
 
