@@ -83,16 +83,15 @@ def assemble(recipe: Recipe, plan: OffloadPlan, memory: DeviceMemory, observer: 
         FileError: the file is gone or changed since its header was read.
         CheckpointError: a weight is not finite.
     """
-    family, config = recipe.spec.family, recipe.spec.config
-    blocks = family.block_count(config)
-    weights = Weights(memory, plan, lambda name: family.block_of(config, name), blocks)
+    layout = recipe.spec.layout
+    weights = Weights(memory, plan, layout.block_of, len(layout.blocks))
     try:
         model = _read_model(recipe, weights, observer)
     except BaseException:
         weights.close()
         raise
-    modules = family.layout(config).modules
-    return Assembled(model, weights, LoraSlots(model, modules, recipe.device, weights.own_parameters))
+    slots = LoraSlots(model, layout.modules, recipe.device, weights.own_parameters)
+    return Assembled(model, weights, slots)
 
 
 def _read_model(recipe: Recipe, weights: Weights, observer: Observer) -> nn.Module:

@@ -19,7 +19,7 @@ from .compile.cache import CompileCache
 from .compile.compiler import RegionCompiler
 from .errors import EngineStateError
 from .history import SwapReport
-from .lora.adapter import LoraWeights
+from .lora.adapter import Adapter
 from .lora.hold.library import LoraLibrary
 from .lora.hold.slots import LoraSlots
 from .lora.stack import LoraStack
@@ -221,11 +221,11 @@ class Engine:
 
     def _current_plan(self) -> OffloadPlan:
         if self._plan is None:
-            blocks = self.spec.family.block_count(self.spec.config)
+            blocks = len(self.spec.layout.blocks)
             return OffloadPlan("none", blocks, blocks, self.bytes, 0, "everything on the device")
         return self._plan() if callable(self._plan) else self._plan
 
-    def read_lora(self, path: str) -> LoraWeights:
+    def read_lora(self, path: str) -> Adapter:
         """Read and check a LoRA file for this model; from memory while the file is unchanged.
 
         Raises:
@@ -252,7 +252,7 @@ class Engine:
 
     def prefetch_room(self, stack: LoraStack) -> bool:
         """Whether the host pool has room for a further stack like this without dropping anything."""
-        size = sum(entry.weights.bytes for entry in stack.active)
+        size = sum(entry.adapter.bytes for entry in stack.active)
         return self.library.prepared(stack) or self.library.host_bytes + size <= self.library.host_budget_bytes
 
     def swap(self, stack: LoraStack) -> SwapReport:
@@ -286,7 +286,7 @@ class Engine:
         return self.loaded and self._applied == stack.key
 
     def __call__(self, inputs: Any) -> Tensor:
-        """Run one forward of the family, such as `families.flux1.Flux1Inputs` -> (B, 16, h, w).
+        """Run one forward: the family's own inputs -> (B, C, h, w), see `families.base.Forward`.
 
         Always in inference mode: going from one grad mode to another would compile again.
 
