@@ -63,10 +63,11 @@ _PUBLIC = {
     "lora.schedule": ("Keyframe", "ScheduledStack"),
     "lora.stack": ("LoraStack",),
     "memory.budgets": ("PoolBudgets",),
+    "observer": ("Observer",),
     "offload.plan": ("OffloadPlan", "Room", "demand_of", "make_plan"),
     "offload.sizes": ("Workload",),
     "registry": ("EngineKey", "Registry"),
-    "report": ("Reported", "Sampling", "write_report"),
+    "report": ("Reported", "write_report"),
     "settings": ("EngineSettings", "Offload", "Quantization", "QuantizedCache"),
     "spec": ("ModelSpec",),
     "step_cache": ("StepCache", "StepCacheSettings"),
@@ -75,6 +76,7 @@ _HOMES = {name: module for module, names in _PUBLIC.items() for name in names}
 
 __all__ = [
     "AccelError",
+    "Adapter",
     "CheckpointError",
     "CompileCache",
     "DeviceMemoryError",
@@ -87,7 +89,6 @@ __all__ = [
     "LibraryError",
     "LoraError",
     "LoraStack",
-    "LoraWeights",
     "ModelSpec",
     "Observer",
     "Offload",

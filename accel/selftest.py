@@ -14,6 +14,7 @@ from .attention import BACKENDS, Target
 from .attention.correctness import verify
 from .compile.compiler import RegionCompiler
 from .errors import AccelError
+from .families.registry import FAMILIES
 from .hardware import dtype_name, hardware_of, has_bf16
 from .linear import kernels
 from .linear.layers import LoraLinear, linears
@@ -26,8 +27,10 @@ from .prove import Proof, Verdict, proofs, random
 from .quantize.modes import MODES
 from .quantize.prove import prove
 
-# Heads of the families' models.
-HEADS, HEAD_DIM = 24, 128
+
+def usual_heads() -> tuple[int, int]:
+    """(heads, width of a head) that attention is tried with: those of the first published model of the families."""
+    return next(family.heads(config) for family in FAMILIES for config in family.published.values())
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ def try_everything(device: torch.device, compiled: bool = True) -> Iterator[Row]
     """
     hardware = hardware_of(device)
     dtype = torch.bfloat16 if has_bf16(hardware) else torch.float16
-    target = Target(device, dtype, HEADS, HEAD_DIM, compiled)
+    target = Target(device, dtype, *usual_heads(), compiled)
     for name, backend in BACKENDS.items():
         reason = backend.missing(target)
         if reason is None and backend.downloads():

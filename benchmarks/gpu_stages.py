@@ -12,7 +12,7 @@ import torch
 from accel.attention import BACKENDS, Target
 from accel.attention.correctness import make_inputs, verify
 from accel.quantize.modes import MODES, refusal
-from accel.selftest import Row, try_everything
+from accel.selftest import Row, try_everything, usual_heads
 
 from . import offload, offload_case, offload_report, step, swap
 from .block_steps import NAMES
@@ -27,7 +27,8 @@ LIBRARIES = (
     "sageattention",
 )  # fmt: skip
 # FLUX.1's attention for a picture of 1024 × 1024 and a prompt.
-HEADS, HEAD_DIM, TOKENS = 24, 128, 4_608
+HEADS, HEAD_DIM = usual_heads()
+TOKENS = 4_608
 QUICK_HEADS, QUICK_TOKENS = 2, 64
 DOWNLOADS = "is not installed, and would be fetched from the network when it is chosen"
 SWAP_ROUNDS, QUICK_SWAP_ROUNDS = 5, 2

@@ -10,7 +10,7 @@ from torch import Tensor
 from .lora_formats import LoraFormat, format_named
 from .lora_kinds import kind_tensors
 from .tensor_files import write_tensors
-from .tiny_models import TinyFluxConfig, flux_linears, linear_gain, seeded_normal
+from .tiny_models import HEAD_DIM, TinyFluxConfig, flux_linears, linear_gain, seeded_normal
 
 Rank = int | Mapping[str, int] | Callable[[str], int]
 
@@ -173,10 +173,10 @@ def norm_state_dict(config: TinyFluxConfig = TinyFluxConfig(), format: str = "na
                 native = f"diffusion_model.double_blocks.{index}.{stream}_attn.norm.{kind}_norm"
                 diffusers = f"transformer.transformer_blocks.{index}.attn.norm_{added}{short}"
                 name = native if format == "native" else diffusers
-                tensors[f"{name}.diff"] = seeded_normal(seed, name, (128,), std)
+                tensors[f"{name}.diff"] = seeded_normal(seed, name, (HEAD_DIM,), std)
     for index in range(config.depth_single):
         for kind, short in (("query", "q"), ("key", "k")):
             native = f"diffusion_model.single_blocks.{index}.norm.{kind}_norm"
             name = native if format == "native" else f"transformer.single_transformer_blocks.{index}.attn.norm_{short}"
-            tensors[f"{name}.diff"] = seeded_normal(seed, name, (128,), std)
+            tensors[f"{name}.diff"] = seeded_normal(seed, name, (HEAD_DIM,), std)
     return tensors

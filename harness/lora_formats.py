@@ -59,6 +59,8 @@ def _native_parts(module: str, config: TinyFluxConfig) -> tuple[Part, ...]:
     return _whole(f"diffusion_model.{module}", module, config)
 
 
+# BFL's list of blocks -> diffusers'.
+DIFFUSERS_LISTS = {"double_blocks": "transformer_blocks", "single_blocks": "single_transformer_blocks"}
 _DIFFUSERS_EMBEDDERS = {
     "img_in": "x_embedder",
     "txt_in": "context_embedder",
@@ -97,7 +99,7 @@ def _diffusers_parts(module: str, config: TinyFluxConfig, prefix: str = "transfo
     if module in _DIFFUSERS_EMBEDDERS:
         return _whole(f"{prefix}{_DIFFUSERS_EMBEDDERS[module]}", module, config)
     family, index, inner = module.split(".", 2)
-    block = {"double_blocks": "transformer_blocks", "single_blocks": "single_transformer_blocks"}[family]
+    block = DIFFUSERS_LISTS[family]
     names = [f"{prefix}{block}.{index}.{name}" for name in _DIFFUSERS_BLOCKS[inner]]
     if len(names) == 1:
         return _whole(names[0], module, config)
@@ -160,7 +162,7 @@ def _fused_parts(module: str, config: TinyFluxConfig) -> tuple[Part, ...]:
     for suffix, name in _FUSED.items():
         if module.endswith(f".{suffix}"):
             kind, index = module.split(".")[:2]
-            block = {"double_blocks": "transformer_blocks", "single_blocks": "single_transformer_blocks"}[kind]
+            block = DIFFUSERS_LISTS[kind]
             return _whole(f"transformer.{block}.{index}.{name}", module, config)
     return _diffusers_parts(module, config)
 

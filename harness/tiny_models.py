@@ -13,13 +13,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# Width of a head of FLUX.1: the rotary axes 16 + 56 + 56 fix it.
+HEAD_DIM = 128
+
 
 @dataclass(frozen=True)
 class TinyFluxConfig:
     """Shape of a FLUX.1 transformer; the default is the tiny one, `TinyFluxConfig.full_width()` has FLUX's own widths.
 
     Args:
-        hidden: Model width, a multiple of 128 (the head size that the rotary axes 16 + 56 + 56 fix).
+        hidden: Model width, a multiple of `HEAD_DIM`.
         depth: Number of double blocks.
         depth_single: Number of single blocks.
         in_channels: Width of an image token, 4 * latent channels.
@@ -41,8 +44,8 @@ class TinyFluxConfig:
     guidance: bool = True
 
     def __post_init__(self) -> None:
-        if self.hidden < 128 or self.hidden % 128:
-            raise ValueError(f"hidden is {self.hidden}, expected a positive multiple of 128 (a FLUX.1 head).")
+        if self.hidden < HEAD_DIM or self.hidden % HEAD_DIM:
+            raise ValueError(f"hidden is {self.hidden}, expected a positive multiple of {HEAD_DIM} (a FLUX.1 head).")
 
     @property
     def mlp(self) -> int:
@@ -176,5 +179,5 @@ def tiny_flux_state_dict(config: TinyFluxConfig, seed: int = 0) -> dict[str, Ten
         for part in ("query_norm", "key_norm"):
             name = f"{norm}.{part}.scale"
             sharpness = 3.5 if ".txt_attn." in norm and part == "key_norm" else 1.8
-            tensors[name] = sharpness + seeded_normal(seed, name, (128,), 0.1)
+            tensors[name] = sharpness + seeded_normal(seed, name, (HEAD_DIM,), 0.1)
     return tensors

@@ -486,7 +486,7 @@ def test_tolerances_part_rounding_from_errors():
     query, key, value = inputs
     cut = F.scaled_dot_product_attention(query, key[:, :, :-1], value[:, :, :-1])
     assert "wrong numbers" in judge(BACKENDS["sage"], target, cut, reference).refusal
-    assert all(backend.tolerance.items() <= EXACT.items() for backend in BACKENDS.values() if backend.exact)
+    assert all(backend.max_deviation.items() <= EXACT.items() for backend in BACKENDS.values() if backend.exact)
 
 
 def test_a_kernel_is_checked_once_for_each_dtype(install, on_cpu):

@@ -11,7 +11,6 @@ from accel.build import conversion_of
 from accel.checkpoint import inspect_checkpoint
 from accel.compile.cache import CompileCache
 from accel.engine import Engine
-from accel.observer import Silent
 from accel.errors import CheckpointError, LoraError
 from accel.families import registry
 from accel.families.base import Family
@@ -20,6 +19,7 @@ from accel.lora.schedule import ScheduledStack
 from accel.lora.stack import LoraStack
 from accel.memory.budgets import PoolBudgets
 from accel.memory.cpu import HostMemory
+from accel.observer import Silent
 from accel.offload.plan import OffloadPlan
 from accel.plan import main as plan
 from accel.quantize import find_mode
