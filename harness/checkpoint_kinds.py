@@ -118,7 +118,8 @@ def diffusers_model(tensors: Mapping[str, Tensor], config: TinyFluxConfig, dtype
     model = FluxTransformer2DModel(
         patch_size=1, in_channels=config.in_channels, out_channels=config.out_channels, num_layers=config.depth,
         num_single_layers=config.depth_single, attention_head_dim=HEAD_DIM,
-        num_attention_heads=config.hidden // HEAD_DIM, joint_attention_dim=config.context, pooled_projection_dim=config.pooled, guidance_embeds=config.guidance)
+        num_attention_heads=config.hidden // HEAD_DIM, joint_attention_dim=config.context,
+        pooled_projection_dim=config.pooled, guidance_embeds=config.guidance)
     converted = _cut(convert_flux_transformer_checkpoint_to_diffusers(_padded(tensors, config)), config)
     model.load_state_dict(converted, strict=True)
     return model.to(dtype)
