@@ -20,7 +20,7 @@ from .compile.compiler import CompileObserver, RegionCompiler
 from .errors import EngineStateError
 from .hardware import resolve_dtype
 from .load import load_quantized
-from .lora.adapter import LoraWeights
+from .lora.adapter import Adapter
 from .lora.hold.library import LoraLibrary
 from .lora.hold.slots import LoraSlots
 from .lora.stack import LoraStack
@@ -353,7 +353,7 @@ class Engine:
             self.spec, self.dtype, self.device, mode, cache, observer.loading, observer.notice, weights
         )
 
-    def read_lora(self, path: str) -> LoraWeights:
+    def read_lora(self, path: str) -> Adapter:
         """Read and check a LoRA file for this model; from memory while the file is unchanged.
 
         Raises:
@@ -380,7 +380,7 @@ class Engine:
 
     def prefetch_room(self, stack: LoraStack) -> bool:
         """Whether the host pool has room for a further stack like this without dropping anything."""
-        size = sum(entry.weights.bytes for entry in stack.active)
+        size = sum(entry.adapter.bytes for entry in stack.active)
         return self._library.prepared(stack) or self._library.host_bytes + size <= self._library.host_budget_bytes
 
     def swap(self, stack: LoraStack) -> SwapReport:

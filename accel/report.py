@@ -183,7 +183,7 @@ def _loras(reported: Reported) -> Rows:
     rows = [("stack", str(loras)), ("bound now", "yes" if engine.applied(loras.stack) else "no")]
     for number, group in enumerate(grouped(entries), start=1):
         rows.append((f"{number}", describe(group)))
-        rows.append(("", str(together([entry.weights.report for entry in group]))))
+        rows.append(("", str(together([entry.adapter.report for entry in group]))))
     cost = loras.stack.cost
     cut = f", cut to {loras.stack.max_rank}" if loras.stack.max_rank else ""
     rows.append(

@@ -335,7 +335,7 @@ def test_a_lora_that_is_added_key_by_key_is_named_once(spec):
     cut = key_by_key(spec, "style.safetensors", [0.5], between(0.0, 0.5))
     assert str(cut) == "style.safetensors × 0.5 (0–50 %)"
     (group,) = grouped(blocks.stack.entries)
-    report = together([entry.weights.report for entry in group])
+    report = together([entry.adapter.report for entry in group])
     assert (report.kinds, report.keys_applied, report.ranks) == ({"LoRA": count}, 3 * count, (4, 4))
     assert report.targets == 50
 
@@ -345,7 +345,7 @@ def test_the_same_lora_twice_and_two_loras_stay_two(tmp_path, spec):
     stack = LoraStack().with_lora(one, 0.5).with_lora(one, 0.2).with_lora(two, 0.2)
     assert str(stack) == "a.safetensors × 0.5 + a.safetensors × 0.2 + b.safetensors × 0.2"
     parts = key_by_key(spec, "b.safetensors", [0.5])
-    again = parts.with_lora(parts.stack.entries[0].weights, 0.3).with_lora(two, 1.0)
+    again = parts.with_lora(parts.stack.entries[0].adapter, 0.3).with_lora(two, 1.0)
     assert str(again) == "b.safetensors × 0.5 + b.safetensors × 0.3 + b.safetensors × 1"
 
 
