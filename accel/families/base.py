@@ -182,7 +182,7 @@ class Family(Protocol[Config]):
         lora_relatives: the same of LoRA keys.
         image_embedder: the diffusers module that reads the latents.
         inputs: channels that the image embedder of a published model reads -> that model.
-        pixels_per_token: along one side of a picture.
+        pixels_per_latent: along one side of a picture; `pixels_per_token` likewise.
         autoencoder: see there.
         published: name -> sizes of models that a plan can be asked for without a file.
     """
@@ -268,6 +268,7 @@ class Family(Protocol[Config]):
 
     # What it needs of a device, and around it.
 
+    pixels_per_latent: int
     pixels_per_token: int
     autoencoder: Autoencoder
     published: Mapping[str, Config]
