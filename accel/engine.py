@@ -320,21 +320,19 @@ class Engine:
 
     def _current_plan(self) -> OffloadPlan:
         if self._plan is None:
-            blocks = self.spec.family.block_count(self.spec.config)
+            blocks = len(self.spec.layout.blocks)
             return OffloadPlan("none", blocks, blocks, self.bytes, 0, "everything on the device")
         return self._plan() if callable(self._plan) else self._plan
 
     def _assemble(self, plan: OffloadPlan) -> None:
-        family, config = self.spec.family, self.spec.config
-        blocks = family.block_count(config)
-        weights = Weights(self._memory, plan, lambda name: family.block_of(config, name), blocks)
+        layout = self.spec.layout
+        weights = Weights(self._memory, plan, layout.block_of, len(layout.blocks))
         try:
             model = self._read_model(weights)
         except BaseException:
             weights.close()
             raise
-        modules = family.layout(config).modules
-        self._slots = LoraSlots(model, modules, self.device, weights.own)
+        self._slots = LoraSlots(model, layout.modules, self.device, weights.own)
         self._model, self._weights = model, weights
         self.load_count += 1
 
@@ -421,7 +419,7 @@ class Engine:
         return self.loaded and self._applied == stack.key
 
     def __call__(self, inputs: Any) -> Tensor:
-        """Run one forward of the family, such as `families.flux1.Flux1Inputs` -> (B, 16, h, w).
+        """Run one forward: the family's own inputs -> (B, C, h, w), see `families.base.Forward`.
 
         Always in inference mode: going from one grad mode to another would compile again.
 

@@ -124,7 +124,7 @@ def _model(reported: Reported) -> Rows:
     return [
         ("file", f"{Path(spec.file.name).name}, {_gb(spec.file.identity.size_bytes)}, {dtype_name(spec.stored_dtype)}"),
         ("family", f"{spec.family.name} {config.variant}, {spec.parameter_count / 1e6:,.0f} million parameters"),
-        ("blocks", f"{config.depth} double, {config.depth_single} single, hidden size {config.hidden_size}"),
+        ("blocks", config.sizes),
         ("computes in", f"{dtype_name(engine.dtype)} (dtype: {engine.settings.dtype})"),
         ("weights", f"{_gb(engine.bytes)} on {engine.device}; {loaded if engine.load_count else 'not loaded yet'}"),
         ("now", "on the device" if engine.loaded else "not on the device"),

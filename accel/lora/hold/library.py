@@ -100,7 +100,7 @@ class LoraLibrary:
         """
         self._spec = spec
         self._cache_dir = cache_dir
-        self._order = spec.family.layout(spec.config).modules
+        self._order = spec.layout.modules
         # For what the next LoRA is read into: one of usual size. Page-locked memory has its own cache in torch.
         self._buffers = HostBuffers(BUFFERS_BYTES)
         self._slots: LoraSlots | None = None

@@ -56,7 +56,7 @@ def read_lora(
         keys = account(file, spec)
         scale = _scale(file)
         products = Products(keys.changes, file.identity, tolerance, cache_dir)
-        wanted = _wanted(keys, products.known, spec.family.layout(spec.config).modules)
+        wanted = _wanted(keys, products.known, spec.layout.modules)
         reader.expect(file, wanted)
         values = FiniteValues(file, keys, wanted, reader)
         norms = values.of_norms(keys)
@@ -66,7 +66,7 @@ def read_lora(
     layers, vectors = converted.layers, (*norms, *converted.vectors)
     # What was computed may be larger than what was read.
     stored = all(change.kind.is_stored(change.headers) for change in keys.changes)
-    report = make_report(name_format(file), keys, layers, vectors, products.errors)
+    report = make_report(name_format(file, spec), keys, layers, vectors, products.errors)
     return Adapter(file.identity, layers, keys.text_encoder, vectors, reader.peak if stored else math.inf, report)
 
 

@@ -15,7 +15,7 @@ from ...spec import ModelSpec
 from .. import kinds
 from ..kinds.base import Change
 from ..kinds.shapes import INSTEAD, OTHER, TensorHeader
-from .names import ModuleNames, Target, cuts
+from .names import ModuleNames, Target, cuts, known_names
 from .origins import origin
 from .text_encoders import split_encoder
 
@@ -121,11 +121,10 @@ def account(file: TensorFile, spec: ModelSpec) -> FileKeys:
 
 
 def _sort(file: TensorFile, spec: ModelSpec, source: str) -> _Sorted:
-    linears, norms = spec.family.lora_linears(spec.config), spec.family.lora_norms(spec.config)
-    absent = spec.family.lora_absent(spec.config)
+    names = known_names(spec.family, spec.config)
     keys = _Sorted()
     for key, info in file.tensors.items():
-        if found := _find(key, linears):
+        if found := _find(key, names.linears):
             module, role, target = found
             _, headers = keys.modules.setdefault(module, (target, {}))
             if role in headers:
@@ -134,7 +133,7 @@ def _sort(file: TensorFile, spec: ModelSpec, source: str) -> _Sorted:
                     "a file that holds one LoRA, or save it without the other key."
                 )
             headers[role] = TensorHeader(key, info.shape)
-        elif norm := _norm(file, key, norms):
+        elif norm := _norm(file, key, names.norms):
             keys.norms.append(norm)
         elif split_encoder(key) is not None:
             keys.text_encoder.append(key)
@@ -142,7 +141,7 @@ def _sort(file: TensorFile, spec: ModelSpec, source: str) -> _Sorted:
             keys.unused[aside] += 1
         elif key.endswith(CONFIG_END):
             keys.unused[CONFIG] += 1
-        elif lacking := _absent(key, absent):
+        elif lacking := _absent(key, names.absent):
             keys.unused[lacking] += 1
         else:
             keys.unknown.append(key)
@@ -194,14 +193,14 @@ def _check_inputs(file: TensorFile, spec: ModelSpec, keys: _Sorted) -> None:
         shape = headers["A"].shape if "A" in headers else ()
         if target.parts[0].module != spec.family.image_embedder or len(shape) != 2:
             continue
-        found = spec.family.inputs(shape[1])
-        if found is not None and shape[1] not in (target.in_features, target.narrow):
-            model, runs = found
-            instead = "Choose that model in Accelerated Flux Loader. " if runs else ""
+        reads = spec.family.inputs.get(shape[1])
+        if reads is not None and shape[1] not in (target.in_features, target.narrow):
+            instead = "Choose that model in Accelerated Flux Loader. " if reads.runs else ""
             raise LoraError(
                 f"LoRA '{file.name}': '{headers['A'].key}' is {shape}, expected (rank, {target.in_features}): it is "
-                f"for {model}, trained on that model or made to turn another into it. That reads {shape[1]} channels; "
-                f"this model reads {target.in_features}, and a compiled model keeps its shape. {instead}{INSTEAD}"
+                f"for {reads.models}, trained on that model or made to turn another into it. That reads {shape[1]} "
+                f"channels; this model reads {target.in_features}, and a compiled model keeps its shape. {instead}"
+                f"{INSTEAD}"
             )
 
 
@@ -212,14 +211,13 @@ def _unknown_message(file: TensorFile, spec: ModelSpec, keys: _Sorted) -> str:
         return (
             f"LoRA '{file.name}' holds nothing for the {model} transformer: {found}. Choose a file with a LoRA for it."
         )
-    layout = spec.family.layout(spec.config)
-    for whole in (layout, layout.separate()):
+    for whole in (spec.layout, spec.layout.separate()):
         if len(whole.expected_shapes().keys() & file.tensors.keys()) > len(file.tensors) // 2:
             return (
                 f"LoRA '{file.name}' is a whole {model} checkpoint, with '{unknown[0]}' for example. Put it into the "
                 "folder 'diffusion_models', and choose it in Accelerated Flux Loader; choose a LoRA here."
             )
-    found = origin(unknown)
+    found = origin(unknown, spec.family)
     hint = f" (by its names: {found})" if found else ""
     if keys.fits and 2 * len(unknown) > len(file.tensors):
         return (
@@ -232,10 +230,8 @@ def _unknown_message(file: TensorFile, spec: ModelSpec, keys: _Sorted) -> str:
             f"LoRA '{file.name}': {len(unknown)} of {len(file.tensors)} keys have no place in this {model} model, such "
             f"as '{unknown[0]}'{hint}. Applying only the rest would not be this LoRA: choose a file without them."
         )
+    *examples, last = spec.family.wording.lora_keys
     return (
         f"LoRA '{file.name}' does not fit {model}{hint}: none of its {len(file.tensors)} keys has a place in "
-        f"the model, such as '{unknown[0]}'. Expected names like "
-        "lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight, "
-        "transformer.transformer_blocks.0.attn.to_q.lora_A.weight or "
-        "diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight."
+        f"the model, such as '{unknown[0]}'. Expected names like {', '.join(examples)} or {last}."
     )
