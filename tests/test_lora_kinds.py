@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+import accel.lora.kinds
 import accel.lora.read.file
 import accel.lora.read.stream
 import accel.memory.buffers
@@ -18,11 +19,11 @@ from accel.checkpoint import inspect_checkpoint
 from accel.errors import FileError, LoraError
 from accel.families.layout import LoraTarget
 from accel.linear.kronecker import multiplications
-from accel.lora.adapter import KroneckerLayer
 from accel.lora.hold.slots import LoraSlots
 from accel.lora.kinds import lowrank
+from accel.lora.kinds.composed import mix
+from accel.lora.kinds.layers import KroneckerLayer
 from accel.lora.kinds.lowrank import Tolerance
-from accel.lora.pack.compose import mix
 from accel.lora.pack.flat import FlatLora, flatten
 from accel.lora.pack.truncate import truncate
 from accel.lora.read.file import read_lora
@@ -918,7 +919,7 @@ def test_another_file_in_the_same_place_is_refused(tmp_path, spec, monkeypatch):
 def test_a_file_that_is_overwritten_in_place_is_refused(tmp_path, spec, monkeypatch):
     """Half old and half new values would be no LoRA."""
     path = write(tmp_path, "overwritten", lora_state_dict("kohya", rank=3))
-    convert, changed = accel.lora.read.file.convert, []
+    convert, changed = accel.lora.kinds.convert, []
 
     def overwrite(*arguments):
         if not changed:
@@ -926,7 +927,7 @@ def test_a_file_that_is_overwritten_in_place_is_refused(tmp_path, spec, monkeypa
             os.utime(path, ns=(1, 1))
         return convert(*arguments)
 
-    monkeypatch.setattr(accel.lora.read.file, "convert", overwrite)
+    monkeypatch.setattr(accel.lora.kinds, "convert", overwrite)
     with pytest.raises(FileError, match=r"'overwritten\.safetensors' was changed while it was read"):
         read_lora(str(path), spec)
 
