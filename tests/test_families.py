@@ -212,6 +212,13 @@ def test_a_lora_of_another_model_is_refused_in_the_familys_words(spec, tmp_path)
     assert known_names(spec.family, spec.config).absent.find("lora_unet_stages_9_inward")
 
 
+@pytest.mark.parametrize("ending", ["diff_b", "lora_B.bias"])
+def test_a_lora_that_changes_a_bias_is_refused_where_there_is_none(spec, tmp_path, ending):
+    file = {**lora_tensors(), f"transformer.layers.0.read.{ending}": torch.zeros(4 * CONFIG.hidden)}
+    with pytest.raises(LoraError, match=rf"'transformer.layers.0.read.{ending}' changes a bias of .* which has none"):
+        engine_of(spec).read_lora(str(write_tensors(tmp_path / "bias.safetensors", file)))
+
+
 # Engines.
 
 
