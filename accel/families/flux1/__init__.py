@@ -37,6 +37,7 @@ class Flux1(Family[Flux1Config]):
     lora_relatives = LORA_RELATIVES
     image_embedder = "x_embedder"
     inputs = INPUTS
+    pixels_per_latent = 8
     pixels_per_token = 16
     # In bf16, and comfy/sd.py: 2178 · 64 / 64 elements for each pixel.
     autoencoder = Autoencoder(167_666_902, 2178 * 2)

@@ -23,6 +23,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from ...errors import LoraError
 from ...families.layout import LoraTarget
 from . import dora
 from .base import ALPHA, Change, Converted, Values
@@ -35,7 +36,7 @@ from .lora import Lora
 from .lowrank import Factors, Tolerance
 from .oft import Oft
 from .refused import refuse
-from .shapes import Shapes, TensorHeader
+from .shapes import INSTEAD, Shapes, TensorHeader
 from .table import KindTable
 
 KINDS = KindTable(
@@ -64,10 +65,16 @@ def check_change(source: str, name: str, target: LoraTarget, headers: Mapping[st
         headers: role -> tensor.
 
     Raises:
-        LoraError: a kind that cannot be carried, two kinds at once, a missing tensor or a wrong shape.
+        LoraError: a kind that cannot be carried, two kinds at once, a missing tensor, a wrong shape, or a bias that the
+            linears do not have.
     """
     refuse(source, headers)
     kind = KINDS.recognise(source, name, headers)
+    for role in KINDS.bias_roles & headers.keys():
+        if not target.bias:
+            raise LoraError(
+                f"{source}: '{headers[role].key}' changes a bias of '{name}', which has none in this model. {INSTEAD}"
+            )
     shapes = Shapes(source, name, target, headers)
     rank = kind.check(shapes)
     KINDS.bias.check(shapes)
