@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..accel.engine import Engine
 from ..accel.families.flux1 import PATCH_SIZE, Flux1Config, Flux1Inputs
-from ..accel.families.flux1.forward import BlockHook, BlockState, EmbeddingHook, Hooks, Residuals
+from ..accel.families.flux1.inputs import BlockHook, BlockState, EmbeddingHook, Hooks, Residuals
 from ..accel.families.flux1.positions import RopeOptions
 from ..accel.offload.planner import Planner
 from ..accel.offload.sizes import Workload

@@ -18,7 +18,8 @@ from . import blocks
 from .activations import activation_bytes, image_tokens
 from .config import AXES_DIM, DIFFUSERS, HEAD_DIM, INPUTS, PATCH_SIZE, VARIANT_BY_IN_CHANNELS, Flux1Config
 from .config import recognise as recognise_config
-from .forward import BlockWeights, Flux1Forward, Flux1Inputs
+from .forward import BlockWeights, Flux1Forward
+from .inputs import Flux1Inputs
 from .layout import checkpoint_layout
 from .lora_names import lora_absent, lora_linears, lora_norms
 
