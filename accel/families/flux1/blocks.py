@@ -58,11 +58,7 @@ def double_block(
         (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj),
         (attn.to_q, attn.to_k, attn.to_v),
     )
-    is_text = torch.arange(query.shape[1], device=query.device)[:, None, None] < text_tokens
-    query_scale = torch.where(is_text, attn.norm_added_q.weight, attn.norm_q.weight)
-    key_scale = torch.where(is_text, attn.norm_added_k.weight, attn.norm_k.weight)
-    query = _rotate(_norm(query, query_scale, attn.norm_q.eps), rotary)
-    key = _rotate(_norm(key, key_scale, attn.norm_k.eps), rotary)
+    query, key = _joint_heads(attn, query, key, text_tokens, rotary)
     joint = _attend(query, key, value, mask, attention)
     text, image = split_linears(joint, text_tokens, attn.to_add_out, attn.to_out[0])
 
@@ -106,6 +102,18 @@ def single_block(
 def _feed_forward(x: Modulated, feed_forward: nn.Module) -> Tensor:
     activation, _, output = feed_forward.net
     return linears(linears(x, activation.proj, activation=GELU_TANH)[0], output)[0]
+
+
+def _joint_heads(
+    attn: nn.Module, query: Tensor, key: Tensor, text_tokens: int, rotary: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Query and key of both streams, ``b (t i) (heads d)``, normed by each stream's scales and turned."""
+    is_text = torch.arange(query.shape[1], device=query.device)[:, None, None] < text_tokens
+    query_scale = torch.where(is_text, attn.norm_added_q.weight, attn.norm_q.weight)
+    key_scale = torch.where(is_text, attn.norm_added_k.weight, attn.norm_k.weight)
+    query = _rotate(_norm(query, query_scale, attn.norm_q.eps), rotary)
+    key = _rotate(_norm(key, key_scale, attn.norm_k.eps), rotary)
+    return query, key
 
 
 def _split_last(x: Tensor, width: int) -> Tensor:
