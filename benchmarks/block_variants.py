@@ -75,10 +75,10 @@ def peft_layers(model: nn.Module) -> Iterator[nn.Module]:
 
 def quantize_blocks(model: nn.Module, config: Flux1Config, mode: str) -> None:
     """Convert all linears inside the blocks as the engine does while it loads."""
-    convert, per_picture = find_mode(mode).convert, Flux1().per_picture
+    convert, linears = find_mode(mode).convert, Flux1().layout(config).by_module
     for name in block_modules(config):
         linear = model.get_submodule(name)
-        model.set_submodule(name, convert(linear.weight, linear.bias, per_picture(name)).eval())
+        model.set_submodule(name, convert(linear.weight, linear.bias, linears[name].per_picture).eval())
 
 
 def quantize_float8(linear: nn.Linear) -> None:

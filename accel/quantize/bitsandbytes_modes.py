@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..families.base import Workspace
 from .mode import Mode, runs_anywhere
 from .nf4 import BLOCK, LIBRARY, pack, stored_shapes, unpack
 
@@ -66,6 +67,7 @@ NF4 = Mode(
     multiple_of=(1, BLOCK),  # so that a block never spans two rows
     weight_bytes=_nf4_bytes,
     convert=_to_nf4,
+    workspace=Workspace(unpacks_weight=True),
     error=0.14,
     instead=("int4", "int8_weight_only", "fp8_weight_only"),
 )

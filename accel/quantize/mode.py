@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import SettingsError
-from ..hardware import Hardware
+from ..families.base import Workspace
+from ..hardware import Hardware, dtype_name
 from .library import Library
 
 
@@ -17,8 +18,8 @@ from .library import Library
 class Mode:
     """One way to store the weight of a linear in fewer bits.
 
-    What is converted is the same for all modes: the linears inside a transformer's blocks, as its family says
-    (`quantizable`). Of those a mode leaves the ones whose sizes its kernels cannot take; a load reports them.
+    What is converted is the same for all modes: the linears inside the blocks, see `ModelLinear.quantizable`. Of those
+    a mode leaves the ones whose sizes its kernels cannot take; a load reports them.
 
     Attributes:
         name: one of `settings.QUANTIZATION_MODES`.
@@ -31,6 +32,7 @@ class Mode:
             whether the linear runs once per picture instead of on every token) -> a module with `in_features`,
             `out_features`, `bias` and `forward`, on the weight's device; its parameters do not require gradients, and
             their `dtype` is the weight's.
+        workspace: what a converted linear holds while it runs, by which a plan counts.
         error: what the relative L2 distance of a linear's output from the unquantized one may be, on normal random
             data; see `prove`.
         instead: the nearest other modes, nearest first.
@@ -48,6 +50,7 @@ class Mode:
     multiple_of: tuple[int, int]
     weight_bytes: Callable[[int, int], int]
     convert: Callable[[Tensor, Tensor | None, bool], nn.Module]
+    workspace: Workspace
     error: float
     instead: tuple[str, ...]
     does_without: Callable[[torch.device, torch.dtype], tuple[str, ...]] = lambda device, dtype: ()
@@ -81,10 +84,9 @@ class Mode:
         if not self.bf16_only or device.type == "cpu" or dtype == torch.bfloat16:
             return dtype
         if explicit:
-            name = str(dtype).removeprefix("torch.")
             raise SettingsError(
-                f"quantization '{self.name}' computes in bfloat16 on a GPU, but dtype is {name}: choose 'bf16' or "
-                "'auto', or a weight-only mode."
+                f"quantization '{self.name}' computes in bfloat16 on a GPU, but dtype is {dtype_name(dtype)}: "
+                "choose 'bf16' or 'auto', or a weight-only mode."
             )
         return torch.bfloat16
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from ..families.base import Workspace
 from ..hardware import Hardware
 from ..linear.float8 import way_on
 from .library import Library
@@ -169,6 +170,7 @@ FP8 = Mode(
     multiple_of=(16, 16),
     weight_bytes=_row_bytes(ROW_SCALE_BYTES),
     convert=_to_fp8,
+    workspace=Workspace(input_bytes=1),
     does_without=_fp8_does_without,
     error=0.06,
     instead=("fp8_weight_only", "int8", "int8_weight_only"),
@@ -183,6 +185,7 @@ FP8_WEIGHT_ONLY = Mode(
     multiple_of=(1, 1),
     weight_bytes=_row_bytes(ROW_SCALE_BYTES),
     convert=_to_fp8_weight_only,
+    workspace=Workspace(unpacks_weight=True),
     error=0.045,
     instead=("int8_weight_only", "nf4"),
 )
@@ -194,6 +197,7 @@ INT8 = Mode(
     multiple_of=(16, 16),
     weight_bytes=_row_bytes(ROW_SCALE_BYTES + 1),  # and a zero point, which is zero
     convert=_to_int8,
+    workspace=Workspace(input_bytes=1, product_bytes=4),  # int32
     error=0.03,
     instead=("int8_weight_only", "fp8_weight_only", "nf4"),
     needs_compile=True,
@@ -206,6 +210,7 @@ INT8_WEIGHT_ONLY = Mode(
     multiple_of=(1, 1),
     weight_bytes=_row_bytes(ROW_SCALE_BYTES + 1),
     convert=_to_int8_weight_only,
+    workspace=Workspace(unpacks_weight=True),
     error=0.02,
     instead=("fp8_weight_only", "nf4"),
 )
@@ -217,6 +222,7 @@ INT4 = Mode(
     multiple_of=(8, INT4_GROUP),
     weight_bytes=_int4_bytes,
     convert=_to_int4,
+    workspace=Workspace(),  # the kernel unpacks as it multiplies
     error=0.17,
     instead=("nf4", "int8_weight_only"),
     bf16_only=True,
@@ -230,6 +236,7 @@ NVFP4 = Mode(
     multiple_of=(16, 16),
     weight_bytes=_nvfp4_bytes,
     convert=_to_nvfp4,
+    workspace=Workspace(input_bytes=1),  # half of it, and scales
     error=0.2,
     instead=("int4", "nf4", "fp8", "int8_weight_only"),
     needs_compile=True,
@@ -244,6 +251,7 @@ MXFP8 = Mode(
     multiple_of=(16, MXFP8_BLOCK),
     weight_bytes=_mxfp8_bytes,
     convert=_to_mxfp8,
+    workspace=Workspace(input_bytes=1),
     error=0.08,
     instead=("fp8", "fp8_weight_only", "int8", "int8_weight_only"),
     needs_compile=True,

@@ -13,13 +13,14 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...step_cache import StepCall
+from ..base import BlockWeights
 from .config import TIMESTEP_DIM, Flux1Config
 from .inputs import BlockState, Flux1Inputs, Hooks, Residuals
 from .positions import Placement, RotaryTables, image_ids, pack, pad_to_patches, place, rotary_table, unpack
@@ -28,16 +29,6 @@ DoubleBlock = Callable[[nn.Module, Tensor, Tensor, Tensor, Tensor, "Tensor | Non
 SingleBlock = Callable[[nn.Module, Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
 AllBlocks = Callable[[nn.Module, Tensor, Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
 Activated = Callable[[Tensor], Tensor]
-
-
-class BlockWeights(Protocol):
-    """Brings the weights of blocks to where they compute."""
-
-    def enter(self, block: int) -> None:
-        """Before a block runs; counted in the order in which they run, double blocks first."""
-
-    def leave(self, block: int) -> None:
-        """After it was run, or has failed."""
 
 
 class Flux1Forward:
@@ -169,10 +160,6 @@ class Flux1Forward:
             return region(block, *args)
         finally:
             self._weights.leave(index)
-
-    def release(self) -> None:
-        """Drop cached tables."""
-        self._rotary.clear()
 
 
 def sinusoid(values: Tensor) -> Tensor:
