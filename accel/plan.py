@@ -18,6 +18,7 @@ from .errors import AccelError, SettingsError
 from .families import registry
 from .families.base import Family, FamilyConfig
 from .files import FileIdentity, TensorFile, TensorInfo
+from .hardware import dtype_name
 from .offload.plan import GB, Demand, Room, demand_of, gb, make_plan
 from .offload.sizes import Workload
 from .settings import DTYPES, OFFLOAD_MODES, QUANTIZATION_MODES, Offload
@@ -48,10 +49,9 @@ def report(options: argparse.Namespace) -> list[str]:
     workload = Workload(*options.resolution, options.batch)
     demand = demand_of(spec, dtype, options.quantization, options.compile != "off", workload)
     around = _Around.of(spec, options.text_encoder, workload)
-    name = str(dtype).removeprefix("torch.")
     lines = [
         f"{spec.file.name}: {spec.parameter_count / 1e9:.2f} billion weights, quantization {options.quantization}, "
-        f"computes in {name}",
+        f"computes in {dtype_name(dtype)}",
         f"  weights {gb(demand.weights.total)} ({len(demand.weights.blocks)} blocks of "
         f"{gb(min(demand.weights.blocks))} to {gb(max(demand.weights.blocks))}, {gb(demand.weights.rest)} outside), "
         f"a step of {workload} {gb(demand.activation_bytes)}",

@@ -22,7 +22,7 @@ import accel.quantize.library
 import accel.quantize.modes
 from accel.build import conversion_of, load_model, model_bytes
 from accel.checkpoint import inspect_checkpoint
-from accel.compile.compiler import batch_can_be_unbacked
+from accel.compile.tracing import batch_can_be_unbacked
 from accel.engine import Engine, Silent
 from accel.errors import CheckpointError, SettingsError
 from accel.files import FileIdentity
@@ -728,7 +728,7 @@ def test_a_bad_weight_leaves_nothing(tmp_path, cache):
 SCRIPT = """
 import sys
 from accel.checkpoint import inspect_checkpoint
-from accel.compile import batch_can_be_unbacked
+from accel.compile.tracing import batch_can_be_unbacked
 from accel.engine import Engine, Silent
 from accel.settings import *
 class Observer(Silent):
@@ -918,7 +918,7 @@ from pathlib import Path
 from benchmarks.load_stage import anonymous_bytes, PeakMemory, _import_libraries
 from accel.build import load_model
 from accel.checkpoint import inspect_checkpoint
-from accel.compile import batch_can_be_unbacked
+from accel.compile.tracing import batch_can_be_unbacked
 from accel.quantize import find_mode, parameter_bytes
 import torch
 mode = sys.argv[2]

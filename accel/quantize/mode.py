@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import SettingsError
 from ..families.base import Workspace
-from ..hardware import Hardware
+from ..hardware import Hardware, dtype_name
 from .library import Library
 
 
@@ -84,10 +84,9 @@ class Mode:
         if not self.bf16_only or device.type == "cpu" or dtype == torch.bfloat16:
             return dtype
         if explicit:
-            name = str(dtype).removeprefix("torch.")
             raise SettingsError(
-                f"quantization '{self.name}' computes in bfloat16 on a GPU, but dtype is {name}: choose 'bf16' or "
-                "'auto', or a weight-only mode."
+                f"quantization '{self.name}' computes in bfloat16 on a GPU, but dtype is {dtype_name(dtype)}: "
+                "choose 'bf16' or 'auto', or a weight-only mode."
             )
         return torch.bfloat16
 
