@@ -14,7 +14,8 @@ from ..layout import Layout
 from .activations import activation_bytes
 from .config import AXES_DIM, DIFFUSERS, HEAD_DIM, INPUTS, PATCH_SIZE, Flux1Config
 from .config import recognise as recognise_config
-from .forward import Flux1Forward, Flux1Inputs
+from .forward import Flux1Forward
+from .inputs import Flux1Inputs
 from .layout import checkpoint_layout
 from .lora_names import RELATIVES as LORA_RELATIVES
 from .lora_names import lora_names

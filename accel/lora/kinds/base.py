@@ -54,6 +54,19 @@ class Converted:
     vectors: tuple[VectorLayer, ...] = ()
 
 
+@dataclass(frozen=True)
+class ComfyAdapter:
+    """The object in which ComfyUI's own loaders bring a kind.
+
+    Attributes:
+        name: of its class in comfy.weight_adapter.
+        roles: of the entries of its `weights`, in order; see the `load` of the class.
+    """
+
+    name: str
+    roles: tuple[str, ...]
+
+
 class Kind(ABC):
     """A way in which trainers change a linear. Stateless; one object of each stands in the table of kinds.
 
@@ -65,6 +78,7 @@ class Kind(ABC):
         adapter_heads: beginnings of endings in which PEFT writes an adapter's name, such as `.lora_A.default.weight`.
         unread_by_comfyui: roles of its own that ComfyUI does not read.
         bias_roles: roles of its own that change a bias.
+        comfyui: how it comes from ComfyUI's own loaders; None: as a plain patch, or not at all.
         changes_weight: False for what stands beside a weight and may come with any kind.
         is_product: whether it is a `ProductKind`.
         scaled_by_config: whether PEFT's configuration in a file scales it where there is no alpha.
@@ -77,6 +91,7 @@ class Kind(ABC):
     adapter_heads: ClassVar[tuple[str, ...]] = ()
     unread_by_comfyui: ClassVar[tuple[str, ...]] = ()
     bias_roles: ClassVar[tuple[str, ...]] = ()
+    comfyui: ClassVar[ComfyAdapter | None] = None
     changes_weight: ClassVar[bool] = True
     is_product: ClassVar[bool] = False
     scaled_by_config: ClassVar[bool] = False

@@ -20,6 +20,7 @@ from .composed import Composed
 from .layers import AddingLayer, Layer, LayerCost, split_rows
 from .shapes import INSTEAD, Shapes
 
+NAME = "DoRA"
 # The end of a key -> role.
 ENDINGS: Mapping[str, str] = {
     ".dora_scale": "dora_scale",
@@ -87,7 +88,7 @@ class MagnitudeLayer(Layer):
 
 def label(kind: str, roles: Collection[str]) -> str:
     """What a person calls a kind of change, with DoRA over it if that is among the roles."""
-    return kind if ROLES.isdisjoint(roles) else f"DoRA ({kind})"
+    return kind if ROLES.isdisjoint(roles) else f"{NAME} ({kind})"
 
 
 def check(shapes: Shapes) -> None:

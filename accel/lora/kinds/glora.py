@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...families.layout import LoraTarget
 from ...tensors import to_float
-from .base import ALPHA, Change, Converted, Kind, Values
+from .base import ALPHA, Change, ComfyAdapter, Converted, Kind, Values
 from .composed import Composed
 from .layers import Layer, LayerCost, split_low_rank
 from .shapes import Shapes, TensorHeader
@@ -69,6 +69,7 @@ class Glora(Kind):
     name: ClassVar[str] = "GLoRA"
     endings: ClassVar[Mapping[str, str]] = {f".{role}.weight": role for role in ROLES}
     companions: ClassVar[tuple[str, ...]] = (ALPHA,)
+    comfyui: ClassVar[ComfyAdapter] = ComfyAdapter("GLoRAAdapter", (*ROLES, ALPHA, "dora_scale"))
 
     def check(self, shapes: Shapes) -> int:
         """See `Kind`."""

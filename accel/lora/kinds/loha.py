@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...tensors import to_float
 from . import lowrank
-from .base import ALPHA, Change, ProductKind
+from .base import ALPHA, Change, ComfyAdapter, ProductKind
 from .lowrank import Factors, Tolerance
 from .shapes import Shapes
 
@@ -26,6 +26,9 @@ class Loha(ProductKind):
     name: ClassVar[str] = "LoHa"
     endings: ClassVar[Mapping[str, str]] = {f".{role}": role for role in (*SIDES, *MIDDLES)}
     companions: ClassVar[tuple[str, ...]] = (ALPHA, "dora_scale")
+    comfyui: ClassVar[ComfyAdapter] = ComfyAdapter(
+        "LoHaAdapter", ("hada_w1_a", "hada_w1_b", ALPHA, "hada_w2_a", "hada_w2_b", *MIDDLES, "dora_scale")
+    )
 
     def check(self, shapes: Shapes) -> int:
         """See `Kind`."""

@@ -14,7 +14,7 @@ from ...families.layout import LoraTarget
 from ...linear.kronecker import multiplications
 from ...tensors import to_float
 from . import lowrank
-from .base import ALPHA, Change, Converted, Kind, Values
+from .base import ALPHA, Change, ComfyAdapter, Converted, Kind, Values
 from .layers import KroneckerLayer, split_low_rank
 from .lowrank import Factors
 from .shapes import Shapes, TensorHeader
@@ -29,6 +29,10 @@ class Lokr(Kind):
     name: ClassVar[str] = "LoKr"
     endings: ClassVar[Mapping[str, str]] = {f".{role}": role for role in ROLES}
     companions: ClassVar[tuple[str, ...]] = (ALPHA, "dora_scale")
+    comfyui: ClassVar[ComfyAdapter] = ComfyAdapter(
+        "LoKrAdapter",
+        (*FACTORS, ALPHA, "lokr_w1_a", "lokr_w1_b", "lokr_w2_a", "lokr_w2_b", "lokr_t2", "dora_scale"),
+    )
 
     def check(self, shapes: Shapes) -> int:
         """See `Kind`."""

@@ -9,7 +9,7 @@ from torch import nn
 
 from ...errors import LoraError
 from ...tensors import own_vector, to_float
-from .base import ALPHA, Change, Converted, Kind, Values
+from .base import ALPHA, Change, ComfyAdapter, Converted, Kind, Values
 from .layers import split_bias, split_low_rank
 from .shapes import Shapes, TensorHeader
 
@@ -41,6 +41,9 @@ class Lora(Kind):
     unread_by_comfyui: ClassVar[tuple[str, ...]] = ("up_bias",)
     bias_roles: ClassVar[tuple[str, ...]] = ("up_bias",)
     scaled_by_config: ClassVar[bool] = True
+    comfyui: ClassVar[ComfyAdapter] = ComfyAdapter(
+        "LoRAAdapter", ("B", "A", ALPHA, "mid", "dora_scale", "reshape_weight")
+    )
 
     def check(self, shapes: Shapes) -> int:
         """See `Kind`."""

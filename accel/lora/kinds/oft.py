@@ -15,7 +15,7 @@ from torch import Tensor
 from ...errors import LoraError
 from ...families.layout import LoraTarget, swap_halves
 from ...tensors import to_float
-from .base import ALPHA, Change, Converted, Kind, Values
+from .base import ALPHA, Change, ComfyAdapter, Converted, Kind, Values
 from .composed import Composed
 from .layers import Layer, LayerCost
 from .shapes import INSTEAD, Shapes
@@ -58,6 +58,7 @@ class Oft(Kind):
     endings: ClassVar[Mapping[str, str]] = {".oft_blocks": "oft_blocks", ".rescale": "rescale"}
     companions: ClassVar[tuple[str, ...]] = (ALPHA,)  # not a scale here, but a bound on the rotation
     sized_by_linear: ClassVar[bool] = False  # ComfyUI reads BOFT for text encoders, too
+    comfyui: ClassVar[ComfyAdapter] = ComfyAdapter("OFTAdapter", ("oft_blocks", "rescale", ALPHA, "dora_scale"))
 
     def check(self, shapes: Shapes) -> int:
         """See `Kind`."""

@@ -21,6 +21,7 @@ class KindTable:
     Attributes:
         bias: what may come with any kind, or alone.
         endings: end of a key, from one of its last dots on -> role.
+        comfyui_endings: role -> how ComfyUI ends such a key.
         unread_by_comfyui: roles that ComfyUI does not read: applying only the rest of a layer would not be this LoRA.
         bias_roles: roles that change a bias.
     """
@@ -37,6 +38,7 @@ class KindTable:
         self.endings: Mapping[str, str] = {ending: role for table in tables for ending, role in table.items()}
         if len(self.endings) < sum(map(len, tables)):
             raise ValueError("two kinds of LoRA claim one ending of keys.")
+        self.comfyui_endings = {role: ending for ending, role in reversed(self.endings.items())}
         heads = [dora.ADAPTER_HEADS, refused.ADAPTER_HEADS, *(kind.adapter_heads for kind in self._kinds)]
         self._adapter_heads = tuple(head for each in heads for head in each)
         unread = [dora.UNREAD_BY_COMFYUI, refused.UNREAD_BY_COMFYUI, *(kind.unread_by_comfyui for kind in self._kinds)]
