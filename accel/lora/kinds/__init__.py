@@ -26,7 +26,7 @@ from torch import Tensor
 from ...families.layout import LoraTarget
 from . import dora
 from .base import ALPHA, Change, Converted, Values
-from .bias import Bias
+from .bias import Bias, require_bias
 from .difference import Difference
 from .glora import Glora
 from .loha import Loha
@@ -64,11 +64,13 @@ def check_change(source: str, name: str, target: LoraTarget, headers: Mapping[st
         headers: role -> tensor.
 
     Raises:
-        LoraError: a kind that cannot be carried, two kinds at once, a missing tensor or a wrong shape.
+        LoraError: a kind that cannot be carried, two kinds at once, a missing tensor, a wrong shape, or a bias that the
+            linears do not have.
     """
     refuse(source, headers)
     kind = KINDS.recognise(source, name, headers)
     shapes = Shapes(source, name, target, headers)
+    require_bias(shapes, KINDS.bias_roles)
     rank = kind.check(shapes)
     KINDS.bias.check(shapes)
     if ALPHA in shapes:
