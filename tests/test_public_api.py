@@ -47,7 +47,7 @@ def test_the_package_imports_nothing():
 
 
 def test_what_reads_headers_imports_no_operator():
-    modules = modules_after("accel.inspect_checkpoint, accel.LoraStack, accel.EngineSettings")
+    modules = modules_after("accel.inspect_checkpoint, accel.read_lora, accel.LoraStack, accel.EngineSettings")
     assert "accel.checkpoint.recognise" in modules
     assert {"accel.linear.operators", "diffusers", "torchao", "comfy"}.isdisjoint(modules)
     assert "accel.linear.operators" in modules_after("accel.Engine")
