@@ -124,7 +124,7 @@ def _model(reported: Reported) -> Rows:
     return [
         ("file", f"{Path(spec.file.name).name}, {_gb(spec.file.identity.size_bytes)}, {dtype_name(spec.stored_dtype)}"),
         ("family", f"{spec.family.name} {config.variant}, {spec.parameter_count / 1e6:,.0f} million parameters"),
-        ("blocks", f"{config.depth} double, {config.depth_single} single, hidden size {config.hidden_size}"),
+        ("blocks", config.sizes),
         ("computes in", f"{dtype_name(engine.dtype)} (dtype: {engine.settings.dtype})"),
         ("weights", f"{_gb(engine.bytes)} on {engine.device}; {loaded if engine.load_count else 'not loaded yet'}"),
         ("now", "on the device" if engine.loaded else "not on the device"),
@@ -183,7 +183,7 @@ def _loras(reported: Reported) -> Rows:
     rows = [("stack", str(loras)), ("bound now", "yes" if engine.applied(loras.stack) else "no")]
     for number, group in enumerate(grouped(entries), start=1):
         rows.append((f"{number}", describe(group)))
-        rows.append(("", str(together([entry.weights.report for entry in group]))))
+        rows.append(("", str(together([entry.adapter.report for entry in group]))))
     cost = loras.stack.cost
     cut = f", cut to {loras.stack.max_rank}" if loras.stack.max_rank else ""
     rows.append(

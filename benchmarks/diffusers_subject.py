@@ -142,7 +142,7 @@ class DiffusersSubject:
 
     def _quantizes(self, module: nn.Module, name: str) -> bool:
         """The linears that the pack quantizes; modulations have one row, which CUDA's int8 product does not take."""
-        family = self._spec.family
-        if not isinstance(module, nn.Linear) or not family.quantizable(name):
+        linear = self._spec.layout.by_module.get(name)
+        if linear is None or not linear.quantizable or not isinstance(module, nn.Linear):
             return False
-        return self._setup.quantization != "int8" or self._device.type == "cpu" or not family.per_picture(name)
+        return self._setup.quantization != "int8" or self._device.type == "cpu" or not linear.per_picture

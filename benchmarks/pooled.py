@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from accel.families.flux1 import Flux1Config
-from accel.lora.adapter import LoraWeights
+from accel.lora.adapter import Adapter
 from accel.lora.hold.library import LoraLibrary
 from accel.lora.stack import LoraStack
 from accel.memory.budgets import GIB, PoolBudgets
@@ -44,7 +44,7 @@ class Pooled:
         self._config = config
         self._device = device
         self._loras = loras
-        self._weights: dict[str, LoraWeights] = {}
+        self._weights: dict[str, Adapter] = {}
         self._expected: dict[tuple[str, float], Pairs] = {}
         self._model, self._slots = flux_loras.slots_of(config, device)
         self._library = self._new_library()

@@ -99,7 +99,7 @@ class Switch:
         self._expected: dict[str, Pairs] = {}
         # As an engine that has read a few LoRAs: their memory is used again.
         self._buffers = HostBuffers(BUFFERS_BYTES)
-        self._order = self._spec.family.layout(config).modules
+        self._order = self._spec.layout.modules
         self._fused = [flux_loras.fused_lora(config, f"fused-{seed}", seed) for seed in range(RESIDENT_COUNT)]
         for lora, format in itertools.product(self._fused, FUSED_FORMATS):
             files.add(f"{format}-{lora.name}", lora.state_dict(format))

@@ -11,7 +11,7 @@ from torch import Tensor
 import accel.compile.compiler
 import accel.lora.hold.device
 from accel.checkpoint import inspect_checkpoint
-from accel.compile.compiler import batch_can_be_unbacked
+from accel.compile.tracing import batch_can_be_unbacked
 from accel.engine import Engine, Silent
 from accel.errors import EngineStateError, LoraError, SettingsError
 from accel.families.flux1 import Flux1Inputs

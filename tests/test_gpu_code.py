@@ -162,7 +162,7 @@ def test_an_input_in_two_parts_reads_and_writes_the_output_once_more():
 
 def test_gelu_costs_a_pass_only_where_no_kernel_takes_it_along():
     linear = Linears(10, [32], [64, 48], 2)
-    last, before = replace(linear, gelu_last=True), replace(linear, recipe="gelu")
+    last, before = replace(linear, activation="gelu_tanh"), replace(linear, recipe="gelu_tanh")
     for fused in (True, False):
         assert linears_bytes(last, 0, fused) == linears_bytes(before, 0, fused) == linears_bytes(linear, 0, fused)
     assert lora_bytes(last) == lora_bytes(before) == lora_bytes(linear)

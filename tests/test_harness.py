@@ -1,5 +1,6 @@
 """The harness on real ComfyUI servers: without the pack, so that a failure here is the harness's own."""
 
+import contextlib
 import io
 import os
 import subprocess
@@ -60,8 +61,12 @@ TEST_NODES = textwrap.dedent(
 def server(tmp_path_factory):
     nodes = tmp_path_factory.mktemp("pack") / "harness_test_nodes.py"
     nodes.write_text(TEST_NODES)
-    with ComfyServer(include_pack=False, packs=[nodes]) as running:
-        yield running
+    with pytest.MonkeyPatch.context() as patch:
+        # The repository on PYTHONPATH would hide ComfyUI's nodes.py behind the pack's folder of that name.
+        patch.setenv("PYTHONPATH", str(paths.REPO))
+        running = ComfyServer(tmp_path_factory.mktemp("base"), include_pack=False, packs=[nodes]).start()
+    yield running
+    running.stop()
 
 
 @pytest.fixture
@@ -228,20 +233,14 @@ def test_log_since_a_mark(client, server):
     assert server.log.count("got prompt") > 1
 
 
-def test_server_ends_with_its_context_even_on_ctrl_c(monkeypatch, tmp_path):
-    # The repository on PYTHONPATH would hide ComfyUI's nodes.py behind the pack's folder of that name.
-    monkeypatch.setenv("PYTHONPATH", str(paths.REPO))
-    base = tmp_path / "base"
-
-    server = ComfyServer(base, include_pack=False)
-    client, pid = None, None
+def test_server_ends_with_its_context_even_on_ctrl_c(server):
+    """The last test of the file's server, which it ends."""
+    client, pid = server.client(), server.pid
+    assert is_running(pid)
 
     def session():
-        nonlocal client, pid
-        with server:
-            client, pid = server.client(), server.pid
-            assert is_running(pid)
-            assert "KSampler" in client.object_info()
+        with contextlib.ExitStack() as stack:
+            stack.push(server)  # its `__exit__`: the server runs already
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -250,7 +249,7 @@ def test_server_ends_with_its_context_even_on_ctrl_c(monkeypatch, tmp_path):
     assert not is_running(pid)
     assert server.pid is None
     assert "To see the GUI" in server.log
-    assert base.is_dir(), "a given base directory stays"
+    assert server.base_directory.is_dir(), "a given base directory stays"
     with pytest.raises(ServerGone):
         client.object_info()
     client.close()
@@ -258,12 +257,19 @@ def test_server_ends_with_its_context_even_on_ctrl_c(monkeypatch, tmp_path):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux ends a child with its parent")
 def test_server_ends_when_its_owner_is_killed(tmp_path):
+    """Killed while the server starts: the kernel asks for no more than a child."""
     script = (
-        "import sys, os, signal\n"
+        "import os, signal, sys, threading, time\n"
         "from harness.server import ComfyServer\n"
-        "server = ComfyServer(sys.argv[1], include_pack=False).start()\n"
-        "print(server.pid, flush=True)\n"
-        "os.kill(os.getpid(), signal.SIGKILL)\n"
+        "server = ComfyServer(sys.argv[1], include_pack=False)\n"
+        "def kill():\n"
+        "    while server.pid is None:\n"
+        "        time.sleep(0.01)\n"
+        "    time.sleep(0.5)\n"
+        "    print(server.pid, flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "threading.Thread(target=kill).start()\n"
+        "server.start()\n"
     )
     owner = subprocess.run(
         [sys.executable, "-c", script, str(tmp_path)], cwd=paths.REPO, stdout=subprocess.PIPE, text=True, check=False

@@ -66,7 +66,7 @@ class Base:
     """The checkpoint's own weights, as `flatten` asks for them."""
 
     def __init__(self, spec, tensors):
-        layout = spec.family.layout(spec.config)
+        layout = spec.layout
         self.values = {}
         for linear in layout.linears:
             for end in ("weight", "bias"):
@@ -111,7 +111,7 @@ def effective(flat, base, spec) -> dict[str, torch.Tensor]:
             value = value + product
         values[name] = flat.vectors[name].double() if name in flat.vectors else value
     touched = {f"{module}.weight" for module in (*flat.placed, *flat.mixing, *flat.kroneckers)} | set(flat.vectors)
-    layout = spec.family.layout(spec.config)
+    layout = spec.layout
     result = {vector.name: values[vector.parameter] for vector in layout.vectors if vector.parameter in touched}
     for linear in layout.linears:
         for end in ("weight", "bias"):
@@ -968,7 +968,7 @@ def test_two_changes_of_one_norm_are_refused(tmp_path, spec):
 
 
 def test_patches_in_float64_and_with_a_bad_alpha(spec):
-    target = LoraTarget.whole(spec.family.layout(spec.config).linears[0])
+    target = LoraTarget.whole(spec.layout.linears[0])
     A, B = torch.randn(3, target.in_features), torch.randn(target.out_features, 3)
 
     def read(dtype, alpha):

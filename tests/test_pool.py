@@ -261,7 +261,7 @@ def test_what_is_in_use_when_all_is_given_back_is_not_kept_later():
 
 def test_a_cut_stack_reports_the_error_of_its_truncation(spec, loras):
     engine, stack = make_engine(spec), stack_of(loras, ("kohya", 0.8), ("bf16", 0.6)).with_max_rank(6)
-    order = tuple(part.module for linear in spec.family.layout(spec.config).linears for part in linear.parts)
+    order = tuple(part.module for linear in spec.layout.linears for part in linear.parts)
     cut = truncate(flatten(stack.active, torch.float32, pin=False, order=order), 6)
     report = engine.swap(stack)
     assert 0.0 < report.error < 1.0

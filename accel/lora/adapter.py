@@ -160,8 +160,8 @@ class VectorLayer:
 
 
 @dataclass(frozen=True)
-class LoraWeights:
-    """A LoRA file's weights over one model's linears. Immutable; shared by everything that uses the file.
+class Adapter:
+    """A LoRA over one model's linears, biases and norms. Immutable; shared by everything that uses its file.
 
     Attributes:
         identity: the file's state when it was read.
@@ -203,7 +203,7 @@ class LoraWeights:
 
     @property
     def bytes(self) -> int:
-        """Memory that the weights hold: all of the buffers that their tensors lie in, each counted once."""
+        """Memory that it holds: all of the buffers that their tensors lie in, each counted once."""
         tensors = [vector.value for vector in self.vectors]
         for layer in self.layers:
             if isinstance(layer, RotationLayer):

@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -54,6 +54,13 @@ class Comfy:
     def __init__(self, server: ComfyServer, client: Client) -> None:
         self.server = server
         self.client = client
+
+    def restart(self) -> None:
+        """Stop the server and start it again in the same folder; its log begins anew."""
+        self.client.close()
+        self.server.stop()
+        self.server.start()
+        self.client = self.server.client()
 
     # Files.
 
@@ -188,7 +195,12 @@ def models_cache() -> Path:
 
 @contextlib.contextmanager
 def _running(
-    models_cache: Path, base: Path, comfy_args: tuple[str, ...], version: str | None, newer_core: bool
+    models_cache: Path,
+    base: Path,
+    comfy_args: tuple[str, ...],
+    version: str | None,
+    newer_core: bool,
+    env: Mapping[str, str],
 ) -> Iterator[Comfy]:
     for source in models_cache.glob("*/*.safetensors"):
         target = base / "models" / source.relative_to(models_cache)
@@ -196,11 +208,12 @@ def _running(
         _link(source, target)
     # Tiny tensors gain nothing from threads, and lose seconds to them when other programs run. The threshold makes
     # glibc give freed tensors back to the system, or memory that was released would still count as the process's.
-    env = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "1048576"}
+    environment = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "1048576", **env}
     packs = [PROBE_PACK, NEWER_CORE_PACK] if newer_core else [PROBE_PACK]
-    server = ComfyServer(base, packs=packs, comfy_args=comfy_args, version=version, env=env)
-    with server, server.client() as client:
-        yield Comfy(server, client)
+    with ComfyServer(base, packs=packs, comfy_args=comfy_args, version=version, env=environment) as server:
+        running = Comfy(server, server.client())
+        yield running
+        running.client.close()
 
 
 def _link(source: Path, target: Path) -> None:
@@ -213,10 +226,16 @@ def _link(source: Path, target: Path) -> None:
 
 @pytest.fixture(scope="session")
 def start_comfy(models_cache, tmp_path_factory) -> Callable:
-    """Start a further server: `with start_comfy("--cache-none") as comfy`; see tests/newer_core_pack for the flag."""
+    """Start a further server: `with start_comfy("--cache-none") as comfy`; see tests/newer_core_pack for the flag.
 
-    def start(*comfy_args: str, version: str | None = None, newer_core: bool = False):
-        return _running(models_cache, tmp_path_factory.mktemp("comfyui"), comfy_args, version, newer_core)
+    A start takes some 15 seconds of a CPU, nearly all of it ComfyUI's imports: ask for a server of one's own only where
+    a test leaves something behind in it or starts it with other arguments.
+    """
+
+    def start(
+        *comfy_args: str, version: str | None = None, newer_core: bool = False, env: Mapping[str, str] | None = None
+    ):
+        return _running(models_cache, tmp_path_factory.mktemp("comfyui"), comfy_args, version, newer_core, env or {})
 
     return start
 
@@ -225,6 +244,13 @@ def start_comfy(models_cache, tmp_path_factory) -> Callable:
 def comfy(start_comfy) -> Iterator[Comfy]:
     """The server that most tests share."""
     with start_comfy() as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def newer_comfy(start_comfy) -> Iterator[Comfy]:
+    """The server that behaves as ComfyUI 0.46, see tests/newer_core_pack, and forgets all but four nodes' outputs."""
+    with start_comfy("--cache-lru", "4", newer_core=True) as running:
         yield running
 
 

@@ -13,25 +13,22 @@ from harness import tiny_models
 from harness.graphs import Picture, graph, latents, relative_distance
 
 DEV = Picture(model="tiny-flux-dev-fp32.safetensors")
-# The servers for two of them behave as newer ComfyUI does, see tests/newer_core_pack.
-CACHES = {
-    "default cache": (),
-    "--cache-classic": ("--cache-classic",),
-    "--cache-none, newer core": ("--cache-none",),
-    "--cache-lru 4, newer core": ("--cache-lru", "4"),
-}
+# One of ComfyUI's caches for node outputs each; two of the servers behave as newer ComfyUI does, see
+# tests/newer_core_pack.
+CACHES = ("default cache", "--cache-classic", "--cache-none, newer core", "--cache-lru 4, newer core")
 # Wide enough that its weights stand out in the memory of the server process: 91 million parameters.
 WIDE = {"hidden": 1280, "depth": 1, "depth_single": 1}
 
 
 @pytest.fixture(scope="module", params=CACHES)
-def any_cache(request):
-    """A server with one of ComfyUI's caches for node outputs; the default one is the shared server."""
-    if not CACHES[request.param]:
-        yield request.getfixturevalue("comfy")
+def any_cache(request, start_comfy):
+    """A server with one of the caches; those of the first and the last are shared with other files."""
+    shared = {"default cache": "comfy", "--cache-lru 4, newer core": "newer_comfy"}
+    if request.param in shared:
+        yield request.getfixturevalue(shared[request.param])
         return
-    start, newer_core = request.getfixturevalue("start_comfy"), request.param.endswith("newer core")
-    with start(*CACHES[request.param], newer_core=newer_core) as running:
+    argument, _, core = request.param.partition(", ")
+    with start_comfy(argument, newer_core=core == "newer core") as running:
         yield running
 
 

@@ -1,5 +1,6 @@
 """Pocket FLUX in a real ComfyUI: found without being copied, the same through stock's nodes, and what it draws."""
 
+import contextlib
 import io
 import json
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from harness import demo
+from harness import demo, demo_report
 from harness.client import http_request
 from harness.graphs import latents, node, relative_distance
 from harness.paths import REPO
@@ -137,3 +138,17 @@ def test_the_bundled_workflow_draws_its_prompt_and_switches(comfy):
     assert np.array_equal(pictures["none again"], plain)
     for name, style in (("A: neon", "neon"), ("B: stripes", "stripes"), ("C: outline", "outline")):
         assert evaluate.EFFECTS[style](pictures[name], plain) > evaluate.EFFECTS[style](plain, plain) + 0.25, name
+
+
+def test_a_rejected_prompt_fails_the_demo_with_its_reason(comfy, monkeypatch, capsys, tmp_path):
+    """On the server that runs already, in place of one that the demo starts."""
+    monkeypatch.setattr(demo, "ComfyServer", lambda *arguments, **options: contextlib.nullcontext(comfy.server))
+    prompt = demo_report.DemoPrompt("bad", (("no-such-lora.safetensors", 1.0),), "bad.png")
+    monkeypatch.setattr(demo, "PROMPTS", (prompt,))
+
+    assert demo.main(["--output", str(tmp_path)]) == 1
+
+    message = capsys.readouterr().err
+    assert message.startswith("error: ComfyUI rejected the graph")
+    assert "no-such-lora.safetensors" in message
+    assert "comfyui.log" in message

@@ -172,13 +172,3 @@ def test_a_quantized_clip_is_not_saved(comfy):
     nodes["save"] = node("CLIPSave", clip=["p0_text", 0], filename_prefix="clip/never")
     assert "cannot be saved" in error_of(comfy, nodes, "save")
     assert not list(comfy.server.base_directory.rglob("never*"))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("version", ["0.18.2", "0.24.0"])
-def test_older_versions(start_comfy, version):
-    with start_comfy(version=version) as older:
-        write_assets(older)
-        test_loras_with_a_text_encoder_part(older, "nf4")
-        test_repeated_prompts_need_no_text_encoder(older)
-        test_a_quantized_clip_is_not_saved(older)

@@ -6,26 +6,39 @@ import pytest
 import torch
 
 from harness.graphs import Picture, relative_distance
+from tests.comfy import test_text_encoder
 
 pytestmark = pytest.mark.slow
 
 DEV = Picture(model="tiny-flux-dev-fp32.safetensors")
 
 
-@pytest.mark.parametrize("version", ["0.18.2", "0.24.0"])
-def test_version(start_comfy, version):
-    with start_comfy(version=version) as comfy:
-        assert {"FluxAccelLoader", "FluxHotswapLora"} <= set(comfy.client.object_info())
-        assert "Flux Hotswap: this ComfyUI" not in comfy.server.log  # the contract holds, see nodes/contract.py
-        lora = comfy.lora("any.safetensors", "kohya", alpha=4.0, seed=81)
-        drawn = comfy.compare(replace(DEV, loras=[(lora, 0.9)]), plain=DEV)
-        assert drawn.distance <= 1e-4
-        assert drawn.effect >= 0.05
-        without = comfy.sample(DEV)
-        assert relative_distance(without, drawn.plain) <= 1e-4
-        engine = comfy.engine()
+@pytest.fixture(scope="module", params=["0.18.2", "0.24.0"])
+def comfy(start_comfy, request):
+    """In place of the server that the imported tests otherwise get."""
+    with start_comfy(version=request.param) as running:
+        yield running
 
-        comfy.free(unload_models=True, free_memory=True)
-        assert torch.equal(comfy.sample(replace(DEV, loras=[(lora, 0.9)])), drawn.ours)
-        assert torch.equal(comfy.sample(DEV), without)
-        assert comfy.engine()["load_count"] == engine["load_count"] + 1
+
+def test_pictures(comfy):
+    assert {"FluxAccelLoader", "FluxHotswapLora"} <= set(comfy.client.object_info())
+    assert "Flux Hotswap: this ComfyUI" not in comfy.server.log  # the contract holds, see nodes/contract.py
+    lora = comfy.lora("any.safetensors", "kohya", alpha=4.0, seed=81)
+    drawn = comfy.compare(replace(DEV, loras=[(lora, 0.9)]), plain=DEV)
+    assert drawn.distance <= 1e-4
+    assert drawn.effect >= 0.05
+    without = comfy.sample(DEV)
+    assert relative_distance(without, drawn.plain) <= 1e-4
+    engine = comfy.engine()
+
+    comfy.free(unload_models=True, free_memory=True)
+    assert torch.equal(comfy.sample(replace(DEV, loras=[(lora, 0.9)])), drawn.ours)
+    assert torch.equal(comfy.sample(DEV), without)
+    assert comfy.engine()["load_count"] == engine["load_count"] + 1
+
+
+def test_text_encoders(comfy):
+    test_text_encoder.write_assets(comfy)
+    test_text_encoder.test_loras_with_a_text_encoder_part(comfy, "nf4")
+    test_text_encoder.test_repeated_prompts_need_no_text_encoder(comfy)
+    test_text_encoder.test_a_quantized_clip_is_not_saved(comfy)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ...attention import Attention
-from ...linear.inputs import Modulated, modulated
+from ...linear.inputs import GELU_TANH, Modulated, modulated
 from ...linear.layers import joint_linears, linears, split_linears
 from .config import HEAD_DIM
 
@@ -91,7 +91,7 @@ def single_block(
     attn = block.attn
     shift, scale, gate = block.norm.linear(temb)[:, None].chunk(3, dim=-1)
     normed = modulated(hidden_states, shift, scale, block.norm.norm.eps)
-    query, key, value, mlp = linears(normed, attn.to_q, attn.to_k, attn.to_v, block.proj_mlp, gelu_last=True)
+    query, key, value, mlp = linears(normed, attn.to_q, attn.to_k, attn.to_v, block.proj_mlp, activation=GELU_TANH)
     query = _rotate(_norm(query, attn.norm_q.weight, attn.norm_q.eps), rotary)
     key = _rotate(_norm(key, attn.norm_k.weight, attn.norm_k.eps), rotary)
     attended = _attend(query, key, value, mask, attention)
@@ -101,7 +101,7 @@ def single_block(
 
 def _feed_forward(x: Modulated, feed_forward: nn.Module) -> Tensor:
     activation, _, output = feed_forward.net
-    return linears(linears(x, activation.proj, gelu_last=True)[0], output)[0]
+    return linears(linears(x, activation.proj, activation=GELU_TANH)[0], output)[0]
 
 
 def _split_last(x: Tensor, width: int) -> Tensor:

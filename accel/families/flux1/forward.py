@@ -10,29 +10,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...step_cache import StepCall
+from ..base import BlockWeights
 from .config import TIMESTEP_DIM, Flux1Config
 from .positions import RopeOptions, RotaryTables, image_ids, pack, pad_to_patches, place, rotary_table, unpack
 
 DoubleBlock = Callable[[nn.Module, Tensor, Tensor, Tensor, Tensor, "Tensor | None"], tuple[Tensor, Tensor]]
 SingleBlock = Callable[[nn.Module, Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
 AllBlocks = Callable[[nn.Module, Tensor, Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
-
-
-class BlockWeights(Protocol):
-    """Brings the weights of blocks to where they compute."""
-
-    def enter(self, block: int) -> None:
-        """Before a block runs; counted in the order in which they run, double blocks first."""
-
-    def leave(self, block: int) -> None:
-        """After it was run, or has failed."""
 
 
 @dataclass(frozen=True)
@@ -279,10 +270,6 @@ class Flux1Forward:
             return region(block, *args)
         finally:
             self._weights.leave(index)
-
-    def release(self) -> None:
-        """Drop cached tables."""
-        self._rotary.clear()
 
 
 def sinusoid(values: Tensor) -> Tensor:

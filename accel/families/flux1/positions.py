@@ -194,7 +194,3 @@ class RotaryTables:
                 self._tables.popitem(last=False)
         self._tables.move_to_end(key)
         return self._tables[key]
-
-    def clear(self) -> None:
-        """Forget all tables."""
-        self._tables.clear()

@@ -14,7 +14,7 @@ from ...memory.buffers import HostBuffers
 from ...memory.device import DeviceMemory, memory_of
 from ...spec import ModelSpec
 from ...store.lru import ByteLru
-from ..adapter import LoraWeights
+from ..adapter import Adapter
 from ..pack.flat import FlatLora, flatten
 from ..pack.strength import UnscaledB, rescalable
 from ..pack.truncate import truncate
@@ -110,14 +110,14 @@ class LoraLibrary:
         """
         self._spec = spec
         self._cache_dir = cache_dir
-        self._order = spec.family.layout(spec.config).modules
+        self._order = spec.layout.modules
         # For what the next LoRA is read into: one of usual size. Page-locked memory has its own cache in torch.
         self._buffers = HostBuffers(BUFFERS_BYTES)
         self._slots: LoraSlots | None = None
         self._dtype = dtype
         self._memory = memory or memory_of(device)
         self._pin = self._memory.pin
-        self._files: ByteLru[LoraWeights] = ByteLru(budgets.files_bytes, lambda weights: weights.bytes)
+        self._files: ByteLru[Adapter] = ByteLru(budgets.files_bytes, lambda adapter: adapter.bytes)
         self._host: ByteLru[Prepared] = ByteLru(budgets.host_bytes, self._host_bytes)
         self._unscaled: ByteLru[UnscaledB] = ByteLru(budgets.device_bytes // 2, lambda values: values.bytes)
         self._loras: DeviceLoras | None = None
@@ -181,17 +181,17 @@ class LoraLibrary:
         if self._pin and hasattr(torch.accelerator, "empty_host_cache"):
             torch.accelerator.empty_host_cache()  # torch keeps freed page-locked memory for itself otherwise
 
-    def read(self, path: str) -> LoraWeights:
+    def read(self, path: str) -> Adapter:
         """Read and check a file; from memory while the file is unchanged. See `read.file.read_lora` for the errors."""
         identity = FileIdentity.of(path)
-        weights = self._files.get(identity)
-        if weights is None:
+        adapter = self._files.get(identity)
+        if adapter is None:
             generation = self._generation
-            weights = read_lora(path, self._spec, self._cache_dir, buffers=self._buffers)
+            adapter = read_lora(path, self._spec, self._cache_dir, buffers=self._buffers)
             if generation == self._generation:
-                self._files.put(weights.identity, weights)
-                self._drop_older(weights.identity)
-        return weights
+                self._files.put(adapter.identity, adapter)
+                self._drop_older(adapter.identity)
+        return adapter
 
     def prepare(self, stack: LoraStack, *, background: bool = False) -> tuple[Prepared, bool]:
         """Flatten a stack into host memory, unless it is there, at whatever strengths.

@@ -123,7 +123,7 @@ def flatten(
     with torch.inference_mode(False), torch.no_grad(), collected_later():
         by_module: dict[str, Layers] = defaultdict(list)
         for entry in entries:
-            for layer in entry.weights.layers:
+            for layer in entry.adapter.layers:
                 by_module[layer.module].append((layer, entry.strength))
         ordered = [module for module in order if module in by_module] or list(by_module)
         mixing: dict[str, Tensor] = {}
@@ -254,7 +254,7 @@ def _vectors(entries: Sequence[StackEntry], base: BaseWeights | None) -> dict[st
     """Parameter -> its value under the stack, float32."""
     values: dict[str, Tensor] = {}
     for entry in entries:
-        for vector in entry.weights.vectors:
+        for vector in entry.adapter.vectors:
             values[vector.parameter] = _changed(values.get(vector.parameter), vector, entry.strength, base)
     return values
 
@@ -278,8 +278,8 @@ def _fits(entries: Sequence[StackEntry], dtype: torch.dtype) -> bool:
     """Whether no element can overflow, from what is known without looking at it."""
     largest = torch.finfo(dtype).max
     for entry in entries:
-        scales = {layer.factors(dtype)[1] for layer in entry.weights.layers if isinstance(layer, LoraLayer)}
-        bounds = [entry.weights.peak * factor for factor in (1.0, *(abs(entry.strength * scale) for scale in scales))]
+        scales = {layer.factors(dtype)[1] for layer in entry.adapter.layers if isinstance(layer, LoraLayer)}
+        bounds = [entry.adapter.peak * factor for factor in (1.0, *(abs(entry.strength * scale) for scale in scales))]
         if not all(bound <= largest for bound in bounds):  # nor where one is NaN
             return False
     return True

@@ -55,7 +55,7 @@ class _Run:
 
 def rescalable(entries: Sequence[StackEntry]) -> bool:
     """Whether strengths only multiply lora_B and left matrices."""
-    return all(not entry.weights.vectors and all(map(only_adds, entry.weights.layers)) for entry in entries)
+    return all(not entry.adapter.vectors and all(map(only_adds, entry.adapter.layers)) for entry in entries)
 
 
 class UnscaledB:
@@ -161,7 +161,7 @@ def _matrices(entries: Sequence[StackEntry], flat: FlatLora) -> list[_Matrix]:
     lefts: list[_Matrix] = []
     seen: dict[str, int] = defaultdict(int)
     for index, entry in enumerate(entries):
-        for layer in entry.weights.layers:
+        for layer in entry.adapter.layers:
             if isinstance(layer, KroneckerLayer):
                 term = flat.kroneckers[layer.module][seen[layer.module]]
                 seen[layer.module] += 1

@@ -14,7 +14,7 @@ from ...files import TensorFile, read_header
 from ...memory.buffers import HostBuffers
 from ...memory.garbage import collected_later
 from ...spec import ModelSpec
-from ..adapter import Layer, LoraLayer, LoraWeights, VectorLayer, check_finite, own_vector, to_float
+from ..adapter import Adapter, Layer, LoraLayer, VectorLayer, check_finite, own_vector, to_float
 from ..kinds.convert import Change, convert
 from ..kinds.lowrank import Tolerance
 from .factor_cache import Products
@@ -34,7 +34,7 @@ def read_lora(
     cache_dir: str | os.PathLike[str] | None = None,
     tolerance: Tolerance = Tolerance(),
     buffers: HostBuffers | None = None,
-) -> LoraWeights:
+) -> Adapter:
     """Read a LoRA for a model. Nothing is returned unless every key, shape, rank and value is right.
 
     Args:
@@ -45,7 +45,7 @@ def read_lora(
         buffers: where memory comes from; None takes it from the system, which is slower.
 
     Returns:
-        Weights on the CPU, unscaled; ordinary matrices in the file's dtype.
+        The adapter on the CPU, unscaled; ordinary matrices in the file's dtype.
 
     Raises:
         FileError: see `files.read_header`.
@@ -57,9 +57,9 @@ def read_lora(
         keys = account(file, spec)
         config = adapter_config(file)
         products = Products(keys.changes, file.identity, tolerance, cache_dir)
-        wanted = _wanted(keys, products.known, spec.family.layout(spec.config).modules)
+        wanted = _wanted(keys, products.known, spec.layout.modules)
         reader.expect(file, wanted)
-        format_name = name_format(file)
+        format_name = name_format(file, spec)
         values = _Values(file, keys, wanted, reader)
         vectors = [
             VectorLayer(vector.parameter, own_vector(values.of_norm(vector)), 1.0, vector.replaces)
@@ -80,7 +80,7 @@ def read_lora(
     # What was computed may be larger than what was read.
     computed = any(change.kind != "LoRA" or "mid" in change.pieces for change in keys.changes)
     report = make_report(format_name, keys, layers, vectors, products.errors)
-    return LoraWeights(
+    return Adapter(
         file.identity, tuple(layers), keys.text_encoder, tuple(vectors), math.inf if computed else reader.peak, report
     )
 

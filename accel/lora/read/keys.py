@@ -14,7 +14,7 @@ from ...files import FLOAT_DTYPES, TensorFile
 from ...spec import ModelSpec
 from ..kinds.convert import Change, check_change
 from ..kinds.shapes import INSTEAD, OTHER, Piece
-from .names import ModuleNames, Target, cuts, role_of
+from .names import ModuleNames, Target, cuts, known_names, role_of
 from .origins import origin
 from .text_encoders import split_encoder
 
@@ -120,11 +120,10 @@ def account(file: TensorFile, spec: ModelSpec) -> FileKeys:
 
 
 def _sort(file: TensorFile, spec: ModelSpec, source: str) -> _Sorted:
-    linears, norms = spec.family.lora_linears(spec.config), spec.family.lora_norms(spec.config)
-    absent = spec.family.lora_absent(spec.config)
+    names = known_names(spec.family, spec.config)
     keys = _Sorted()
     for key, info in file.tensors.items():
-        if found := _find(key, linears):
+        if found := _find(key, names.linears):
             module, role, target = found
             _, pieces = keys.modules.setdefault(module, (target, {}))
             if role in pieces:
@@ -133,7 +132,7 @@ def _sort(file: TensorFile, spec: ModelSpec, source: str) -> _Sorted:
                     "file that holds one LoRA, or save it without the other key."
                 )
             pieces[role] = Piece(key, info.shape)
-        elif vector := _norm(file, key, norms):
+        elif vector := _norm(file, key, names.norms):
             keys.vectors.append(vector)
         elif split_encoder(key) is not None:
             keys.text_encoder.append(key)
@@ -141,7 +140,7 @@ def _sort(file: TensorFile, spec: ModelSpec, source: str) -> _Sorted:
             keys.unused[aside] += 1
         elif key.endswith(CONFIG_END):
             keys.unused[CONFIG] += 1
-        elif lacking := _absent(key, absent):
+        elif lacking := _absent(key, names.absent):
             keys.unused[lacking] += 1
         else:
             keys.unknown.append(key)
@@ -193,14 +192,14 @@ def _check_inputs(file: TensorFile, spec: ModelSpec, keys: _Sorted) -> None:
         shape = pieces["A"].shape if "A" in pieces else ()
         if target.parts[0].module != spec.family.image_embedder or len(shape) != 2:
             continue
-        found = spec.family.inputs(shape[1])
-        if found is not None and shape[1] not in (target.in_features, target.narrow):
-            model, runs = found
-            instead = "Choose that model in Accelerated Flux Loader. " if runs else ""
+        reads = spec.family.inputs.get(shape[1])
+        if reads is not None and shape[1] not in (target.in_features, target.narrow):
+            instead = "Choose that model in Accelerated Flux Loader. " if reads.runs else ""
             raise LoraError(
                 f"LoRA '{file.name}': '{pieces['A'].key}' is {shape}, expected (rank, {target.in_features}): it is for "
-                f"{model}, trained on that model or made to turn another into it. That reads {shape[1]} channels; "
-                f"this model reads {target.in_features}, and a compiled model keeps its shape. {instead}{INSTEAD}"
+                f"{reads.models}, trained on that model or made to turn another into it. That reads {shape[1]} "
+                f"channels; this model reads {target.in_features}, and a compiled model keeps its shape. {instead}"
+                f"{INSTEAD}"
             )
 
 
@@ -211,14 +210,13 @@ def _unknown_message(file: TensorFile, spec: ModelSpec, keys: _Sorted) -> str:
         return (
             f"LoRA '{file.name}' holds nothing for the {model} transformer: {found}. Choose a file with a LoRA for it."
         )
-    layout = spec.family.layout(spec.config)
-    for whole in (layout, layout.separate()):
+    for whole in (spec.layout, spec.layout.separate()):
         if len(whole.expected_shapes().keys() & file.tensors.keys()) > len(file.tensors) // 2:
             return (
                 f"LoRA '{file.name}' is a whole {model} checkpoint, with '{unknown[0]}' for example. Put it into the "
                 "folder 'diffusion_models', and choose it in Accelerated Flux Loader; choose a LoRA here."
             )
-    found = origin(unknown)
+    found = origin(unknown, spec.family)
     hint = f" (by its names: {found})" if found else ""
     if keys.fits and 2 * len(unknown) > len(file.tensors):
         return (
@@ -231,10 +229,8 @@ def _unknown_message(file: TensorFile, spec: ModelSpec, keys: _Sorted) -> str:
             f"LoRA '{file.name}': {len(unknown)} of {len(file.tensors)} keys have no place in this {model} model, such "
             f"as '{unknown[0]}'{hint}. Applying only the rest would not be this LoRA: choose a file without them."
         )
+    *examples, last = spec.family.wording.lora_keys
     return (
         f"LoRA '{file.name}' does not fit {model}{hint}: none of its {len(file.tensors)} keys has a place in "
-        f"the model, such as '{unknown[0]}'. Expected names like "
-        "lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight, "
-        "transformer.transformer_blocks.0.attn.to_q.lora_A.weight or "
-        "diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight."
+        f"the model, such as '{unknown[0]}'. Expected names like {', '.join(examples)} or {last}."
     )

@@ -9,9 +9,14 @@ Three small tables that combine, so that a spelling which no program had when th
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Generic, TypeVar
+
+from ...families.base import Config, Family
+from ...families.layout import LoraTarget, VectorWeight
 
 # Words that may stand before a module's name, in any order and number.
 WORDS = (
@@ -99,6 +104,22 @@ class ModuleNames(Generic[Target]):
                 return None
             name = name[word.end() :]
         return target
+
+
+@dataclass(frozen=True)
+class KnownModules:
+    """See `families.base.LoraNames`, however a file spells them."""
+
+    linears: ModuleNames[LoraTarget]
+    norms: ModuleNames[VectorWeight]
+    absent: ModuleNames[str]
+
+
+@functools.lru_cache(maxsize=4)
+def known_names(family: Family[Config], config: Config) -> KnownModules:
+    """The names of a model's layers; thousands, wanted for every LoRA that is read."""
+    names = family.lora_names(config)
+    return KnownModules(ModuleNames(names.linears), ModuleNames(names.norms), ModuleNames(names.absent))
 
 
 def cuts(key: str) -> Iterator[tuple[str, str]]:

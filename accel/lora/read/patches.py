@@ -14,7 +14,7 @@ from torch import Tensor
 from ...errors import LoraError
 from ...families.layout import LoraTarget, VectorWeight
 from ...files import FLOAT_DTYPES, FileIdentity
-from ..adapter import Layer, LoraWeights, VectorLayer, check_finite, own_vector, to_float
+from ..adapter import Adapter, Layer, VectorLayer, check_finite, own_vector, to_float
 from ..kinds.convert import Change, check_change, convert
 from ..kinds.lowrank import Tolerance
 from ..kinds.shapes import INSTEAD, Piece
@@ -62,8 +62,8 @@ def from_patches(
     digest: Callable[[str, Tensor], str],
     tolerance: Tolerance = Tolerance(),
     cache_dir: str | os.PathLike[str] | None = None,
-) -> LoraWeights:
-    """Make weights of tensors in memory, identified by their content.
+) -> Adapter:
+    """Make an adapter of tensors in memory, identified by their content.
 
     Args:
         patches: as one LoRA brings them.
@@ -112,7 +112,7 @@ def from_patches(
         products.store()
     keys = FileKeys(tuple(changes), (), (), {})
     report = make_report("patches of another node", keys, layers, vectors, products.errors)
-    return LoraWeights(identity, tuple(layers), (), tuple(vectors), math.inf, report)
+    return Adapter(identity, tuple(layers), (), tuple(vectors), math.inf, report)
 
 
 def tensor_digest(source: str, tensor: Tensor) -> str:

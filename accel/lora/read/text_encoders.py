@@ -14,8 +14,8 @@ from ..kinds.convert import COMPANIONS
 from ..kinds.shapes import CHECKS, Piece, Shapes
 from .names import WORDS, ModuleNames, cuts, role_of
 
-# Encoder, as ComfyUI's CLIP calls it -> what files call it. As FLUX has them: CLIP-L first, T5 second; sd-scripts and
-# SD3's trainers count T5 as the third, behind a CLIP-G that FLUX does not have.
+# Encoder, as ComfyUI's CLIP calls it -> what files call it. CLIP-L comes first and T5 second; sd-scripts and SD3's
+# trainers count T5 as the third, behind a CLIP-G.
 ENCODERS: Mapping[str, tuple[str, ...]] = {
     "clip_l": ("clip_l", "text_encoder", "text_encoder_1", "te", "te1"),
     "t5xxl": ("t5xxl", "t5", "text_encoder_2", "text_encoder_3", "te2", "te3"),
@@ -24,7 +24,7 @@ ENCODERS: Mapping[str, tuple[str, ...]] = {
 UNREAD = ("magnitude", "up_bias", "oft_R", "ia3", "weight")
 # Kinds whose sizes are told by a linear's; ComfyUI says nothing where they differ, and leaves the layer as it was.
 SIZED = ("LoRA", "LoHa", "LoKr", "GLoRA", "difference")
-# For none of FLUX's encoders, and for no transformer.
+# For neither of these encoders, and for no transformer.
 OTHERS = ("clip_g", "clip_h", "te4", "text_encoder_4")
 _NAMES = {name: encoder for encoder, names in ENCODERS.items() for name in names} | dict.fromkeys(OTHERS, "")
 _BEFORE = rf"(?:(?:text_encoders|{'|'.join(WORDS)})[._]+)*"
@@ -34,7 +34,7 @@ _BARE = re.compile(rf"{_BEFORE}(?P<rest>(?:(?P<clip_l>text_model)|(?P<t5xxl>enco
 
 
 def split_encoder(spelled: str) -> tuple[str, str] | None:
-    """The encoder that a key or module name is for ("" for one that FLUX lacks), and what follows; None: for none."""
+    """The encoder that a key or module name is for ("" for another than these), and what follows; None: for none."""
     named = _NAMED.match(spelled)
     if named is not None:
         return _NAMES[named["name"]], named["rest"]
@@ -66,7 +66,7 @@ class EncoderNames:
         """Why `find` finds nothing."""
         encoder, rest = split_encoder(spelled) or ("", spelled)
         if not encoder or (encoder == "t5xxl" and rest.startswith("text_model")):
-            return "for a text encoder that FLUX.1 does not have, such as SDXL's CLIP-G"
+            return "for a text encoder that this model does not have, such as SDXL's CLIP-G"
         if encoder not in self._layers:
             return f"for {encoder}, which the connected CLIP does not have"
         return f"for layers that the {encoder} does not have"
