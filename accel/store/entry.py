@@ -92,7 +92,7 @@ class EntryWriter:
         self._stream.seek(self._start)
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Append a tensor; all but one of an odd size is on its way to the disk before this returns.
+        """Append a tensor; unless its size is no multiple of 64 bytes, its data is written before this returns.
 
         Raises:
             OSError: the disk is full.

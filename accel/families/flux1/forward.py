@@ -7,6 +7,7 @@ blocks for patches, weight streaming or a step cache.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,7 +20,10 @@ from torch import Tensor, nn
 from ...step_cache import StepCall
 from ..base import BlockWeights
 from .config import TIMESTEP_DIM, Flux1Config
-from .positions import RopeOptions, RotaryTables, image_ids, pack, pad_to_patches, place, rotary_table, unpack
+from .positions import RopeOptions, image_ids, pack, pad_to_patches, place, rotary_table, table_of, unpack
+
+# Placements whose rotary tables are kept.
+ROTARY_TABLES = 8
 
 DoubleBlock = Callable[[nn.Module, Tensor, Tensor, Tensor, Tensor, "Tensor | None"], tuple[Tensor, Tensor]]
 SingleBlock = Callable[[nn.Module, Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
@@ -148,7 +152,8 @@ class Flux1Forward:
         self._single = single
         self._whole = whole
         self._weights = weights
-        self._rotary = RotaryTables()
+        # So that a step of the same size computes none.
+        self._rotary = functools.lru_cache(maxsize=ROTARY_TABLES)(table_of)
 
     def __call__(self, inputs: Flux1Inputs) -> Tensor:
         """Predict the velocity: (B, 16, h, w) in the transformer's dtype."""
@@ -174,7 +179,7 @@ class Flux1Forward:
                 )
             rotary = rotary_table(torch.cat([text_ids, ids], dim=1))
         else:
-            rotary = self._rotary.get(placement, latent.device)
+            rotary = self._rotary(placement, latent.device)
 
         state = BlockState(
             hidden_states,
