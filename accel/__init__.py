@@ -4,8 +4,8 @@
 inspect_checkpoint(path)                 reads a header        -> ModelSpec
 Engine(spec, EngineSettings(...))        checks the machine
 engine.load()                            reads the weights, compiles with the first call
-engine.read_lora(path)                   checks the file       -> LoraWeights
-LoraStack().with_lora(weights, 0.8)      immutable, cheap
+engine.read_lora(path)                   checks the file       -> Adapter
+LoraStack().with_lora(adapter, 0.8)      immutable, cheap
 engine.swap(stack)                       binds the tensors     -> SwapReport
 engine(inputs)                           one forward
 make_plan(demand_of(...), ...)           what fits which GPU   -> OffloadPlan
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
         LoraError,
         SettingsError,
     )
-    from .lora.adapter import LoraWeights
+    from .lora.adapter import Adapter
     from .lora.read.file import read_lora
     from .lora.schedule import Keyframe, ScheduledStack
     from .lora.stack import LoraStack
@@ -55,7 +55,7 @@ _PUBLIC = {
         "AccelError", "CheckpointError", "DeviceMemoryError", "EngineStateError", "FileError", "LibraryError",
         "LoraError", "SettingsError",
     ),
-    "lora.adapter": ("LoraWeights",),
+    "lora.adapter": ("Adapter",),
     "lora.read.file": ("read_lora",),
     "lora.schedule": ("Keyframe", "ScheduledStack"),
     "lora.stack": ("LoraStack",),
@@ -72,6 +72,7 @@ _HOMES = {name: module for module, names in _PUBLIC.items() for name in names}
 
 __all__ = [
     "AccelError",
+    "Adapter",
     "CheckpointError",
     "CompileCache",
     "DeviceMemoryError",
@@ -84,7 +85,6 @@ __all__ = [
     "LibraryError",
     "LoraError",
     "LoraStack",
-    "LoraWeights",
     "ModelSpec",
     "Observer",
     "Offload",

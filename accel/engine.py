@@ -376,7 +376,7 @@ class Engine:
             self._library.prepare(stack, background=True)
             with self._lock:
                 if self.loaded:
-                    self._library.bring(stack, make_room=False)
+                    self._library.make_resident(stack, evict=False)
 
     def prefetch_room(self, stack: LoraStack) -> bool:
         """Whether the host pool has room for a further stack like this without dropping anything."""
@@ -396,12 +396,12 @@ class Engine:
             start = time.perf_counter()
             source, size, error = "unchanged", 0, 0.0
             if stack.key != self._applied:
-                brought = self._library.bring(stack)
+                resident = self._library.make_resident(stack)
                 # An interrupt can rise between any two lines: what is not known to be bound counts as unknown.
                 self._applied = None
-                size = self._library.bind(brought)
+                size = self._library.bind(resident)
                 self._applied = stack.key
-                source, error = brought.source, brought.error
+                source, error = resident.source, resident.error
             return SwapReport(str(stack), source, (time.perf_counter() - start) * 1e3, size, error)
 
     @property

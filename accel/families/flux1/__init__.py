@@ -14,7 +14,8 @@ from ..layout import Layout
 from .activations import activation_bytes
 from .config import AXES_DIM, DIFFUSERS, HEAD_DIM, INPUTS, PATCH_SIZE, Flux1Config
 from .config import recognise as recognise_config
-from .forward import Flux1Forward, Flux1Inputs
+from .forward import Flux1Forward
+from .inputs import Flux1Inputs
 from .layout import checkpoint_layout
 from .lora_names import RELATIVES as LORA_RELATIVES
 from .lora_names import lora_names
@@ -37,6 +38,7 @@ class Flux1(Family[Flux1Config]):
     lora_relatives = LORA_RELATIVES
     image_embedder = "x_embedder"
     inputs = INPUTS
+    pixels_per_latent = 8
     pixels_per_token = 16
     # In bf16, and comfy/sd.py: 2178 · 64 / 64 elements for each pixel.
     autoencoder = Autoencoder(167_666_902, 2178 * 2)

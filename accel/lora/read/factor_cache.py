@@ -11,7 +11,7 @@ from torch import Tensor
 from ...files import FileIdentity
 from ...store.disk import DamagedError, DiskStore
 from ...store.entry import Key
-from ..kinds.convert import Change, product_factors
+from ..kinds.base import Change, product_factors
 from ..kinds.lowrank import Factors, Tolerance
 
 # Part of every key: another way to compute the matrices is another version.
@@ -106,9 +106,9 @@ class Products:
             tensors: role -> values; only needed if the change is not `known`.
 
         Raises:
-            LoraError: see `kinds.product_factors`.
+            LoraError: see `kinds.base.product_factors`.
         """
-        if not change.is_product:
+        if not change.kind.is_product:
             return None
         if change.name in self._factors:
             return self._factors[change.name]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ....accel.families.flux1 import PATCH_SIZE, Flux1Inputs
-from ....accel.families.flux1.forward import Residuals
+from ....accel.families.flux1.inputs import Residuals
 from ....accel.families.flux1.positions import RopeOptions
 from ...transformer import GUIDANCE, STEP_CACHE, EngineTransformer
 from .hooks import hooks_of
