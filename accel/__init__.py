@@ -5,7 +5,7 @@ inspect_checkpoint(path)                 reads a header        -> ModelSpec
 Engine(spec, EngineSettings(...))        checks the machine
 engine.load()                            reads the weights, compiles with the first call
 engine.read_lora(path)                   checks the file       -> Adapter
-LoraStack().with_lora(weights, 0.8)      immutable, cheap
+LoraStack().with_lora(adapter, 0.8)      immutable, cheap
 engine.swap(stack)                       binds the tensors     -> SwapReport
 engine(inputs)                           one forward
 make_plan(demand_of(...), ...)           what fits which GPU   -> OffloadPlan

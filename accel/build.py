@@ -100,7 +100,7 @@ def load_model(
         dtype: dtype of all parameters, as the model sees them.
         device: where they go, and where they are converted.
         on_progress: called with (linears and vectors read, both in all).
-        mode: what the linears that it `quantizes` are converted to.
+        mode: what linears are converted to, see `mode_of`.
         writer: gets every parameter as soon as it is placed; not finished here.
         placement: where they go instead.
 
@@ -164,16 +164,18 @@ def check_complete(model: nn.Module, spec: ModelSpec) -> None:
         raise CheckpointError(f"'{spec.file.name}': no tensor for {', '.join(left[:3])}: a wrong layout.")
 
 
-def quantizes(mode: Mode | None, linear: ModelLinear) -> bool:
-    """Whether a mode is what a linear's weight is stored in; else it keeps its dtype."""
-    return mode is not None and linear.quantizable and mode.fits(linear.out_features, linear.in_features)
+def mode_of(linear: ModelLinear, mode: Mode | None) -> Mode | None:
+    """The mode that a linear's weight is stored in when the model's is `mode`; None: it keeps its dtype."""
+    if mode is None or not linear.quantizable or not mode.fits(linear.out_features, linear.in_features):
+        return None
+    return mode
 
 
 def conversion_of(spec: ModelSpec, mode: Mode) -> Conversion:
     """What a mode does to a checkpoint's linears; known from their sizes, before anything is read."""
     result = Conversion()
     for linear in spec.layout.by_module.values():
-        if quantizes(mode, linear):
+        if mode_of(linear, mode) is not None:
             result.converted += 1
         elif linear.quantizable:
             result.unfit.append(linear.module)
@@ -189,10 +191,11 @@ def stored_sizes(spec: ModelSpec, dtype: torch.dtype, mode: Mode | None) -> Iter
     """
     for linear in spec.layout.by_module.values():
         out_features, in_features = linear.out_features, linear.in_features
-        if quantizes(mode, linear):
-            weight = mode.weight_bytes(out_features, in_features)
-        else:
+        stored_in = mode_of(linear, mode)
+        if stored_in is None:
             weight = out_features * in_features * dtype.itemsize
+        else:
+            weight = stored_in.weight_bytes(out_features, in_features)
         yield linear.module, (weight, out_features * dtype.itemsize) if linear.bias else (weight,)
     for vector in spec.layout.vectors:
         yield vector.parameter, (vector.size * dtype.itemsize,)
@@ -230,13 +233,14 @@ def _place_linear(
         parameters[f"{linear.module}.bias"] = bias
     for name, tensor in parameters.items():
         _check_shape(model, name, tensor)
-    if not quantizes(mode, linear):
+    stored_in = mode_of(linear, mode)
+    if stored_in is None:
         for name, tensor in parameters.items():
             assign(model, name, tensor.to(goes_to))
         return tuple(parameters)
-    if mode.needs_device or _conversion_fits(weight, device):
+    if stored_in.needs_device or _conversion_fits(weight, device):
         weight, bias = weight.to(device), bias if bias is None else bias.to(device)
-    converted = mode.convert(weight, bias, linear.per_picture).to(goes_to).eval()
+    converted = stored_in.convert(weight, bias, linear.per_picture).to(goes_to).eval()
     model.set_submodule(linear.module, converted)
     return tuple(f"{linear.module}.{parameter}" for parameter, _ in converted.named_parameters())
 

@@ -24,7 +24,7 @@ from .lora.hold.library import LoraLibrary
 from .lora.hold.slots import LoraSlots
 from .lora.stack import LoraStack
 from .memory.base import DeviceMemory
-from .memory.budgets import PoolBudgets
+from .memory.budgets import PoolBudgets, without_strengths
 from .memory.device import memory_of
 from .observer import Observer, Silent
 from .offload.plan import OffloadPlan
@@ -217,7 +217,7 @@ class Engine:
         budgets = PoolBudgets.of_free_memory(self.device, reserved_bytes)
         if plan is None or not plan.lora_bytes or not self._memory.separate:
             return budgets
-        return replace(budgets, device_bytes=plan.lora_bytes * 2 // 3)  # half as much again is for strengths
+        return replace(budgets, device_bytes=without_strengths(plan.lora_bytes))
 
     def _current_plan(self) -> OffloadPlan:
         if self._plan is None:
@@ -248,7 +248,7 @@ class Engine:
             self.library.prepare(stack, background=True)
             with self._lock:
                 if self.loaded:
-                    self.library.bring(stack, make_room=False)
+                    self.library.make_resident(stack, evict=False)
 
     def prefetch_room(self, stack: LoraStack) -> bool:
         """Whether the host pool has room for a further stack like this without dropping anything."""
@@ -268,12 +268,12 @@ class Engine:
             start = time.perf_counter()
             source, size, error = "unchanged", 0, 0.0
             if stack.key != self._applied:
-                brought = self.library.bring(stack)
+                resident = self.library.make_resident(stack)
                 # An interrupt can rise between any two lines: what is not known to be bound counts as unknown.
                 self._applied = None
-                size = self.library.bind(brought)
+                size = self.library.bind(resident)
                 self._applied = stack.key
-                source, error = brought.source, brought.error
+                source, error = resident.source, resident.error
             return SwapReport(str(stack), source, (time.perf_counter() - start) * 1e3, size, error)
 
     @property

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-PIXELS_PER_LATENT = 8
-
 
 @dataclass(frozen=True)
 class SwapReport:
@@ -33,7 +31,7 @@ class Sampling:
 
     Attributes:
         loras: as `ScheduledStack.__str__` writes them.
-        size: (batch, h, w) of the latents.
+        size: (batch, height, width) of the pictures, in pixels; empty without a call.
         steps: noise levels at which the transformer was called; one that was stopped has fewer than were asked for.
         calls: of the transformer; more than steps where conditions were not joined.
         seconds: from before the LoRAs were bound to the end, with compiling.
@@ -70,7 +68,7 @@ class Sampling:
     @property
     def picture(self) -> str:
         """Size and number of the pictures, such as `1024 × 768, batch of 2`."""
-        if len(self.size) < 3:
+        if not self.size:
             return "no call"
-        batch, height, width = self.size[0], *(side * PIXELS_PER_LATENT for side in self.size[-2:])
+        batch, height, width = self.size
         return f"{width} × {height}" + (f", batch of {batch}" if batch > 1 else "")

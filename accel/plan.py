@@ -10,18 +10,20 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar, NoReturn
 
 import torch
 
 from .checkpoint import inspect_checkpoint
-from .errors import AccelError, SettingsError
+from .errors import AccelError, FileError, SettingsError
 from .families import registry
 from .families.base import Family, FamilyConfig
 from .files import FileIdentity, TensorFile, TensorInfo
-from .hardware import dtype_name
-from .offload.plan import GB, Demand, Room, demand_of, gb, make_plan
+from .hardware import DTYPES, dtype_name
+from .memory.budgets import GB
+from .offload.plan import Demand, Room, demand_of, gb, make_plan
 from .offload.sizes import Workload
-from .settings import DTYPES, OFFLOAD_MODES, QUANTIZATION_MODES, Offload
+from .settings import OFFLOAD_MODES, QUANTIZATION_MODES, Offload
 from .spec import ModelSpec
 
 CARDS_GB = (8.0, 10.0, 12.0, 16.0, 24.0, 32.0, 48.0, 80.0)
@@ -46,7 +48,8 @@ def report(options: argparse.Namespace) -> list[str]:
     """
     spec = _spec(options.file)
     dtype = DTYPES[options.dtype] or (torch.float16 if spec.stored_dtype == torch.float16 else torch.bfloat16)
-    workload = Workload(*options.resolution, options.batch)
+    width, height = options.resolution
+    workload = Workload(width, height, options.batch)
     demand = demand_of(spec, dtype, options.quantization, options.compile != "off", workload)
     around = _Around.of(spec, options.text_encoder, workload)
     lines = [
@@ -132,6 +135,17 @@ def _sentence(card: float, demand: Demand, options: argparse.Namespace) -> str:
     return f"{card:g} GB: {plan.sentence}"
 
 
+@dataclass(frozen=True)
+class _NoFile(TensorFile):
+    """What a published model's header would say."""
+
+    device: ClassVar[torch.device] = torch.device("cpu")
+
+    def open(self) -> NoReturn:
+        """There are no weights to read."""
+        raise FileError(f"'{self.name}' is the name of a model, not a file with its weights.")
+
+
 def published() -> dict[str, tuple[Family, FamilyConfig]]:
     """The models that can be asked for by name."""
     return {name: (family, config) for family in registry.FAMILIES for name, config in family.published.items()}
@@ -143,7 +157,7 @@ def _spec(file: str) -> ModelSpec:
         return inspect_checkpoint(file)
     family, config = models[file]
     tensors = {key: TensorInfo(shape, torch.bfloat16) for key, shape in family.layout(config).expected_shapes().items()}
-    return ModelSpec(TensorFile(FileIdentity(file, 0, 0), tensors), family, config, torch.bfloat16)
+    return ModelSpec(_NoFile(FileIdentity(file, 0, 0), tensors), family, config, torch.bfloat16)
 
 
 def _encoder_forms() -> tuple[str, ...]:

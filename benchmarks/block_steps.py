@@ -14,8 +14,9 @@ from accel.families.flux1 import Flux1, Flux1Config
 from accel.families.flux1.blocks import double_block, single_block
 from accel.families.flux1.positions import rotary_table
 from accel.files import FileIdentity
-from accel.lora.adapter import Adapter, LoraLayer
+from accel.lora.adapter import Adapter
 from accel.lora.hold.slots import Bindings, LoraSlots
+from accel.lora.kinds.layers import LoraLayer
 from accel.lora.pack.flat import flatten
 from accel.lora.stack import LoraStack
 from accel.observer import Silent

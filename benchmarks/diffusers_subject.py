@@ -93,11 +93,11 @@ class DiffusersSubject:
             raise BenchmarkError(f"diffusers: the model has {layers} LoRA layers, expected {expected}.")
 
     def _peft_tensors(self, path: str) -> dict[str, Tensor]:
-        from accel.lora.adapter import LoraLayer
+        from accel.lora.kinds.layers import LoraLayer
         from accel.lora.read.file import read_lora
 
         weights = read_lora(path, self._spec)
-        if weights.vectors or not all(isinstance(each, LoraLayer) and not each.magnitude for each in weights.layers):
+        if weights.vectors or not all(isinstance(each, LoraLayer) for each in weights.layers):
             raise BenchmarkError(f"'{weights.name}' is no plain LoRA: diffusers' hotswap takes nothing else.")
         tensors = {}
         for layer in weights.layers:

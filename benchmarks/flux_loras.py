@@ -18,8 +18,9 @@ from accel.families.layout import Layout
 from accel.files import FileIdentity
 from accel.linear.layers import LoraLinear
 from accel.linear.slot import bound_to
-from accel.lora.adapter import Adapter, LoraLayer
+from accel.lora.adapter import Adapter
 from accel.lora.hold.slots import LoraSlots
+from accel.lora.kinds.layers import LoraLayer
 
 from .report import BenchmarkError
 from .timing import CPU

@@ -14,8 +14,8 @@ from torch import Tensor
 from accel.engine import Engine
 from accel.families.flux1 import Flux1Inputs
 from accel.memory.base import DeviceMemory
-from accel.memory.budgets import available_host_bytes
-from accel.offload.plan import GB, OffloadPlan
+from accel.memory.budgets import GB, available_host_bytes
+from accel.offload.plan import OffloadPlan
 from accel.settings import EngineSettings, Offload, Quantization
 
 from .device_memory import start_peak

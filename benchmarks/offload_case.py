@@ -9,9 +9,10 @@ import torch
 
 from accel.families.flux1 import Flux1Config
 from accel.memory.base import DeviceMemory
+from accel.memory.budgets import GB
 from accel.memory.cpu import HostMemory
 from accel.memory.device import memory_of
-from accel.offload.plan import GB, OffloadPlan, Room, demand_of, lora_share, make_plan
+from accel.offload.plan import OffloadPlan, Room, demand_of, lora_share, make_plan
 from accel.quantize import find_mode, refusal
 from accel.settings import Offload
 

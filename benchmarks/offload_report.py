@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from accel.memory.base import DeviceMemory
+from accel.memory.budgets import GB
 from accel.memory.cpu import HostMemory
-from accel.offload.plan import GB, OffloadPlan
+from accel.offload.plan import OffloadPlan
 
 from .device_memory import peak_bytes
 from .offload_case import GOAL_PEAK, NAMES, Case, Planned

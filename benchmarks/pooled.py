@@ -117,16 +117,16 @@ class Pooled:
         def before() -> None:
             library.clear()
             library.attach(self._slots, BUDGETS)
-            library.bind(library.bring(self._other))
+            library.bind(library.make_resident(self._other))
             # What `Engine.prefetch` does.
             library.prepare(stack, background=True)
-            library.bring(stack, make_room=False)
+            library.make_resident(stack, evict=False)
             self._slots.bind(self._slots.empty)
             # As the step that sampled meanwhile has touched every layer, see `Switch._step`.
-            library.bind(library.bring(self._other))
+            library.bind(library.make_resident(self._other))
 
         def run() -> None:
-            library.bind(library.bring(stack))
+            library.bind(library.make_resident(stack))
 
         return Variant("prefetched", run, before, lambda: self._check("prefetched", self._there(lora)), SHORT_RUNS)
 
@@ -135,7 +135,7 @@ class Pooled:
         torch.mul(source, strength, out=target)
 
     def _switch(self, stack: LoraStack) -> None:
-        self._library.bind(self._library.bring(stack))
+        self._library.bind(self._library.make_resident(stack))
 
     def _check(self, name: str, expected: Pairs) -> None:
         check_bound(name, self._model, None, expected)

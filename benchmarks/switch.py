@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from accel.families.flux1 import Flux1Config
-from accel.lora.hold.device import DeviceLoras
+from accel.lora.hold.device import DeviceLoras, Prepared
 from accel.lora.hold.library import LoraLibrary
 from accel.lora.pack.flat import FlatLora, flatten
 from accel.lora.stack import LoraStack
@@ -90,7 +90,7 @@ class Switch:
         self._hot, self._warm = (self._device_loras() for _ in range(2))
         self._cold = self._library()
         for lora in loras[:RESIDENT_COUNT]:
-            self._hot.put(lora.name, self._flats[lora.name])
+            self._hot.upload(lora.name, Prepared(self._flats[lora.name]))
         # As many targets as the device has buffers: memcpy and warm then touch equally much memory.
         like = self._flats[loras[0].name].buffer
         targets = [torch.zeros_like(like, device=device, pin_memory=False) for _ in range(RESIDENT_COUNT)]
@@ -158,7 +158,7 @@ class Switch:
             raise BenchmarkError(f"warm: '{lora.name}' is still on the device, so there would be nothing to copy.")
 
     def _put_and_bind(self, lora: RandomLora) -> None:
-        self._warm.put(lora.name, self._flats[lora.name])
+        self._warm.upload(lora.name, Prepared(self._flats[lora.name]))
         self._warm.bind(lora.name)
 
     def _check_warm(self, lora: RandomLora) -> None:
@@ -191,10 +191,10 @@ class Switch:
         times.append(time.perf_counter())
         self._cold.prepare(stack)
         times.append(time.perf_counter())
-        brought = self._cold.bring(stack)
-        self._cold.bind(brought)
+        resident = self._cold.make_resident(stack)
+        self._cold.bind(resident)
         times.append(time.perf_counter())
-        if brought.source == "hot":
+        if resident.source == "hot":
             raise BenchmarkError(f"{variant}: the LoRA was still on the device, so there was nothing to read.")
         phases = zip(("read_lora", "flatten", "put_and_bind"), times, times[1:], strict=False)
         return {phase: (end - start) * 1e3 for phase, start, end in phases}

@@ -10,9 +10,10 @@ from comfy_api.latest import ComfyExtension, io
 
 from ..accel.prove import proofs
 from . import contract
+from .families import registry
 from .files import cache_folder
 from .pocket import add_pocket_folders
-from .reliance import MODEL, TEXT_ENCODERS, Part
+from .reliance import MODEL, Part
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +24,7 @@ NODES: tuple[tuple[str, str, Part | None], ...] = (
     ("offload", "FluxOffloadConfig", None),
     ("lora", "FluxHotswapLora", MODEL),
     ("step_cache", "FluxStepCache", MODEL),
-    ("families.flux1.text_encoder", "FluxTextEncoderLoader", TEXT_ENCODERS),
+    *((f"families.{module}", name, part) for module, name, part in registry.NODES),
     ("report", "FluxAccelReport", MODEL),
 )
 

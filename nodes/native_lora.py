@@ -20,6 +20,7 @@ from ..accel.errors import LoraError
 from ..accel.families.base import Config, Family
 from ..accel.families.layout import FusedLinear, LinearPart, LoraTarget, VectorWeight
 from ..accel.lora.adapter import Adapter
+from ..accel.lora.kinds import KINDS
 from ..accel.lora.kinds.shapes import INSTEAD
 from ..accel.lora.read.keys import CONFIG_END
 from ..accel.lora.read.names import known_names
@@ -29,19 +30,6 @@ from .prompts import inputs_of_running_node
 log = logging.getLogger(__name__)
 
 PREFIX = "diffusion_model."
-
-# Adapter class of comfy.weight_adapter -> what the entries of its `weights` are; see the `load` of each there.
-ROLES: Mapping[str, tuple[str, ...]] = {
-    "LoRAAdapter": ("B", "A", "alpha", "mid", "dora_scale", "reshape_weight"),
-    "LoHaAdapter": (
-        "hada_w1_a", "hada_w1_b", "alpha", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2", "dora_scale",
-    ),
-    "LoKrAdapter": (
-        "lokr_w1", "lokr_w2", "alpha", "lokr_w1_a", "lokr_w1_b", "lokr_w2_a", "lokr_w2_b", "lokr_t2", "dora_scale",
-    ),
-    "GLoRAAdapter": ("a1", "a2", "b1", "b2", "alpha", "dora_scale"),
-    "OFTAdapter": ("oft_blocks", "rescale", "alpha", "dora_scale"),
-}
 
 
 class NativeLoras:
@@ -71,8 +59,9 @@ class NativeLoras:
         self._norms = {f"{PREFIX}{name}": vector for vector in layout.vectors for name in scale_names(vector)}
         # Loader nodes keep a file's tensors, and patch with the same ones again when only the strength changes.
         self._digests: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-        known = comfy.weight_adapter
-        self._roles = {getattr(known, name): roles for name, roles in ROLES.items() if hasattr(known, name)}
+        # Adapter class -> what the entries of its `weights` are.
+        known, adapters = comfy.weight_adapter, [kind.comfyui for kind in KINDS if kind.comfyui is not None]
+        self._roles = {getattr(known, each.name): each.roles for each in adapters if hasattr(known, each.name)}
 
     def read(self, patches: Mapping[Any, Any]) -> tuple[Adapter | None, list[Any]]:
         """Turn patches into an adapter.
@@ -202,7 +191,7 @@ def _target(key: Any, linear: FusedLinear) -> LoraTarget:
         # ComfyUI's only function over a weight swaps the halves back: the LoRA stands in diffusers' order, as
         # ours does.
         if linear.swap_halves and rows is None:
-            return LoraTarget(linear.parts, linear.in_features, linear.out_features, False)
+            return LoraTarget(linear.parts, linear.in_features, linear.out_features, False, bias=linear.bias)
         raise LoraError(f"LoRA: '{linear.name}' comes with a function over its weight. {INSTEAD}")
     dim, start, length = rows
     parts = [part for part in linear.parts if start <= part.start and part.start + part.rows <= start + length]
@@ -212,4 +201,4 @@ def _target(key: Any, linear: FusedLinear) -> LoraTarget:
             f"{INSTEAD}"
         )
     moved = tuple(LinearPart(part.module, part.start - start, part.rows) for part in parts)
-    return LoraTarget(moved, linear.in_features, length, False)
+    return LoraTarget(moved, linear.in_features, length, False, bias=linear.bias)

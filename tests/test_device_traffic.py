@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from accel.families.flux1 import Flux1, Flux1Inputs
-from accel.families.flux1.forward import BlockState, Hooks, Residuals
+from accel.families.flux1.inputs import BlockState, Hooks, Residuals
 from accel.linear import float8, layers, operators, product
 from accel.linear.autotune import Autotuner
 from accel.linear.slot import Bound

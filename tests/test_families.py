@@ -1,5 +1,8 @@
 """What a family must supply: a toy family goes through the whole pack, and nothing outside the families names one."""
 
+import ast
+import importlib
+import re
 import subprocess
 import sys
 
@@ -128,6 +131,14 @@ def test_every_family_supplies_everything():
             assert family.text_encoders(config)
 
 
+def test_comfyuis_side_has_every_family(pack):
+    """With a line in its own registry and a folder beside it; the toy has none."""
+    sides = importlib.import_module(f"{pack.__name__}.nodes.families.registry")
+    assert set(sides.FOLDERS) == {family.name for family in registry.FAMILIES[:-1]}
+    for folder in sides.FOLDERS.values():
+        assert (REPO / "nodes" / "families" / folder / "family.py").is_file()
+
+
 def test_every_mode_says_what_its_linears_hold():
     widest = [mode.name for mode in MODES.values() if mode.workspace.input_bytes and mode.workspace.unpacks_weight]
     assert not widest  # a weight that is unpacked is multiplied in the compute dtype
@@ -209,6 +220,13 @@ def test_a_lora_of_another_model_is_refused_in_the_familys_words(spec, tmp_path)
     assert "does not fit Toy (by its names: Stable Diffusion 3)" in str(caught.value)
     assert Toy.wording.lora_keys[0] in str(caught.value)
     assert known_names(spec.family, spec.config).absent.find("lora_unet_stages_9_inward")
+
+
+@pytest.mark.parametrize("ending", ["diff_b", "lora_B.bias"])
+def test_a_lora_that_changes_a_bias_is_refused_where_there_is_none(spec, tmp_path, ending):
+    file = {**lora_tensors(), f"transformer.layers.0.read.{ending}": torch.zeros(4 * CONFIG.hidden)}
+    with pytest.raises(LoraError, match=rf"'transformer.layers.0.read.{ending}' changes a bias of .* which has none"):
+        engine_of(spec).read_lora(str(write_tensors(tmp_path / "bias.safetensors", file)))
 
 
 # Engines.
@@ -300,3 +318,39 @@ def test_the_plan_and_the_report_speak_of_it(spec, path, capsys):
     assert "Toy small, " in text
     assert "3 stages, hidden size 128" in text
     assert "FLUX" not in text
+
+
+# The seal.
+
+# Names of models and of their blocks. Node and pack names ("Accelerated Flux Loader") are no model's.
+A_FAMILY = re.compile(r"FLUX\.\d|[Ff]lux_?\d|(?<![a-z_])((double|single)_blocks|(single_)?transformer_blocks)")
+
+
+def said(source):
+    """(line, text) of every name and string in a module, without docstrings and comments."""
+    tree = ast.parse(source)
+    docstrings = {node.value for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in docstrings:
+            yield node.lineno, node.value
+        elif isinstance(node, ast.ImportFrom):
+            yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
+        elif isinstance(node, (ast.Name, ast.Attribute, ast.FunctionDef, ast.ClassDef)):
+            yield node.lineno, next(value for name, value in ast.iter_fields(node) if name in ("id", "attr", "name"))
+
+
+@pytest.mark.parametrize("tree", ["accel", "nodes"])
+def test_nothing_outside_the_families_names_one(tree):
+    wrong = [
+        f"{path.relative_to(REPO)}:{line}: {text[:80]}"
+        for path in sorted((REPO / tree).rglob("*.py"))
+        if "families" not in path.relative_to(REPO / tree).parts[:1]
+        for line, text in said(path.read_text(encoding="utf-8"))
+        if A_FAMILY.search(text)
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_seal_finds_what_it_forbids():
+    source = '"""Of FLUX.1."""\nfrom .families.flux1 import X\nx = model.transformer_blocks  # FLUX.1\ny = "a FLUX.1"'
+    assert [line for line, text in said(source) if A_FAMILY.search(text)] == [2, 3, 4]

@@ -245,7 +245,7 @@ def test_a_swap_that_runs_out_of_memory_changes_nothing(eager, loras, monkeypatc
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr("accel.lora.hold.device.DeviceLoras.put", full)
+        patch.setattr("accel.lora.hold.device.DeviceLoras.upload", full)
         with pytest.raises(torch.OutOfMemoryError):
             eager.swap(new)
     assert torch.equal(eager(on_device(eager, make_inputs())), expected)

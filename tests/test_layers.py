@@ -25,7 +25,8 @@ from accel.linear.layers import LoraLinear, linears
 from accel.linear.product import Product
 from accel.linear.slot import NOTHING, Bound, bound_to, make_slot
 from accel.lora.hold.slots import LoraSlots
-from accel.lora.pack.flat import FlatLora, Placed
+from accel.lora.pack.flat import FlatLora
+from accel.lora.pack.layout import Placed
 from accel.observer import Silent
 from benchmarks.block_variants import quantize_float8
 from harness.paths import REPO

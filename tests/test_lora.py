@@ -12,7 +12,8 @@ from accel.errors import FileError, LoraError
 from accel.families.layout import LoraTarget
 from accel.files import read_header
 from accel.lora.pack import write as writing
-from accel.lora.pack.flat import HEAD_BYTES, aligned_rank, flatten
+from accel.lora.pack.flat import flatten
+from accel.lora.pack.layout import HEAD_BYTES, aligned_rank
 from accel.lora.read import stream as bulk
 from accel.lora.read.file import read_lora
 from accel.lora.read.patches import LinearPatch, from_patches, tensor_digest
@@ -235,8 +236,8 @@ def test_a_file_that_was_read_becomes_a_buffer_in_few_operations(tmp_path, spec,
     order = spec.layout.modules
     separate = flatten(entries, torch.float32, pin=False, order=order, background=True)
     monkeypatch.setattr(writing, "PARALLEL_ELEMENTS", 1)
-    put, count = writing.Writer._put, []
-    monkeypatch.setattr(writing.Writer, "_put", lambda self, *args: count.append(put(self, *args)))
+    write, count = writing.Writer._write_scaled, []
+    monkeypatch.setattr(writing.Writer, "_write_scaled", lambda self, *args: count.append(write(self, *args)))
     flat = flatten(entries, torch.float32, pin=False, order=order)
     assert 2 <= len(count) <= 8 < len(weights.layers)
     assert torch.equal(flat.buffer, separate.buffer)

@@ -9,7 +9,7 @@ import pytest
 import accel
 from harness.paths import REPO
 
-IMPORTS = "import sys; import accel; print(*sorted({name.partition('.')[0] for name in sys.modules}))"
+IMPORTED = "import sys, accel; {statement}; print(*sys.modules)"
 
 
 def imported_for_type_checkers():
@@ -36,9 +36,21 @@ def test_an_unknown_name_is_an_attribute_error():
         _ = accel.engine_room
 
 
+def modules_after(statement):
+    """What a fresh process has imported after `import accel` and a statement."""
+    command = [sys.executable, "-c", IMPORTED.format(statement=statement)]
+    return set(subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=True).stdout.split())
+
+
 def test_the_package_imports_nothing():
-    done = subprocess.run([sys.executable, "-c", IMPORTS], cwd=REPO, capture_output=True, text=True, check=True)
-    assert {"torch", "diffusers", "numpy", "comfy", "safetensors"}.isdisjoint(done.stdout.split())
+    assert {"torch", "diffusers", "numpy", "comfy", "safetensors", "accel.engine"}.isdisjoint(modules_after("pass"))
+
+
+def test_what_reads_headers_imports_no_operator():
+    modules = modules_after("accel.inspect_checkpoint, accel.read_lora, accel.LoraStack, accel.EngineSettings")
+    assert "accel.checkpoint.recognise" in modules
+    assert {"accel.linear.operators", "diffusers", "torchao", "comfy"}.isdisjoint(modules)
+    assert "accel.linear.operators" in modules_after("accel.Engine")
 
 
 def test_types_are_published():

@@ -13,10 +13,11 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import TypeVar  # with `default`; torch needs the package itself
 
 from ..files import TensorInfo
 from .layout import Layout, LoraTarget, VectorWeight
@@ -43,42 +44,31 @@ class FamilyConfig(Protocol):
         """Blocks and width for a person, such as `19 double, 38 single, hidden size 3072`."""
 
 
-Config = TypeVar("Config", bound=FamilyConfig)
+Config = TypeVar("Config", bound=FamilyConfig, default=FamilyConfig)
 
 
 class KnownNames(NamedTuple):
-    """Tensor names by which another model is told, for messages.
-
-    Attributes:
-        pattern: a regular expression for the beginning of a name.
-        what: what has such names, such as `a Chroma checkpoint`.
-        loader: what loads it.
-    """
+    """Tensor names by which another model is told, for messages."""
 
     pattern: str
+    """A regular expression for the beginning of a name."""
     what: str
+    """What has such names, such as `a Chroma checkpoint`."""
     loader: str
+    """What loads it."""
 
 
 class KnownKeys(NamedTuple):
-    """LoRA keys by which another model, or another program's format, is told, for messages.
-
-    Attributes:
-        pattern: a regular expression for a part of a key.
-        what: what has such keys, such as `Qwen-Image`.
-    """
+    """LoRA keys by which another model, or another program's format, is told, for messages."""
 
     pattern: str
+    """A regular expression for a part of a key."""
     what: str
+    """What has such keys, such as `Qwen-Image`."""
 
 
 class Inputs(NamedTuple):
-    """What published models read so many channels per token.
-
-    Attributes:
-        models: their names.
-        runs: whether they run here.
-    """
+    """The published models that read so many channels per token, and whether they run here."""
 
     models: str
     runs: bool
@@ -192,7 +182,7 @@ class Family(Protocol[Config]):
         lora_relatives: the same of LoRA keys.
         image_embedder: the diffusers module that reads the latents.
         inputs: channels that the image embedder of a published model reads -> that model.
-        pixels_per_token: along one side of a picture.
+        pixels_per_latent: along one side of a picture; `pixels_per_token` likewise.
         autoencoder: see there.
         published: name -> sizes of models that a plan can be asked for without a file.
     """
@@ -278,6 +268,7 @@ class Family(Protocol[Config]):
 
     # What it needs of a device, and around it.
 
+    pixels_per_latent: int
     pixels_per_token: int
     autoencoder: Autoencoder
     published: Mapping[str, Config]

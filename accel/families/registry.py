@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from .base import Family
 from .flux1 import Flux1
 
-FAMILIES: tuple[Family, ...] = (Flux1(),)
+# Any: each has a config of its own, which nobody but itself looks into.
+FAMILIES: tuple[Family[Any], ...] = (Flux1(),)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from . import operators  # noqa: F401 - registers them
 from .dynamic import int8_linears, quantize_rows, quantized_dtype
 from .inputs import NONE, Activation, Columns, Input, Recipe, as_input
-from .product import IN_PLACE
+from .product import IN_PRODUCT
 
 
 class LoraLinear(nn.Module):
@@ -60,7 +60,7 @@ def linears(x: Tensor | Input, *layers: LoraLinear, activation: Activation = NON
         RuntimeError: nothing is bound to a layer, see `slot.bound_to`.
     """
     x, bases = as_input(x), [layer.base for layer in layers]
-    in_product = activation in IN_PLACE and fuses(x.sources[0]) and all(is_plain(base) for base in bases)
+    in_product = activation in IN_PRODUCT and fuses(x.sources[0]) and all(is_plain(base) for base in bases)
     operands = _operands(x, bases)
     if operands is not None:
         fused = activation if in_product else NONE

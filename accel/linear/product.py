@@ -27,6 +27,8 @@ IN_PLACE: Mapping[Activation, Callable[[Tensor], Tensor]] = {
     NONE: lambda output: output,
     GELU_TANH: lambda output: torch.ops.aten.gelu_(output, approximate="tanh"),
 }
+# Their names, for code that is compiled: its guards are stored, and functions are not.
+IN_PRODUCT: tuple[Activation, ...] = tuple(IN_PLACE)
 
 
 @dataclass(frozen=True)

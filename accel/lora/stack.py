@@ -11,8 +11,7 @@ import torch
 
 from ..errors import LoraError
 from ..files import FileIdentity
-from ..linear.kronecker import multiplications
-from .adapter import Adapter, KroneckerLayer, RotationLayer
+from .adapter import Adapter
 
 
 @dataclass(frozen=True)
@@ -103,29 +102,24 @@ class LoraStack:
     def cost(self) -> StackCost:
         """What the stack takes when it is bound; see `StackCost`."""
         ranks: dict[str, int] = defaultdict(int)
-        elements = products = 0
+        elements = multiplications = 0
         kroneckers: set[str] = set()
-        shared: set[tuple[int, int]] = set()
+        counted: set[tuple[int, int]] = set()
         for number, entry in enumerate(self.active):
             for layer in entry.adapter.layers:
-                if isinstance(layer, RotationLayer):
-                    elements += layer.turn.numel()
-                    products += layer.turn.numel()
-                    continue
-                kronecker = isinstance(layer, KroneckerLayer)
-                own = layer.left.numel() if kronecker else layer.rows * layer.rank
-                common = layer.right if kronecker else layer.lora_A
-                new = 0 if (number, id(common)) in shared else common.numel()
-                shared.add((number, id(common)))
-                elements += own + new
-                if kronecker:
-                    kroneckers.add(layer.module)
-                    products += multiplications(layer.left.shape, common.shape)
-                else:
+                cost = layer.cost
+                elements += cost.elements
+                multiplications += cost.multiplications
+                if cost.shared is not None and (number, id(cost.shared)) not in counted:
+                    counted.add((number, id(cost.shared)))
+                    elements += cost.shared.numel()
+                    multiplications += cost.shared_multiplications
+                if layer.rank:
                     ranks[layer.module] += layer.rank
-                    products += own + new
+                if cost.has_kronecker:
+                    kroneckers.add(layer.module)
         largest, summed = max(ranks.values(), default=0), sum(ranks.values())
-        return StackCost(elements, products, len(ranks), len(kroneckers), largest, summed)
+        return StackCost(elements, multiplications, len(ranks), len(kroneckers), largest, summed)
 
     @property
     def key(self) -> tuple[tuple[FileIdentity, float] | int, ...]:
@@ -135,8 +129,13 @@ class LoraStack:
 
     @property
     def needs_base(self) -> bool:
-        """Whether preparing it takes the model's own weights: for DoRA, biases and norms."""
+        """Whether preparing it takes the model's own weights."""
         return any(entry.adapter.needs_base for entry in self.active)
+
+    @property
+    def rescalable(self) -> bool:
+        """Whether other strengths only multiply what is bound by other factors."""
+        return not self.max_rank and all(entry.adapter.only_adds for entry in self.active)
 
     @property
     def identities(self) -> tuple[FileIdentity, ...]:

@@ -13,7 +13,6 @@ import threading
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,21 +79,21 @@ def new_block(size: int) -> mmap.mmap:
 
 
 def address_of(block: mmap.mmap) -> int:
-    """Where a block begins in this process's memory."""
+    """Where a block's first byte is."""
     return ctypes.addressof(ctypes.c_char.from_buffer(block))
 
 
-def tensor_over(block: mmap.mmap, size: int, released: Callable[..., None], *args: Any) -> Tensor:
-    """A block's first bytes as a tensor: (size,) uint8.
+def tensor_over(block: mmap.mmap, size: int, gone: Callable[..., None], *arguments: object) -> Tensor:
+    """The first `size` bytes of a block as a uint8 tensor.
 
     Args:
-        block: of `new_block`.
-        size: in bytes.
-        released: called with `args` when the last tensor over the block is gone, in whatever thread that is.
-        args: see `released`.
+        block: of pages.
+        size: of the tensor.
+        gone: called with `arguments` when the last tensor over the block is gone: by any thread, in the middle of
+            anything that may collect garbage; and not at the end of the process.
     """
     view = memoryview(block)
     tensor = torch.frombuffer(view, dtype=torch.uint8, count=size)
-    # The storage holds the view, and so do all tensors over it.
-    weakref.finalize(view, released, *args).atexit = False
+    # The storage holds the view, and so do all tensors over it; the arguments hold the block, if it is among them.
+    weakref.finalize(view, gone, *arguments).atexit = False
     return tensor

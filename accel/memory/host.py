@@ -62,7 +62,7 @@ class HostPages:
             pinned = pinned and self._pin(address, len(block))
             self._bytes += len(block)
             self._pinned_bytes += len(block) if pinned else 0
-        # Giving back holds the pages until they are unlocked.
+        # The block goes with it, so that its pages stay until they are unlocked.
         return tensor_over(block, size, self._give_back, block, address, pinned)
 
     def _give_back(self, block: object, address: int, pinned: bool) -> None:

@@ -7,14 +7,17 @@ import importlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..reliance import TEXT_ENCODERS, Part, Reliance
+
 if TYPE_CHECKING:
-    from ..reliance import Reliance
     from .base import ComfyFamily, FamilyContract
 
 # The name of a family in `accel.families` -> its folder here, with what `base` describes.
 FOLDERS: Mapping[str, str] = {
     "FLUX.1": "flux1",
 }
+# Nodes that serve one family: module and class of each, and what must hold for it.
+NODES: Sequence[tuple[str, str, Part]] = (("flux1.text_encoder", "FluxTextEncoderLoader", TEXT_ENCODERS),)
 
 
 @functools.cache

@@ -58,7 +58,7 @@ def _describe(key, root):
         "recompile_count": engine.compiler.recompiles,
         "bytes": engine.bytes,
         **describe(engine, root.planner),
-        "resident_stacks": len(engine.library._on_device),
+        "resident_stacks": len(engine.library._loras or ()),
         "lora_files": engine.library._files.bytes,
     }
 

@@ -77,6 +77,7 @@ class Toy(Family[ToyConfig]):
     gguf_architecture = "toy"
     image_embedder = "embed"
     inputs: Mapping[int, Inputs] = {4: Inputs("Toy small", True)}
+    pixels_per_latent = 8
     pixels_per_token = 8
     autoencoder = Autoencoder(1_000_000, 100)
     published: Mapping[str, ToyConfig] = {"toy-small": ToyConfig()}

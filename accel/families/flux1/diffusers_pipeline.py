@@ -7,16 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.configuration_utils import FrozenDict
 from torch import Tensor
 
-from ...engine import Engine
 from ...errors import SettingsError
 from .forward import Flux1Inputs
 from .positions import pack, unpack
+
+if TYPE_CHECKING:
+    from ...engine import Engine
 
 
 class PipelineTransformer:

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from ...errors import LoraError
 from ...families.layout import LoraTarget
 from ...files import TensorInfo
-from ..kinds.convert import COMPANIONS
-from ..kinds.shapes import CHECKS, Piece, Shapes
-from .names import WORDS, ModuleNames, cuts, role_of
+from .. import kinds
+from ..kinds.shapes import Shapes, TensorHeader
+from .names import WORDS, ModuleNames, cuts
 
 # Encoder, as ComfyUI's CLIP calls it -> what files call it. CLIP-L comes first and T5 second; sd-scripts and SD3's
 # trainers count T5 as the third, behind a CLIP-G.
@@ -20,10 +20,6 @@ ENCODERS: Mapping[str, tuple[str, ...]] = {
     "clip_l": ("clip_l", "text_encoder", "text_encoder_1", "te", "te1"),
     "t5xxl": ("t5xxl", "t5", "text_encoder_2", "text_encoder_3", "te2", "te3"),
 }
-# Roles that ComfyUI does not read: applying only the rest of a layer would not be this LoRA.
-UNREAD = ("magnitude", "up_bias", "oft_R", "ia3", "weight")
-# Kinds whose sizes are told by a linear's; ComfyUI says nothing where they differ, and leaves the layer as it was.
-SIZED = ("LoRA", "LoHa", "LoKr", "GLoRA", "difference")
 # For neither of these encoders, and for no transformer.
 OTHERS = ("clip_g", "clip_h", "te4", "text_encoder_4")
 _NAMES = {name: encoder for encoder, names in ENCODERS.items() for name in names} | dict.fromkeys(OTHERS, "")
@@ -124,7 +120,7 @@ def sort_encoder_keys(
     spelled: dict[str, str] = {}
     left: dict[str, list[str]] = defaultdict(list)
     for key in keys:
-        ends = [(module, role) for module, end in cuts(key) if (role := role_of(end))]
+        ends = [(module, role) for module, end in cuts(key) if (role := kinds.role_of(end))]
         found = ((module, role, known.get(module) or names.find(module)) for module, role in ends)
         module, role, weight = next((each for each in found if each[2]), ("", "", None))
         if weight is None:
@@ -134,21 +130,22 @@ def sort_encoder_keys(
         else:
             layers[weight][role] = key
     result = EncoderKeys(layers, {why: tuple(found) for why, found in left.items()})
-    unread = [weight for weight, roles in layers.items() if not roles.keys().isdisjoint(UNREAD)]
+    unread = [weight for weight, roles in layers.items() if not kinds.KINDS.unread_by_comfyui.isdisjoint(roles)]
     result = result.without(unread, "of a kind that ComfyUI does not read for text encoders")
     wrong = [weight for weight, roles in result.layers.items() if not _fits(tensors, roles, sizes(weight))]
     return result.without(wrong, "incomplete, or of another size than the layer")
 
 
 def _fits(tensors: Mapping[str, TensorInfo], roles: Mapping[str, str], size: tuple[int, int] | None) -> bool:
+    """Whether matrices fit a linear; ComfyUI says nothing where they do not, and leaves the layer as it was."""
     if size is None:
         return True
-    pieces = {role: Piece(key, tensors[key].shape) for role, key in roles.items()}
-    shapes = Shapes("", "", LoraTarget((), size[1], size[0], False), pieces)
+    headers = {role: TensorHeader(key, tensors[key].shape) for role, key in roles.items()}
+    shapes = Shapes("", "", LoraTarget((), size[1], size[0], False), headers)
     try:
-        for kind in SIZED:
-            if not pieces.keys().isdisjoint(set(COMPANIONS[kind]) - {"alpha", "dora_scale"}):
-                CHECKS[kind](shapes)
+        for kind in kinds.KINDS.found(headers):
+            if kind.sized_by_linear:
+                kind.check(shapes)
     except LoraError:
         return False
     return True

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ....accel.families.flux1 import Flux1Config
-from ....accel.families.flux1.forward import BlockHook, BlockState, EmbeddingHook, Hooks
+from ....accel.families.flux1.inputs import BlockHook, BlockState, EmbeddingHook, Hooks
 
 
 def hooks_of(options: dict[str, Any], config: Flux1Config) -> Hooks:

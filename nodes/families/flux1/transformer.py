@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ....accel.families.flux1 import PATCH_SIZE, Flux1Inputs
-from ....accel.families.flux1.forward import Residuals
+from ....accel.families.flux1.inputs import Residuals
 from ....accel.families.flux1.positions import RopeOptions
 from ...transformer import GUIDANCE, STEP_CACHE, EngineTransformer
 from .hooks import hooks_of
@@ -19,7 +19,6 @@ class Flux1Transformer(EngineTransformer):
     """An engine of FLUX.1, called like `comfy.ldm.flux.model.Flux`."""
 
     patch_size = PATCH_SIZE
-    pixels_per_latent = 8
     inside_blocks = ("attn1_patch", "attn1_output_patch")
 
     def forward(
