@@ -16,7 +16,7 @@ else
 VENV_PYTHON := $(VENV)/bin/python
 endif
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test test-fast lint clean
 
 setup: ## install everything that the tests and the demo need
 	$(SETUP) --for test
@@ -29,6 +29,10 @@ test: ## check the style, then run all tests (PYTEST_ARGS="-k name" narrows them
 	$(SETUP) --for test
 	$(VENV_PYTHON) -m ruff check .
 	$(VENV_PYTHON) -m pytest $(PYTEST_ARGS)
+
+test-fast: ## run the tests that start no server and no process and compile nothing: under 3 minutes, while you work
+	$(SETUP) --for test
+	$(VENV_PYTHON) -m pytest -m "not slow" $(PYTEST_ARGS)
 
 lint: ## check the style only
 	$(SETUP) --for demo
