@@ -16,6 +16,9 @@ else
 VENV_PYTHON := $(VENV)/bin/python
 endif
 
+# Types are those of the tested torch; another one's differ.
+CHECK = $(VENV_PYTHON) -m ruff check . $(if $(TORCH),,&& $(VENV_PYTHON) -m mypy)
+
 .PHONY: setup demo test test-fast lint clean
 
 setup: ## install everything that the tests and the demo need
@@ -25,20 +28,20 @@ demo: ## run the demonstration on a real ComfyUI server
 	$(SETUP) --for demo
 	$(VENV_PYTHON) -m harness.demo
 
-test: ## check the style, then run all tests (PYTEST_ARGS="-k name" narrows them)
+test: ## check style and types, then run all tests (PYTEST_ARGS="-k name" narrows them)
 	$(SETUP) --for test
-	$(VENV_PYTHON) -m ruff check .
+	$(CHECK)
 	$(VENV_PYTHON) -m pytest $(PYTEST_ARGS)
 
 test-fast: ## run the tests that start no server and no process and compile nothing: under 3 minutes, while you work
 	$(SETUP) --for test
 	$(VENV_PYTHON) -m pytest -m "not slow" $(PYTEST_ARGS)
 
-lint: ## check the style only
+lint: ## check style and types only
 	$(SETUP) --for demo
-	$(VENV_PYTHON) -m ruff check .
+	$(CHECK)
 
 clean: ## remove what runs left behind; the environments stay, they take minutes to build
-	rm -rf .cache .pytest_cache .ruff_cache .hypothesis demo-output bench-output
+	rm -rf .cache .pytest_cache .ruff_cache .mypy_cache .hypothesis demo-output bench-output
 	find . -name __pycache__ -type d -not -path './.venv*' -prune -exec rm -rf {} +
 	@echo "Kept $(wildcard .venv .venv-*) $(FLUX_HOTSWAP_VENV). To build one anew, delete it and run 'make setup'."

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .checkpoint import LinearWeights, read_weights
 from .errors import CheckpointError
+from .families.layout import ModelLinear
 from .memory.budgets import free_device_bytes, give_back_freed
 from .quantize import Mode
 from .quantize.cache import CacheWriter
@@ -99,7 +100,7 @@ def load_model(
         dtype: dtype of all parameters, as the model sees them.
         device: where they go, and where they are converted.
         on_progress: called with (linears and vectors read, both in all).
-        mode: what the linears of `family.quantizable` are converted to.
+        mode: what linears are converted to, see `mode_of`.
         writer: gets every parameter as soon as it is placed; not finished here.
         placement: where they go instead.
 
@@ -149,8 +150,7 @@ def empty_model(spec: ModelSpec) -> nn.Module:
 
 def count_parts(spec: ModelSpec) -> int:
     """Linears and vectors that `read_weights` yields."""
-    layout = spec.family.layout(spec.config)
-    return sum(len(linear.parts) for linear in layout.linears) + len(layout.vectors)
+    return len(spec.layout.by_module) + len(spec.layout.vectors)
 
 
 def check_complete(model: nn.Module, spec: ModelSpec) -> None:
@@ -164,36 +164,46 @@ def check_complete(model: nn.Module, spec: ModelSpec) -> None:
         raise CheckpointError(f"'{spec.file.name}': no tensor for {', '.join(left[:3])}: a wrong layout.")
 
 
+def mode_of(linear: ModelLinear, mode: Mode | None) -> Mode | None:
+    """The mode that a linear's weight is stored in when the model's is `mode`; None: it keeps its dtype."""
+    if mode is None or not linear.quantizable or not mode.fits(linear.out_features, linear.in_features):
+        return None
+    return mode
+
+
 def conversion_of(spec: ModelSpec, mode: Mode) -> Conversion:
     """What a mode does to a checkpoint's linears; known from their sizes, before anything is read."""
     result = Conversion()
-    for module, out_features, in_features in linears(spec):
-        if not spec.family.quantizable(module):
-            result.left += 1
-        elif mode.fits(out_features, in_features):
+    for linear in spec.layout.by_module.values():
+        if mode_of(linear, mode) is not None:
             result.converted += 1
+        elif linear.quantizable:
+            result.unfit.append(linear.module)
         else:
-            result.unfit.append(module)
+            result.left += 1
     return result
 
 
-def model_bytes(spec: ModelSpec, dtype: torch.dtype, mode: Mode | None) -> int:
-    """What `load_model` will take on the device, from the sizes alone."""
-    total = 0
-    for module, out_features, in_features in linears(spec):
-        if mode is not None and spec.family.quantizable(module) and mode.fits(out_features, in_features):
-            total += mode.weight_bytes(out_features, in_features)
+def stored_sizes(spec: ModelSpec, dtype: torch.dtype, mode: Mode | None) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name and bytes of each parameter of every linear, and of every vector, as `load_model` will store them.
+
+    Known from the sizes, before anything is read.
+    """
+    for linear in spec.layout.by_module.values():
+        out_features, in_features = linear.out_features, linear.in_features
+        stored_in = mode_of(linear, mode)
+        if stored_in is None:
+            weight = out_features * in_features * dtype.itemsize
         else:
-            total += out_features * in_features * dtype.itemsize
-        total += out_features * dtype.itemsize
-    return total + sum(vector.size for vector in spec.family.layout(spec.config).vectors) * dtype.itemsize
+            weight = stored_in.weight_bytes(out_features, in_features)
+        yield linear.module, (weight, out_features * dtype.itemsize) if linear.bias else (weight,)
+    for vector in spec.layout.vectors:
+        yield vector.parameter, (vector.size * dtype.itemsize,)
 
 
-def linears(spec: ModelSpec) -> Iterator[tuple[str, int, int]]:
-    """(diffusers module, out_features, in_features) of every linear."""
-    for linear in spec.family.layout(spec.config).linears:
-        for part in linear.parts:
-            yield part.module, part.rows, linear.in_features
+def model_bytes(spec: ModelSpec, dtype: torch.dtype, mode: Mode | None) -> int:
+    """What `load_model` will take on the device."""
+    return sum(sum(sizes) for _, sizes in stored_sizes(spec, dtype, mode))
 
 
 def assign(model: nn.Module, parameter: str, tensor: Tensor) -> None:
@@ -217,18 +227,22 @@ def _place_linear(
     goes_to: torch.device,
 ) -> tuple[str, ...]:
     """Put a linear into the model, quantized if the mode does that. Returns the names of its parameters."""
-    name, weight, bias = weights.module, weights.weight, weights.bias
-    _check_shape(model, f"{name}.weight", weight)
-    _check_shape(model, f"{name}.bias", bias)
-    if mode is None or not spec.family.quantizable(name) or not mode.fits(*weight.shape):
-        assign(model, f"{name}.weight", weight.to(goes_to))
-        assign(model, f"{name}.bias", bias.to(goes_to))
-        return f"{name}.weight", f"{name}.bias"
-    if mode.needs_device or _conversion_fits(weight, device):
-        weight, bias = weight.to(device), bias.to(device)
-    linear = mode.convert(weight, bias, spec.family.per_picture(name)).to(goes_to).eval()
-    model.set_submodule(name, linear)
-    return tuple(f"{name}.{parameter}" for parameter, _ in linear.named_parameters())
+    weight, bias, linear = weights.weight, weights.bias, spec.layout.by_module[weights.module]
+    parameters = {f"{linear.module}.weight": weight}
+    if bias is not None:
+        parameters[f"{linear.module}.bias"] = bias
+    for name, tensor in parameters.items():
+        _check_shape(model, name, tensor)
+    stored_in = mode_of(linear, mode)
+    if stored_in is None:
+        for name, tensor in parameters.items():
+            assign(model, name, tensor.to(goes_to))
+        return tuple(parameters)
+    if stored_in.needs_device or _conversion_fits(weight, device):
+        weight, bias = weight.to(device), bias if bias is None else bias.to(device)
+    converted = stored_in.convert(weight, bias, linear.per_picture).to(goes_to).eval()
+    model.set_submodule(linear.module, converted)
+    return tuple(f"{linear.module}.{parameter}" for parameter, _ in converted.named_parameters())
 
 
 def _conversion_fits(weight: Tensor, device: torch.device) -> bool:

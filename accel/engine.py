@@ -20,7 +20,7 @@ from .compile.compiler import CompileObserver, RegionCompiler
 from .errors import EngineStateError
 from .hardware import resolve_dtype
 from .load import load_quantized
-from .lora.adapter import LoraWeights
+from .lora.adapter import Adapter
 from .lora.hold.library import LoraLibrary
 from .lora.hold.slots import LoraSlots
 from .lora.stack import LoraStack
@@ -320,21 +320,19 @@ class Engine:
 
     def _current_plan(self) -> OffloadPlan:
         if self._plan is None:
-            blocks = self.spec.family.block_count(self.spec.config)
+            blocks = len(self.spec.layout.blocks)
             return OffloadPlan("none", blocks, blocks, self.bytes, 0, "everything on the device")
         return self._plan() if callable(self._plan) else self._plan
 
     def _assemble(self, plan: OffloadPlan) -> None:
-        family, config = self.spec.family, self.spec.config
-        blocks = family.block_count(config)
-        weights = Weights(self._memory, plan, lambda name: family.block_of(config, name), blocks)
+        layout = self.spec.layout
+        weights = Weights(self._memory, plan, layout.block_of, len(layout.blocks))
         try:
             model = self._read_model(weights)
         except BaseException:
             weights.close()
             raise
-        modules = family.layout(config).modules
-        self._slots = LoraSlots(model, modules, self.device, weights.own)
+        self._slots = LoraSlots(model, layout.modules, self.device, weights.own)
         self._model, self._weights = model, weights
         self.load_count += 1
 
@@ -355,7 +353,7 @@ class Engine:
             self.spec, self.dtype, self.device, mode, cache, observer.loading, observer.notice, weights
         )
 
-    def read_lora(self, path: str) -> LoraWeights:
+    def read_lora(self, path: str) -> Adapter:
         """Read and check a LoRA file for this model; from memory while the file is unchanged.
 
         Raises:
@@ -378,11 +376,11 @@ class Engine:
             self._library.prepare(stack, background=True)
             with self._lock:
                 if self.loaded:
-                    self._library.bring(stack, make_room=False)
+                    self._library.make_resident(stack, evict=False)
 
     def prefetch_room(self, stack: LoraStack) -> bool:
         """Whether the host pool has room for a further stack like this without dropping anything."""
-        size = sum(entry.weights.bytes for entry in stack.active)
+        size = sum(entry.adapter.bytes for entry in stack.active)
         return self._library.prepared(stack) or self._library.host_bytes + size <= self._library.host_budget_bytes
 
     def swap(self, stack: LoraStack) -> SwapReport:
@@ -398,12 +396,12 @@ class Engine:
             start = time.perf_counter()
             source, size, error = "unchanged", 0, 0.0
             if stack.key != self._applied:
-                brought = self._library.bring(stack)
+                resident = self._library.make_resident(stack)
                 # An interrupt can rise between any two lines: what is not known to be bound counts as unknown.
                 self._applied = None
-                size = self._library.bind(brought)
+                size = self._library.bind(resident)
                 self._applied = stack.key
-                source, error = brought.source, brought.error
+                source, error = resident.source, resident.error
             return SwapReport(str(stack), source, (time.perf_counter() - start) * 1e3, size, error)
 
     @property
@@ -421,7 +419,7 @@ class Engine:
         return self.loaded and self._applied == stack.key
 
     def __call__(self, inputs: Any) -> Tensor:
-        """Run one forward of the family, such as `families.flux1.Flux1Inputs` -> (B, 16, h, w).
+        """Run one forward: the family's own inputs -> (B, C, h, w), see `families.base.Forward`.
 
         Always in inference mode: going from one grad mode to another would compile again.
 

@@ -20,6 +20,7 @@ from .build import (
     load_model,
     model_bytes,
 )
+from .hardware import dtype_name
 from .quantize import Mode
 from .quantize.cache import CachedModel, CacheKey, CacheWriter, DamagedCacheError, open_cached
 from .quantize.codec import CodecError, make_module, unflatten
@@ -60,8 +61,7 @@ def load_quantized(
     with spec.file.open():  # raises when the files were changed since
         pass
     libraries = (f"torch {version('torch')}", *mode.libraries)
-    name = str(dtype).removeprefix("torch.")
-    key = CacheKey(spec.file.identity, mode.name, name, device.type, libraries)
+    key = CacheKey(spec.file.identity, mode.name, dtype_name(dtype), device.type, libraries)
     try:
         cached = open_cached(cache, key, _scaled(on_progress, count_parts(spec)))
         if cached is not None:

@@ -1,6 +1,6 @@
 """What fits which GPU, before anything is loaded: `python -m accel.plan FILE --vram 12 --quantization fp8`.
 
-FILE is any checkpoint that the loader reads, of which only the header is read; or the name of a model, see `MODELS`.
+FILE is any checkpoint that the loader reads, of which only the header is read; or the name of a model, see `published`.
 """
 
 from __future__ import annotations
@@ -10,29 +10,22 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar, NoReturn
 
 import torch
 
 from .checkpoint import inspect_checkpoint
-from .errors import AccelError, SettingsError
-from .families.flux1 import Flux1, Flux1Config
+from .errors import AccelError, FileError, SettingsError
+from .families import registry
+from .families.base import Family, FamilyConfig
 from .files import FileIdentity, TensorFile, TensorInfo
+from .hardware import DTYPES, dtype_name
 from .offload.plan import GB, Demand, Room, demand_of, gb, make_plan
 from .offload.sizes import Workload
-from .settings import DTYPES, OFFLOAD_MODES, QUANTIZATION_MODES, Offload
+from .settings import OFFLOAD_MODES, QUANTIZATION_MODES, Offload
 from .spec import ModelSpec
 
 CARDS_GB = (8.0, 10.0, 12.0, 16.0, 24.0, 32.0, 48.0, 80.0)
-MODELS = {
-    "flux1-dev": Flux1Config(3072, 19, 38, 64, 64, 4096, 768, 12288, True),
-    "flux1-schnell": Flux1Config(3072, 19, 38, 64, 64, 4096, 768, 12288, False),
-}
-# FLUX.1's text encoders: T5-XXL by how Flux Text Encoder Loader keeps it, and CLIP-L in fp16.
-T5_BYTES = {"none": 9_524_621_312, "int8": 4_900_000_000, "nf4": 2_900_000_000}
-CLIP_BYTES = 246_144_152
-# Its autoencoder in bf16, and what ComfyUI asks for to decode one pixel in it (comfy/sd.py: 2178 · 64 / 64 elements).
-VAE_BYTES = 167_666_902
-VAE_BYTES_PER_PIXEL = 2178 * 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,18 +47,18 @@ def report(options: argparse.Namespace) -> list[str]:
     """
     spec = _spec(options.file)
     dtype = DTYPES[options.dtype] or (torch.float16 if spec.stored_dtype == torch.float16 else torch.bfloat16)
-    workload = Workload(*options.resolution, options.batch)
+    width, height = options.resolution
+    workload = Workload(width, height, options.batch)
     demand = demand_of(spec, dtype, options.quantization, options.compile != "off", workload)
-    around = _Around(T5_BYTES[options.t5] + CLIP_BYTES, VAE_BYTES, VAE_BYTES_PER_PIXEL * _pixels(workload))
-    name = str(dtype).removeprefix("torch.")
+    around = _Around.of(spec, options.text_encoder, workload)
     lines = [
         f"{spec.file.name}: {spec.parameter_count / 1e9:.2f} billion weights, quantization {options.quantization}, "
-        f"computes in {name}",
+        f"computes in {dtype_name(dtype)}",
         f"  weights {gb(demand.weights.total)} ({len(demand.weights.blocks)} blocks of "
         f"{gb(min(demand.weights.blocks))} to {gb(max(demand.weights.blocks))}, {gb(demand.weights.rest)} outside), "
         f"a step of {workload} {gb(demand.activation_bytes)}",
-        f"  T5 ({options.t5}) and CLIP-L {gb(around.text_bytes)}, VAE {gb(around.vae_bytes)} and "
-        f"{gb(around.decode_bytes)} to decode; with the weights {gb(demand.weights.total + around.kept_bytes)} in all",
+        f"  {around.encoders} {gb(around.text_bytes)}, VAE {gb(around.vae_bytes)} and {gb(around.decode_bytes)} to "
+        f"decode; with the weights {gb(demand.weights.total + around.kept_bytes)} in all",
         "",
     ]
     cards = sorted({*CARDS_GB, options.vram} if options.vram else CARDS_GB)
@@ -83,11 +76,30 @@ HEADER = ("GPU", "mode", "resident blocks", "copied per step", "engine", "peak",
 
 @dataclass(frozen=True)
 class _Around:
-    """What else a picture needs, before and after the engine."""
+    """What else a picture needs, before and after the engine.
 
+    Attributes:
+        encoders: the text encoders, and how they are kept.
+        largest: the name of the largest of them.
+    """
+
+    encoders: str
+    largest: str
     text_bytes: int
     vae_bytes: int
     decode_bytes: int
+
+    @classmethod
+    def of(cls, spec: ModelSpec, quantization: str, workload: Workload) -> _Around:
+        """What a model needs beside it, with those text encoders quantized that can be."""
+        encoders, vae = spec.family.text_encoders(spec.config), spec.family.autoencoder
+        unknown = [encoder.name for encoder in encoders if len(encoder.bytes) > 1 and quantization not in encoder.bytes]
+        if unknown:
+            raise SettingsError(f"--text-encoder is '{quantization}', which is not known of {unknown[0]}.")
+        parts = [f"{encoder.name} ({quantization})" if len(encoder.bytes) > 1 else encoder.name for encoder in encoders]
+        text_bytes = sum(encoder.bytes.get(quantization, encoder.bytes["none"]) for encoder in encoders)
+        pixels = workload.width * workload.height * workload.batch
+        return cls(" and ".join(parts), encoders[0].name, text_bytes, vae.bytes, vae.decode_bytes_per_pixel * pixels)
 
     @property
     def kept_bytes(self) -> int:
@@ -97,7 +109,7 @@ class _Around:
     def fitting(self, left_bytes: int, activation_bytes: int) -> str:
         """What can stay on the device beside the engine, when so much is left."""
         if left_bytes >= self.kept_bytes + max(activation_bytes, self.decode_bytes):
-            return "T5 and VAE"
+            return f"{self.largest} and VAE"
         return "VAE" if left_bytes >= self.vae_bytes + self.decode_bytes else "in turn"
 
 
@@ -122,21 +134,40 @@ def _sentence(card: float, demand: Demand, options: argparse.Namespace) -> str:
     return f"{card:g} GB: {plan.sentence}"
 
 
+@dataclass(frozen=True)
+class _NoFile(TensorFile):
+    """What a published model's header would say."""
+
+    device: ClassVar[torch.device] = torch.device("cpu")
+
+    def open(self) -> NoReturn:
+        """There are no weights to read."""
+        raise FileError(f"'{self.name}' is the name of a model, not a file with its weights.")
+
+
+def published() -> dict[str, tuple[Family, FamilyConfig]]:
+    """The models that can be asked for by name."""
+    return {name: (family, config) for family in registry.FAMILIES for name, config in family.published.items()}
+
+
 def _spec(file: str) -> ModelSpec:
-    if file not in MODELS:
+    models = published()
+    if file not in models:
         return inspect_checkpoint(file)
-    family, config = Flux1(), MODELS[file]
+    family, config = models[file]
     tensors = {key: TensorInfo(shape, torch.bfloat16) for key, shape in family.layout(config).expected_shapes().items()}
-    return ModelSpec(TensorFile(FileIdentity(file, 0, 0), tensors), family, config, torch.bfloat16)
+    return ModelSpec(_NoFile(FileIdentity(file, 0, 0), tensors), family, config, torch.bfloat16)
 
 
-def _pixels(workload: Workload) -> int:
-    return workload.width * workload.height * workload.batch
+def _encoder_forms() -> tuple[str, ...]:
+    """How the text encoders of any model can be kept."""
+    encoders = (encoder for family, config in published().values() for encoder in family.text_encoders(config))
+    return tuple(dict.fromkeys(form for encoder in encoders for form in encoder.bytes))
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m accel.plan", description="What fits which GPU.")
-    parser.add_argument("file", metavar="FILE", help=f"a checkpoint, or one of: {', '.join(MODELS)}")
+    parser.add_argument("file", metavar="FILE", help=f"a checkpoint, or one of: {', '.join(published())}")
     parser.add_argument("--vram", type=_size, metavar="GB", help="a card of this size too, with a sentence why")
     parser.add_argument("--quantization", choices=QUANTIZATION_MODES, default="none")
     parser.add_argument("--mode", choices=OFFLOAD_MODES, default="auto", help="of Offload Config (default auto)")
@@ -145,7 +176,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=_count, default=1, help="twice as many where CFG is not 1")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="auto")
     parser.add_argument("--compile", choices=("regional", "off"), default="regional")
-    parser.add_argument("--t5", choices=tuple(T5_BYTES), default="none", help="how the T5 is kept (default none: bf16)")
+    parser.add_argument(
+        "--text-encoder", choices=_encoder_forms(), default="none", help="how it is kept (default none: as published)"
+    )
     return parser
 
 

@@ -27,7 +27,6 @@ LIBRARIES = (
     "triton", "triton-windows", "diffusers", "torchao", "bitsandbytes", "gguf", "safetensors", "transformers",
     "peft", "numpy", "flash-attn", "sageattention", "xformers", "kernels",
 )
-PIXELS_PER_LATENT = 8
 SHOWN_SWAPS = 8
 Rows = Sequence[tuple[str, str]]
 
@@ -38,7 +37,7 @@ class Sampling:
 
     Attributes:
         loras: as `ScheduledStack.__str__` writes them.
-        size: (batch, h, w) of the latents.
+        size: (batch, height, width) of the pictures, in pixels; empty without a call.
         steps: noise levels at which the transformer was called; one that was stopped has fewer than were asked for.
         calls: of the transformer; more than steps where conditions were not joined.
         seconds: from before the LoRAs were bound to the end, with compiling.
@@ -75,9 +74,9 @@ class Sampling:
     @property
     def picture(self) -> str:
         """Size and number of the pictures, such as `1024 × 768, batch of 2`."""
-        if len(self.size) < 3:
+        if not self.size:
             return "no call"
-        batch, height, width = self.size[0], *(side * PIXELS_PER_LATENT for side in self.size[-2:])
+        batch, height, width = self.size
         return f"{width} × {height}" + (f", batch of {batch}" if batch > 1 else "")
 
 
@@ -124,7 +123,7 @@ def _model(reported: Reported) -> Rows:
     return [
         ("file", f"{Path(spec.file.name).name}, {_gb(spec.file.identity.size_bytes)}, {dtype_name(spec.stored_dtype)}"),
         ("family", f"{spec.family.name} {config.variant}, {spec.parameter_count / 1e6:,.0f} million parameters"),
-        ("blocks", f"{config.depth} double, {config.depth_single} single, hidden size {config.hidden_size}"),
+        ("blocks", config.sizes),
         ("computes in", f"{dtype_name(engine.dtype)} (dtype: {engine.settings.dtype})"),
         ("weights", f"{_gb(engine.bytes)} on {engine.device}; {loaded if engine.load_count else 'not loaded yet'}"),
         ("now", "on the device" if engine.loaded else "not on the device"),
@@ -183,7 +182,7 @@ def _loras(reported: Reported) -> Rows:
     rows = [("stack", str(loras)), ("bound now", "yes" if engine.applied(loras.stack) else "no")]
     for number, group in enumerate(grouped(entries), start=1):
         rows.append((f"{number}", describe(group)))
-        rows.append(("", str(together([entry.weights.report for entry in group]))))
+        rows.append(("", str(together([entry.adapter.report for entry in group]))))
     cost = loras.stack.cost
     cut = f", cut to {loras.stack.max_rank}" if loras.stack.max_rank else ""
     rows.append(

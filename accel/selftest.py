@@ -17,7 +17,7 @@ from .errors import AccelError
 from .hardware import dtype_name, hardware_of, has_bf16
 from .linear import kernels
 from .linear.layers import LoraLinear, linears
-from .linear.operators import gelu_fuses
+from .linear.product import gelu_fuses
 from .linear.slot import NOTHING, make_slot
 from .memory.device import memory_of
 from .offload.prove import restrict

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from .attention import BACKENDS
 from .errors import SettingsError
 from .hardware import DTYPES
 
+ATTENTION_BACKENDS = (
+    "auto", "sdpa", "cudnn", "flash_2", "flash_3", "flash_4", "sage", "xformers", "flex", "onednn",
+)
 COMPILE_MODES = ("regional", "regional max-autotune", "full", "off")
 OFFLOAD_MODES = ("auto", "none", "model", "stream")
 QUANTIZATION_MODES = (
@@ -79,7 +81,7 @@ class EngineSettings:
 
     Attributes:
         dtype: a key of `hardware.DTYPES`; "auto" takes the checkpoint's own where the device computes in it.
-        attention: a name of `accel.attention.BACKENDS`, or "auto".
+        attention: one of `ATTENTION_BACKENDS`.
         compile: one of `COMPILE_MODES`.
         device: where the transformer runs, such as "cuda:0" or "cpu".
         quantization: how its weights are stored.
@@ -97,7 +99,7 @@ class EngineSettings:
         """Reject unknown names, before anything is built with them."""
         for name, value, known in (
             ("dtype", self.dtype, tuple(DTYPES)),
-            ("attention", self.attention, ("auto", *BACKENDS)),
+            ("attention", self.attention, ATTENTION_BACKENDS),
             ("compile", self.compile, COMPILE_MODES),
         ):
             if value not in known:

@@ -17,3 +17,13 @@ def all_finite(tensor: Tensor) -> bool:
         return True
     low, high = torch.aminmax(values)  # NaN comes out of both
     return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
+def to_float(tensor: Tensor) -> Tensor:
+    """The same values in float32; not a copy where they are that already."""
+    return tensor.to(torch.float32)
+
+
+def own_vector(tensor: Tensor) -> Tensor:
+    """The values in one dimension, float32, in memory of their own: a view would keep a whole file's alive."""
+    return tensor.flatten().to(torch.float32, copy=True)

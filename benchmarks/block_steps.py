@@ -15,8 +15,9 @@ from accel.families.flux1 import Flux1, Flux1Config
 from accel.families.flux1.blocks import double_block, single_block
 from accel.families.flux1.positions import rotary_table
 from accel.files import FileIdentity
-from accel.lora.adapter import LoraLayer, LoraWeights
+from accel.lora.adapter import Adapter
 from accel.lora.hold.slots import Bindings, LoraSlots
+from accel.lora.kinds.layers import LoraLayer
 from accel.lora.pack.flat import flatten
 from accel.lora.stack import LoraStack
 
@@ -148,7 +149,7 @@ class Steps:
             if regions.compiler.count != expected:
                 raise BenchmarkError(f"{name}: {regions.compiler.count} compiles, expected {expected}.")
 
-    def _bound(self, loras: Sequence[LoraWeights]) -> Bindings:
+    def _bound(self, loras: Sequence[Adapter]) -> Bindings:
         stack = LoraStack()
         for lora in loras:
             stack = stack.with_lora(lora, STRENGTH)
@@ -229,7 +230,7 @@ def _sharing_weights(source: nn.Module, config: Flux1Config) -> nn.Module:
     return model
 
 
-def _random_lora(config: Flux1Config, rank: int, seed: int) -> LoraWeights:
+def _random_lora(config: Flux1Config, rank: int, seed: int) -> Adapter:
     generator = torch.Generator().manual_seed(seed)
 
     def normal(rows: int, columns: int, scale: float) -> Tensor:
@@ -242,10 +243,10 @@ def _random_lora(config: Flux1Config, rank: int, seed: int) -> LoraWeights:
         )
         for module, out_features, in_features in block_linears(Flux1().layout(config))
     )
-    return LoraWeights(FileIdentity(f"rank {rank}, seed {seed}", 0, 0), layers, ())
+    return Adapter(FileIdentity(f"rank {rank}, seed {seed}", 0, 0), layers, ())
 
 
-def _fill_peft(model: nn.Module, lora: LoraWeights, device: torch.device) -> None:
+def _fill_peft(model: nn.Module, lora: Adapter, device: torch.device) -> None:
     for layer in lora.layers:
         module = model.get_submodule(layer.module)
         for half, value in ((module.lora_A, layer.lora_A), (module.lora_B, layer.lora_B.float() * STRENGTH)):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from accel.families.flux1 import Flux1, Flux1Config
-from accel.linear.inputs import Columns, Input, as_input
+from accel.linear.inputs import NONE, Activation, Columns, Input, as_input
 from accel.quantize import find_mode
 
 from .flux_loras import block_linears
@@ -34,10 +34,10 @@ def without_lora_layers(function: Callable) -> Callable:
     The function's code is the same; only the names of what runs linears mean something else to it.
     """
 
-    def linears(x: Tensor | Input, *layers: nn.Module, gelu_last: bool = False) -> list[Any]:
+    def linears(x: Tensor | Input, *layers: nn.Module, activation: Activation = NONE) -> list[Any]:
         value = as_input(x).value()
         outputs = [layer(value) for layer in layers]
-        return [*outputs[:-1], Columns((outputs[-1],), gelu=True)] if gelu_last else outputs
+        return outputs if activation == NONE else [*outputs[:-1], Columns((outputs[-1],), activation)]
 
     def joint_linears(text: Input, image: Input, text_layers: Any, image_layers: Any) -> list[Tensor]:
         pairs = zip(linears(text, *text_layers), linears(image, *image_layers), strict=True)
@@ -75,10 +75,10 @@ def peft_layers(model: nn.Module) -> Iterator[nn.Module]:
 
 def quantize_blocks(model: nn.Module, config: Flux1Config, mode: str) -> None:
     """Convert all linears inside the blocks as the engine does while it loads."""
-    convert, per_picture = find_mode(mode).convert, Flux1().per_picture
+    convert, linears = find_mode(mode).convert, Flux1().layout(config).by_module
     for name in block_modules(config):
         linear = model.get_submodule(name)
-        model.set_submodule(name, convert(linear.weight, linear.bias, per_picture(name)).eval())
+        model.set_submodule(name, convert(linear.weight, linear.bias, linears[name].per_picture).eval())
 
 
 def quantize_float8(linear: nn.Linear) -> None:

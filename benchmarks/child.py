@@ -12,6 +12,8 @@ from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
+from accel.errors import first_line
+
 from .report import BenchmarkError
 
 STOP_S = 30
@@ -147,7 +149,7 @@ def _run(
         sys.stderr.flush()
 
 
-def first_line(error: BaseException) -> str:
+def describe(error: BaseException) -> str:
     """What went wrong, in a line; its kind too where that is not the benchmark's own."""
-    text = next((line for line in str(error).splitlines() if line.strip()), "")
+    text = first_line(error)
     return text if isinstance(error, BenchmarkError) else f"{type(error).__name__}: {text}"

@@ -93,11 +93,11 @@ class DiffusersSubject:
             raise BenchmarkError(f"diffusers: the model has {layers} LoRA layers, expected {expected}.")
 
     def _peft_tensors(self, path: str) -> dict[str, Tensor]:
-        from accel.lora.adapter import LoraLayer
+        from accel.lora.kinds.layers import LoraLayer
         from accel.lora.read.file import read_lora
 
         weights = read_lora(path, self._spec)
-        if weights.vectors or not all(isinstance(each, LoraLayer) and not each.magnitude for each in weights.layers):
+        if weights.vectors or not all(isinstance(each, LoraLayer) for each in weights.layers):
             raise BenchmarkError(f"'{weights.name}' is no plain LoRA: diffusers' hotswap takes nothing else.")
         tensors = {}
         for layer in weights.layers:
@@ -142,7 +142,7 @@ class DiffusersSubject:
 
     def _quantizes(self, module: nn.Module, name: str) -> bool:
         """The linears that the pack quantizes; modulations have one row, which CUDA's int8 product does not take."""
-        family = self._spec.family
-        if not isinstance(module, nn.Linear) or not family.quantizable(name):
+        linear = self._spec.layout.by_module.get(name)
+        if linear is None or not linear.quantizable or not isinstance(module, nn.Linear):
             return False
-        return self._setup.quantization != "int8" or self._device.type == "cpu" or not family.per_picture(name)
+        return self._setup.quantization != "int8" or self._device.type == "cpu" or not linear.per_picture

@@ -18,8 +18,9 @@ from accel.families.layout import Layout
 from accel.files import FileIdentity
 from accel.linear.layers import LoraLinear
 from accel.linear.slot import bound_to
-from accel.lora.adapter import LoraLayer, LoraWeights
+from accel.lora.adapter import Adapter
 from accel.lora.hold.slots import LoraSlots
+from accel.lora.kinds.layers import LoraLayer
 
 from .report import BenchmarkError
 from .timing import CPU
@@ -112,10 +113,10 @@ def _random_pairs(
     }
 
 
-def lora_weights(lora: RandomLora) -> LoraWeights:
+def lora_weights(lora: RandomLora) -> Adapter:
     """A LoRA as the reader gives it."""
     layers = tuple(LoraLayer(module, a, b, 1.0) for module, (a, b) in lora.pairs.items())
-    return LoraWeights(FileIdentity(lora.name, 0, 0), layers, ())
+    return Adapter(FileIdentity(lora.name, 0, 0), layers, ())
 
 
 @dataclass(frozen=True)

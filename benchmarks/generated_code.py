@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from accel.families.flux1 import Flux1, Flux1Config
 from accel.families.flux1.blocks import double_block, single_block
-from accel.linear.inputs import MODULATED, PLAIN
+from accel.linear.inputs import MODULATED, NONE
 from accel.lora.hold.slots import LoraSlots
 
 from .block_variants import add_peft, block_modules, one_of_each, quantize_float8, without_lora_layers
@@ -217,7 +217,7 @@ def _own_operator(node: Any) -> list[dict[str, Any]]:
             "out_features": [_size(weight)[0] for weight in weights[number * count : (number + 1) * count]],
             "weight_width": weights[0].get_dtype().itemsize,
             "recipe": recipe,
-            "gelu_last": given.get("gelu_last", False),
+            "activation": given.get("activation", NONE),
         }
         for number, (recipe, sources) in enumerate(inputs)
     ]
@@ -229,7 +229,7 @@ def _inputs_of(given: dict[str, Any]) -> Iterator[tuple[str, list[Any]]]:
         batch, tokens, width = _size(given["joint"])
         text_tokens = int(given["text_tokens"])
         for length in (text_tokens, tokens - text_tokens):
-            yield PLAIN, [(batch, length, width)]
+            yield NONE, [(batch, length, width)]
         return
     for prefix in ("text_", "image_") if "text_sources" in given else ("",):
         yield given[f"{prefix}recipe"], given[f"{prefix}sources"]

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .child import first_line
+from .child import describe
 
 # What a process sends: (kind, content).
 VALUES, DONE, FAILED, NO_DEVICE = "values", "done", "failed", "no device"
@@ -81,7 +81,7 @@ def serve(
         row.function(job, *row.arguments)
     except Exception as error:  # whatever a library raises: the table says it
         traceback.print_exc()
-        connection.send((FAILED, first_line(error)))
+        connection.send((FAILED, describe(error)))
     else:
         connection.send((DONE, None))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from accel.linear.inputs import GELU, MODULATED, PLAIN
+from accel.linear.inputs import GELU_TANH, MODULATED, NONE, SILU_GATE, Activation, Recipe
 
 # Of activations, biases and LoRA matrices: bfloat16.
 WIDTH = 2
@@ -27,20 +27,20 @@ class Linears:
         out_features: of each linear.
         weight_width: bytes of a weight's element; 1: float8, whose input is float8, too, both with a scale per row.
         recipe: how the input is computed from the parts, see `accel.linear.inputs`. float8 linears read it ready-made.
-        gelu_last: the last output goes through GELU.
+        activation: what the last output goes through.
     """
 
     rows: int
     parts: Sequence[int]
     out_features: Sequence[int]
     weight_width: int
-    recipe: str = PLAIN
-    gelu_last: bool = False
+    recipe: Recipe = NONE
+    activation: Activation = NONE
 
     @property
     def in_features(self) -> int:
-        """Columns of the input."""
-        return sum(self.parts)
+        """Columns of the input: a gate is half as wide as what it is computed from."""
+        return sum(self.parts) - (self.parts[-1] // 2 if self.recipe == SILU_GATE else 0)
 
 
 def linears_bytes(linears: Linears, rank: int, fused: bool) -> int:
@@ -78,7 +78,7 @@ def linears_bytes(linears: Linears, rank: int, fused: bool) -> int:
         total += WIDTH * (rows + out_features) * rank
         if not fused:
             total += 2 * WIDTH * rows * out_features
-    if linears.gelu_last and not fused:
+    if linears.activation == GELU_TANH and not fused:
         total += 2 * WIDTH * rows * linears.out_features[-1]
     return total
 
@@ -86,15 +86,17 @@ def linears_bytes(linears: Linears, rank: int, fused: bool) -> int:
 def _down_bytes(linears: Linears, ranks: int, fused: bool) -> int:
     """The product with every lora_A of a call, side by side: see `accel.linear.inputs.down`.
 
-    It reads what the input consists of and lora_A, and writes the hidden states, rows × ranks. GELU of the last part
-    is written out and read, unless the kernel applies it to what it reads. What is done to the columns of a modulated
-    input is done to lora_A, and to the hidden states.
+    It reads what the input consists of and lora_A, and writes the hidden states, rows × ranks. The activated last part
+    is written out and read, unless it is GELU, which the kernel applies to what it reads. What is done to the columns
+    of a modulated input is done to lora_A, and to the hidden states.
     """
     rows, in_features = linears.rows, linears.in_features
-    total = WIDTH * (rows * in_features + ranks * in_features + rows * ranks)
+    total = WIDTH * (rows * sum(linears.parts) + ranks * in_features + rows * ranks)
     total += 2 * (len(linears.parts) - 1) * WIDTH * rows * ranks
-    if linears.recipe == GELU and not fused:
+    if linears.recipe == GELU_TANH and not fused:
         total += 2 * WIDTH * rows * linears.parts[-1]
+    if linears.recipe == SILU_GATE:
+        total += 2 * WIDTH * rows * (linears.parts[-1] // 2)
     if linears.recipe == MODULATED:
         # lora_A: times the scale (2 read, 4 written), its mean (4), less that (8), rounded (6), and in float32 (10).
         total += ranks * in_features * 30

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from accel.families.flux1 import Flux1Config
-from accel.lora.adapter import LoraWeights
+from accel.lora.adapter import Adapter
 from accel.lora.hold.library import LoraLibrary
 from accel.lora.stack import LoraStack
 from accel.memory.budgets import GIB, PoolBudgets
@@ -44,7 +44,7 @@ class Pooled:
         self._config = config
         self._device = device
         self._loras = loras
-        self._weights: dict[str, LoraWeights] = {}
+        self._weights: dict[str, Adapter] = {}
         self._expected: dict[tuple[str, float], Pairs] = {}
         self._model, self._slots = flux_loras.slots_of(config, device)
         self._library = self._new_library()
@@ -117,16 +117,16 @@ class Pooled:
         def before() -> None:
             library.clear()
             library.attach(self._slots, BUDGETS)
-            library.bind(library.bring(self._other))
+            library.bind(library.make_resident(self._other))
             # What `Engine.prefetch` does.
             library.prepare(stack, background=True)
-            library.bring(stack, make_room=False)
+            library.make_resident(stack, evict=False)
             self._slots.bind(self._slots.empty)
             # As the step that sampled meanwhile has touched every layer, see `Switch._step`.
-            library.bind(library.bring(self._other))
+            library.bind(library.make_resident(self._other))
 
         def run() -> None:
-            library.bind(library.bring(stack))
+            library.bind(library.make_resident(stack))
 
         return Variant("prefetched", run, before, lambda: self._check("prefetched", self._there(lora)), SHORT_RUNS)
 
@@ -135,7 +135,7 @@ class Pooled:
         torch.mul(source, strength, out=target)
 
     def _switch(self, stack: LoraStack) -> None:
-        self._library.bind(self._library.bring(stack))
+        self._library.bind(self._library.make_resident(stack))
 
     def _check(self, name: str, expected: Pairs) -> None:
         check_bound(name, self._model, None, expected)

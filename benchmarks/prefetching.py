@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from accel.families.flux1 import Flux1Config
-from accel.lora.adapter import LoraWeights
+from accel.lora.adapter import Adapter
 from accel.lora.hold.library import LoraLibrary
 from accel.lora.stack import LoraStack
 from accel.memory.budgets import GIB, PoolBudgets
@@ -65,7 +65,7 @@ class Prefetching:
             Variant("step_prefetching", self._step, self._start, self._stop),
         ]
 
-    def read_lora(self, path: str) -> LoraWeights:
+    def read_lora(self, path: str) -> Adapter:
         """See `Engine.read_lora`."""
         weights = self._library.read(path)
         self._done.set()  # a thread that is stopped ends before it prepares what it has read

@@ -69,12 +69,10 @@ def linears_work(linears: Linears, rank: int, fused: bool) -> Work:
 def rest(image_tokens: int, text_tokens: int) -> list[Work]:
     """The linears outside the blocks, which are not quantized: on image tokens, on text tokens, or once per picture."""
     rows = {"x_embedder": image_tokens, "proj_out": image_tokens, "context_embedder": text_tokens}
-    quantizable = Flux1().quantizable
     return [
-        linears_work(Linears(rows.get(part.module, 1), [linear.in_features], [part.rows], WIDTH), 0, False)
-        for linear in Flux1().layout(FLUX1_DEV).linears
-        for part in linear.parts
-        if not quantizable(part.module)
+        linears_work(Linears(rows.get(module, 1), [linear.in_features], [linear.out_features], WIDTH), 0, False)
+        for module, linear in Flux1().layout(FLUX1_DEV).by_module.items()
+        if not linear.quantizable
     ]
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from .child import STOP_S, Child, ChildError, OutOfTimeError, first_line
+from .child import STOP_S, Child, ChildError, OutOfTimeError, describe
 from .report import BenchmarkError
 from .sampling import Clock, prompt_for
 from .subjects import Setup, Work, make_subject
@@ -127,7 +127,7 @@ def _answered(connection: Connection, call: Callable[[], Any]) -> Any:
     except Exception as error:  # whatever a library raises: the other process says it
         traceback.print_exc(file=sys.stderr)
         sys.stderr.flush()
-        connection.send((True, first_line(error)))
+        connection.send((True, describe(error)))
         return None
     connection.send((False, None if isinstance(result, _Server) else result))
     return result

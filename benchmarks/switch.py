@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from accel.families.flux1 import Flux1Config
-from accel.lora.hold.device import DeviceLoras
+from accel.lora.hold.device import DeviceLoras, Prepared
 from accel.lora.hold.library import BUFFERS_BYTES
 from accel.lora.pack.flat import FlatLora, flatten
 from accel.lora.read.file import read_lora
@@ -86,7 +86,7 @@ class Switch:
         self.lora_bytes = self._flats[loras[0].name].bytes
         self._hot, self._warm, self._cold = (self._device_loras() for _ in range(3))
         for lora in loras[:RESIDENT_COUNT]:
-            self._hot.put(lora.name, self._flats[lora.name])
+            self._hot.upload(lora.name, Prepared(self._flats[lora.name]))
         # As many targets as the device has buffers: memcpy and warm then touch equally much memory.
         like = self._flats[loras[0].name].buffer
         targets = [torch.zeros_like(like, device=device, pin_memory=False) for _ in range(RESIDENT_COUNT)]
@@ -99,7 +99,7 @@ class Switch:
         self._expected: dict[str, Pairs] = {}
         # As an engine that has read a few LoRAs: their memory is used again.
         self._buffers = HostBuffers(BUFFERS_BYTES)
-        self._order = self._spec.family.layout(config).modules
+        self._order = self._spec.layout.modules
         self._fused = [flux_loras.fused_lora(config, f"fused-{seed}", seed) for seed in range(RESIDENT_COUNT)]
         for lora, format in itertools.product(self._fused, FUSED_FORMATS):
             files.add(f"{format}-{lora.name}", lora.state_dict(format))
@@ -159,7 +159,7 @@ class Switch:
             raise BenchmarkError(f"warm: '{lora.name}' is still on the device, so there would be nothing to copy.")
 
     def _put_and_bind(self, lora: RandomLora) -> None:
-        self._warm.put(lora.name, self._flats[lora.name])
+        self._warm.upload(lora.name, Prepared(self._flats[lora.name]))
         self._warm.bind(lora.name)
 
     def _check_warm(self, lora: RandomLora) -> None:
@@ -194,7 +194,7 @@ class Switch:
         stack = LoraStack().with_lora(weights, STRENGTH)
         flat = flatten(stack.active, DTYPE, pin=self._memory.pin, buffers=self._buffers, order=self._order)
         times.append(time.perf_counter())
-        self._cold.put(stack.key, flat)
+        self._cold.upload(stack.key, Prepared(flat))
         self._cold.bind(stack.key)
         times.append(time.perf_counter())
         self._held = weights, flat  # the engine's pools keep both; freeing them is not part of the switch

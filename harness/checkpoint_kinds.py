@@ -14,6 +14,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from accel.hardware import dtype_name
+
 from .tensor_files import json_tensor, write_tensors
 from .tiny_models import TinyFluxConfig
 
@@ -73,7 +75,7 @@ def scaled_fp8(path: Path, tensors: Mapping[str, Tensor], form: str, dtype: torc
             continue
         values, scale = quantize_fp8(tensor, dtype, per_row)
         stored[name], exact[name] = values, values.float() * scale
-        layers[prefix + layer] = {"format": str(dtype).removeprefix("torch.")}
+        layers[prefix + layer] = {"format": dtype_name(dtype)}
         if form == "marker":
             stored |= {f"{layer}.scale_weight": scale, f"{layer}.scale_input": torch.tensor(0.02)}
         else:

@@ -11,8 +11,8 @@ import torch
 
 from accel.attention import BACKENDS, Target
 from accel.attention.choose import AUTO
-from accel.compile.compiler import compiler_for
-from accel.hardware import Hardware, dtype_on
+from accel.compile.failures import compiler_for
+from accel.hardware import Hardware, dtype_name, dtype_on
 from accel.memory.device import copies_on
 from accel.quantize.modes import MODES, preferences
 from accel.selftest import HEAD_DIM, HEADS
@@ -65,7 +65,7 @@ NOTES = """
 def cells() -> Mapping[str, Callable[[Hardware], str]]:
     """The rows: title -> what it says of a kind of device."""
     rows: dict[str, Callable[[Hardware], str]] = {
-        "`dtype` auto (of a bf16 file)": lambda on: str(dtype_on("auto", torch.bfloat16, on)).removeprefix("torch."),
+        "`dtype` auto (of a bf16 file)": lambda on: dtype_name(dtype_on("auto", torch.bfloat16, on)),
         "`quantization` auto, best first": lambda on: ", ".join(candidates(on)) or "none",
     }
     for name, mode in MODES.items():

@@ -1,4 +1,4 @@
-"""The CLIP of FLUX's text encoders: ComfyUI's own, which remembers what it encoded and loads weights when it must."""
+"""ComfyUI's CLIP around text encoders that remember what they encoded, and load their weights only when they must."""
 
 from __future__ import annotations
 
@@ -10,45 +10,39 @@ from typing import Any
 import comfy.hooks
 import comfy.model_management
 import comfy.sd
-import comfy.text_encoders.flux
 import torch
 from torch import Tensor
 
 from ..accel.store.lru import ByteLru
-from ..accel.text_encoder.spec import EncoderSpec
-from .encoders import EncodersPatcher, FluxEncoders, host_memory_is_scarce
+from .encoders import Encoders, EncodersPatcher, host_memory_is_scarce
 
-# 64 prompts of T5-XXL's 256 tokens.
+# Some sixty prompts: what a large encoder gives for one is about 4 MB.
 CACHE_BYTES = 256 * 1024**2
-# The encoders by the names of their tokens, and the part of the weights' names that is theirs.
-PARTS = {"t5xxl": "t5xxl.", "l": "clip_l."}
 
 
-class FluxClip(comfy.sd.CLIP):
+class RememberingClip(comfy.sd.CLIP):
     """A cheap handle on encoders that its clones share, with LoRAs and options of its own.
 
     Attributes:
-        cache: T5's hidden states and CLIP-L's pooled vectors, each by its own tokens, options and LoRAs; shared by all
-            clones. While both are there, no weights are needed, and none are loaded.
+        cond_stage_model: the encoders.
+        cache: what each encoder gave, by its own tokens, options and LoRAs; shared by all clones. While the outputs of
+            all encoders are there, no weights are needed, and none are loaded.
     """
 
     def __init__(
-        self,
-        t5: EncoderSpec,
-        clip: EncoderSpec | None,
-        mode: str,
-        load_device: torch.device,
-        offload_device: torch.device,
-        embedding_directory: list[str] | None,
+        self, encoders: Encoders, tokenizer: Any, load_device: torch.device, offload_device: torch.device
     ) -> None:
-        """Make it from headers: nothing is read."""
+        """Make it of encoders that have no weights yet: nothing is read.
+
+        Args:
+            encoders: what encodes.
+            tokenizer: ComfyUI's, whose tokens they take.
+            load_device: where they compute, unless it lacks a dtype of theirs.
+            offload_device: where their weights wait, and then compute.
+        """
         super().__init__(no_init=True)
-        positions = {} if clip is None else {"clip_l_max_length": clip.config.max_position_embeddings}
-        self.cond_stage_model = FluxEncoders(t5, clip, mode)
-        self.tokenizer = comfy.text_encoders.flux.FluxTokenizer(embedding_directory, tokenizer_data=positions)
-        self.tokenizer.t5xxl.embedding_size = t5.config.d_model
-        if clip is not None:
-            self.tokenizer.clip_l.embedding_size = clip.config.hidden_size
+        self.cond_stage_model = encoders
+        self.tokenizer = tokenizer
         stored = {parameter.dtype for parameter in self.cond_stage_model.parameters()}
         if not all(comfy.model_management.supports_cast(load_device, dtype) for dtype in stored):
             load_device = offload_device
@@ -61,7 +55,7 @@ class FluxClip(comfy.sd.CLIP):
         self.tokenizer_options = {}
         self.cache: ByteLru[Tensor] = ByteLru(CACHE_BYTES, lambda output: output.nbytes)
 
-    def clone(self, *args: Any, **kwargs: Any) -> FluxClip:
+    def clone(self, *args: Any, **kwargs: Any) -> RememberingClip:
         """Copy the handle, not the encoders, nor what they remember."""
         copy = object.__new__(type(self))
         copy.__dict__.update(super().clone(*args, **kwargs).__dict__, cache=self.cache)
@@ -80,19 +74,21 @@ class FluxClip(comfy.sd.CLIP):
             encoded = super().encode_from_tokens(tokens, return_pooled, return_dict, *args, **kwargs)
             self._release_if_scarce()
             return encoded
-        keys = {part: self._key(part, tokens[part]) for part in PARTS}
-        outputs = {part: self.cache.get(key) for part, key in keys.items()}
-        if any(output is None for output in outputs.values()):
-            known = {part: output for part, output in outputs.items() if output is not None}
-            with self.cond_stage_model.knowing(known):
-                encoded = super().encode_from_tokens(tokens, return_pooled or True)
-            outputs = dict(zip(PARTS, encoded, strict=True))
-            for part in PARTS.keys() - known.keys():
-                self.cache.put(keys[part], outputs[part].cpu().clone())
+        encoders = self.cond_stage_model
+        keys = {part: self._key(part, tokens[part]) for part in encoders.modules_of}
+        remembered = {part: self.cache.get(key) for part, key in keys.items()}
+        outputs = {part: output for part, output in remembered.items() if output is not None}
+        if len(outputs) < len(keys):
+            with encoders.knowing(outputs) as complete:
+                super().encode_from_tokens(tokens, return_pooled or True)
+            for part in complete.keys() - outputs.keys():
+                self.cache.put(keys[part], complete[part].cpu().clone())
+            outputs = complete
             self._release_if_scarce()
         # Copies: a node may change what it gets.
         device = comfy.model_management.intermediate_device()
-        cond, pooled = (outputs[part].to(device, copy=True) for part in PARTS)
+        copies = {part: output.to(device, copy=True) for part, output in outputs.items()}
+        cond, pooled = encoders.conditioning(copies)
         if return_dict:
             encoded = {"cond": cond, "pooled_output": pooled}
             self.add_hooks_to_dict(encoded)
@@ -101,18 +97,22 @@ class FluxClip(comfy.sd.CLIP):
 
     def get_sd(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """The weights, when they are as in the files."""
-        self.patcher.refuse_quantized("saved", "Copy the file, or load the T5 with quantization 'none'")
+        self._refuse_to_save_quantized()
         return super().get_sd(*args, **kwargs)
 
     def state_dict_for_saving(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """The weights with LoRAs, when the T5 is not quantized."""
-        self.patcher.refuse_quantized("saved", "Copy the file, or load the T5 with quantization 'none'")
+        """The weights with LoRAs, when they are as in the files."""
+        self._refuse_to_save_quantized()
         return super().state_dict_for_saving(*args, **kwargs)
 
     def get_key_patches(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """What merging nodes ask for, when the T5 is not quantized."""
+        """What merging nodes ask for, when the weights are as in the files."""
         self.patcher.refuse_quantized("merged")
         return super().get_key_patches(*args, **kwargs)
+
+    def _refuse_to_save_quantized(self) -> None:
+        title = self.cond_stage_model.title
+        self.patcher.refuse_quantized("saved", f"Copy the file, or load the {title} with quantization 'none'")
 
     def _can_remember(self) -> bool:
         """Whether tokens, layer and LoRAs decide the output alone: other nodes may have put hooks on the patcher."""
@@ -122,9 +122,9 @@ class FluxClip(comfy.sd.CLIP):
         )
 
     def _key(self, part: str, tokens: Any) -> Hashable:
-        if part == "l" and self.cond_stage_model.clip_l is None:
-            return part, None  # zeros, whatever the tokens
-        prefix = PARTS[part]
+        if not self.cond_stage_model.has(part):
+            return part, None  # the same, whatever the tokens
+        prefix = f"{self.cond_stage_model.modules_of[part]}."
         patched = any(key.startswith(prefix) for key in self.patcher.patches)
         # Every change of the patches makes another uuid; a clone keeps it.
         return part, _content(tokens), self.layer_idx, self.patcher.patches_uuid if patched else None

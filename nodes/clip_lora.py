@@ -13,11 +13,10 @@ import comfy.lora
 from torch import Tensor, nn
 
 from ..accel.files import open_tensors, read_header
+from ..accel.lora.kinds import KINDS
 from ..accel.lora.read.text_encoders import EncoderKeys, EncoderNames, sort_encoder_keys
 
-# Role -> how ComfyUI ends the name of its tensor; all others end in a dot and the role.
-ENDS = {"A": ".lora_down.weight", "B": ".lora_up.weight", "mid": ".lora_mid.weight"}
-ENDS |= {role: f".{role}.weight" for role in ("a1", "a2", "b1", "b2")}
+# Roles of what ComfyUI adds to a bias.
 OF_BIAS = ("diff_b", "b_norm")
 
 
@@ -45,7 +44,7 @@ def patch_clip(clip: Any, path: str, keys: Sequence[str], strength: float) -> tu
         for weight, roles in found.layers.items():
             for role, key in roles.items():
                 # A copy: what a CLIP keeps must not map a file that someone may replace.
-                lora[weight.removesuffix(".weight") + ENDS.get(role, f".{role}")] = handle.get_tensor(key).clone()
+                lora[weight.removesuffix(".weight") + KINDS.comfyui_endings[role]] = handle.get_tensor(key).clone()
     patches = comfy.lora.load_lora(lora, {weight.removesuffix(".weight"): weight for weight in found.layers})
     patched = clip.clone()
     taken = set(patched.add_patches(patches, strength))

@@ -1,83 +1,37 @@
 """What the pack relies on in ComfyUI, by name: checked once at the start, part by part.
 
-A version of ComfyUI that lacks something costs the part that needs it, and one line in the log says which. Nothing here
-is imported before it is checked, so that this module loads in every version.
+A version of ComfyUI that lacks something costs the part that needs it, and one line in the log says which. Nothing of
+ComfyUI is imported before it is checked, so that this module loads in every version. What a family of models needs is
+listed in its own folder.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib
-import inspect
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-# Where a thing was last seen: in whole trees, in which this pack ran (0.18.2, 0.24.0, 0.27.0, 0.30.0); in a whole tree
-# that was read; and in single files of later versions that were read.
-RAN, READ, READ_FILES = "0.18.2 to 0.30", "0.18.2 to 0.33", "0.18.2 to 0.46"
-
-
-@dataclass(frozen=True)
-class Part:
-    """A part of the pack that works, or does not, by itself.
-
-    Attributes:
-        without: what is not there when ComfyUI lacks something that it needs.
-    """
-
-    without: str
-
-
-MODEL = Part("Accelerated Flux Loader and the nodes that take its model are left out")
-OTHER_LORA_NODES = Part(
-    "Load LoRA and the LoRA nodes of other packs do not work on the accelerated model; use Hotswap LoRA"
+from .families import registry
+from .reliance import (
+    CLIP_LORAS,
+    MODEL,
+    NAMES,
+    OTHER_LORA_NODES,
+    PINNING,
+    PREFETCH,
+    READ,
+    REFUSALS,
+    TEXT_ENCODERS,
+    TEXTS,
+    VERSION,
+    Part,
+    Reliance,
+    each,
+    resolve,
 )
-REFUSALS = Part("merging, saving, hooks or the bypass loader may fail on the accelerated model without a clear message")
-CLIP_LORAS = Part("Hotswap LoRA changes no text encoder")
-TEXT_ENCODERS = Part("Flux Text Encoder Loader is left out")
-NAMES = Part("LoRAs that come from other nodes are named by their content, not by their file")
-PREFETCH = Part("the LoRAs of queued prompts are not prepared ahead")
-TEXTS = Part("nothing is written below running nodes; the log has it all the same")
-PINNING = Part("host memory is not page-locked, which makes loading and offloading slower")
-VERSION = Part("Flux Accel Report does not know ComfyUI's version")
-
-
-@dataclass(frozen=True)
-class Reliance:
-    """One thing that must be there.
-
-    Attributes:
-        where: "module:name.name".
-        parts: what of the pack needs it.
-        takes: the names of parameters that the pack passes, or is passed by ComfyUI where it overrides a method.
-        seen: the versions of ComfyUI that had it so.
-        finds: what is amiss with it beyond that; None or "" where nothing is.
-    """
-
-    where: str
-    parts: tuple[Part, ...]
-    takes: tuple[str, ...] = ()
-    seen: str = READ_FILES
-    finds: Callable[[Any], str] | None = None
-
-    def mismatch(self) -> str:
-        """What is amiss, as the end of a sentence that begins with "this ComfyUI"; empty where nothing is."""
-        try:
-            found = _resolve(self.where)
-        except (ImportError, AttributeError) as exc:
-            return f"has no {self.where} ({exc})"
-        lacking = _lacking(found, self.takes)
-        if lacking:
-            return f"has a {self.where} without {', '.join(lacking)}"
-        try:
-            return self.finds(found) if self.finds else ""
-        except Exception as exc:  # whatever a changed class raises
-            return f"has a {self.where} that cannot be used ({type(exc).__name__}: {exc})"
 
 
 @functools.cache
@@ -98,35 +52,9 @@ def holds(part: Part) -> bool:
     return not any(part in reliance.parts for reliance in mismatches())
 
 
-def _resolve(where: str) -> Any:
-    module, _, path = where.partition(":")
-    if module == "server":
-        # ComfyUI imports it before any node pack. Importing it here would start another one in a process without.
-        if module not in sys.modules:
-            raise ImportError("it is not loaded")
-        found = sys.modules[module]
-    else:
-        found = importlib.import_module(module)
-    for name in path.split("."):
-        found = getattr(found, name)
-    return found
-
-
-def _lacking(found: Any, names: tuple[str, ...]) -> list[str]:
-    if not names:
-        return []
-    try:
-        parameters = inspect.signature(found).parameters
-    except (TypeError, ValueError):  # not written in Python
-        return []
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-        return []
-    return [name for name in names if name not in parameters]
-
-
 def _version() -> str:
     try:
-        return f" ({_resolve('comfyui_version:__version__')})"
+        return f" ({resolve('comfyui_version:__version__')})"
     except (ImportError, AttributeError):
         return ""
 
@@ -141,14 +69,11 @@ def _patcher_attributes(patcher: type) -> str:
 
 def _weight_names(_: Any) -> str:
     """ComfyUI matches LoRA files with the weights' names of a model that it makes without weights."""
-    from .skeleton import nameless_weights
-
-    lacking = nameless_weights()
-    return f"makes a FLUX model in which {len(lacking)} weights have no name, such as '{lacking[0]}'" if lacking else ""
-
-
-def _each(prefix: str, names: str, parts: tuple[Part, ...], seen: str = READ_FILES) -> tuple[Reliance, ...]:
-    return tuple(Reliance(prefix + name, parts, seen=seen) for name in names.split())
+    for family, lacking in registry.nameless_weights().items():
+        if lacking:
+            count, first = len(lacking), lacking[0]
+            return f"makes a {family} model in which {count} weights have no name, such as '{first}'"
+    return ""
 
 
 _PATCHER = "comfy.model_patcher:ModelPatcher"
@@ -170,25 +95,14 @@ RELIANCES: tuple[Reliance, ...] = (
     Reliance(f"{_PATCHER}.use_ejected", (MODEL,), ("skip_and_inject_on_exit_only",)),
     Reliance(f"{_PATCHER}.pre_run", (MODEL,)),
     Reliance(f"{_PATCHER}.cleanup", (MODEL,)),
-    Reliance("comfy.model_base:Flux", (MODEL,), ("model_config", "model_type")),
-    Reliance("comfy.model_base:Flux.memory_required", (MODEL,), ("input_shape", "cond_shapes")),
-    Reliance(
-        "comfy.model_base:Flux._apply_model",
-        (MODEL,),
-        ("x", "t", "c_concat", "c_crossattn", "control", "transformer_options"),
-    ),
-    *_each("comfy.model_base:ModelType.", "FLUX FLOW", (MODEL,)),
-    *_each("comfy.supported_models:", "Flux.set_inference_dtype FluxSchnell.set_inference_dtype", (MODEL,)),
-    Reliance("comfy.ldm.flux.model:Flux", (MODEL,), ("dtype", "device", "operations"), READ),
-    Reliance("comfy.ldm.flux.model:FluxParams", (MODEL,), seen=READ),
-    *_each("comfy.ops:", "disable_weight_init.Linear._load_from_state_dict", (MODEL,)),
-    *_each(
+    *each("comfy.ops:", "disable_weight_init.Linear._load_from_state_dict", (MODEL,)),
+    *each(
         "comfy.patcher_extension:",
         "get_all_wrappers WrappersMP.DIFFUSION_MODEL WrapperExecutor.new_class_executor",
         (MODEL,),
         READ,
     ),
-    *_each(
+    *each(
         _DEVICES,
         "get_torch_device unet_offload_device minimum_inference_memory extra_reserved_memory current_loaded_models "
         "LoadedModel.model_loaded_memory InterruptProcessingException",
@@ -201,7 +115,7 @@ RELIANCES: tuple[Reliance, ...] = (
         f"{_PATCHER}.add_patches", (OTHER_LORA_NODES,), ("patches", "strength_patch", "strength_model")
     ),
     Reliance("comfy.lora:model_lora_keys_unet", (OTHER_LORA_NODES,), finds=_weight_names),
-    *_each("comfy.weight_adapter:", "LoRAAdapter LoHaAdapter LoKrAdapter GLoRAAdapter OFTAdapter",
+    *each("comfy.weight_adapter:", "LoRAAdapter LoHaAdapter LoKrAdapter GLoRAAdapter OFTAdapter",
            (OTHER_LORA_NODES,), READ),
     Reliance("comfy_execution.utils:get_executing_context", (NAMES, TEXTS), seen=READ),
     Reliance(_QUEUE, (NAMES, PREFETCH)),
@@ -218,21 +132,12 @@ RELIANCES: tuple[Reliance, ...] = (
     Reliance("comfy.sd:CLIP.add_patches", (CLIP_LORAS,), ("patches", "strength_patch")),
     Reliance("comfy.sd:CLIP", (TEXT_ENCODERS,), ("no_init",)),
     Reliance("comfy.sd:CLIP.encode_from_tokens", (TEXT_ENCODERS,), ("tokens", "return_pooled", "return_dict")),
-    *_each("comfy.sd:CLIP.", "clone add_hooks_to_dict get_sd get_key_patches", (TEXT_ENCODERS,)),
-    Reliance(
-        "comfy.sd1_clip:SDClipModel",
-        (TEXT_ENCODERS,),
-        ("device", "dtype", "max_length", "textmodel_json_config", "special_tokens", "model_class",
-         "return_projected_pooled", "model_options"),
-    ),
-    *_each("comfy.sd1_clip:SDClipModel.", "encode_token_weights set_clip_options reset_clip_options", (TEXT_ENCODERS,)),
-    *_each("comfy.text_encoders.t5:", "T5", (TEXT_ENCODERS,), RAN),
-    *_each("comfy.clip_model:", "CLIPTextModel", (TEXT_ENCODERS,), RAN),
-    Reliance("comfy.text_encoders.flux:FluxTokenizer", (TEXT_ENCODERS,), ("embedding_directory", "tokenizer_data")),
-    *_each("comfy.hooks:", "EnumHookMode.MinVram", (TEXT_ENCODERS,), READ),
-    *_each(f"{_PATCHER}.", "load patch_weight_to_device", (TEXT_ENCODERS,)),
+    *each("comfy.sd:CLIP.", "clone add_hooks_to_dict get_sd get_key_patches", (TEXT_ENCODERS,)),
+    *each("comfy.sd1_clip:SDClipModel.", "encode_token_weights set_clip_options reset_clip_options", (TEXT_ENCODERS,)),
+    *each("comfy.hooks:", "EnumHookMode.MinVram", (TEXT_ENCODERS,), READ),
+    *each(f"{_PATCHER}.", "load patch_weight_to_device", (TEXT_ENCODERS,)),
     Reliance("comfy.lora:calculate_weight", (TEXT_ENCODERS,), ("patches", "weight", "key", "intermediate_dtype")),
-    *_each(
+    *each(
         _DEVICES,
         "text_encoder_device text_encoder_offload_device intermediate_device supports_cast is_device_cpu "
         "is_device_cuda get_total_memory throw_exception_if_processing_interrupted",
@@ -242,4 +147,5 @@ RELIANCES: tuple[Reliance, ...] = (
     Reliance("server:PromptServer.instance.send_progress_text", (TEXTS,), ("text", "node_id")),
     Reliance(f"{_DEVICES}MAX_PINNED_MEMORY", (PINNING,)),
     Reliance("comfyui_version:__version__", (VERSION,)),
+    *registry.reliances(),
 )

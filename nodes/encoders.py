@@ -1,19 +1,15 @@
-"""T5 and CLIP-L as the one model that ComfyUI's CLIP holds, and its place in ComfyUI's memory management."""
+"""Text encoders as the one model that ComfyUI's CLIP holds, and its place in ComfyUI's memory management."""
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
-import comfy.clip_model
 import comfy.lora
 import comfy.model_management
 import comfy.model_patcher
-import comfy.sd1_clip
-import comfy.text_encoders.t5
 import torch
 from torch import Tensor, nn
 
@@ -25,50 +21,69 @@ from .progress import NodeObserver
 
 log = logging.getLogger(__name__)
 
-POOLED = 768
 # Give weights back when less host memory than this is free.
 SCARCE_BYTES = 2 * 1024**3
 
 
-class FluxEncoders(nn.Module):
-    """Both encoders under the names that ComfyUI gives them, by which LoRAs find their layers.
+class Encoders(nn.Module):
+    """Text encoders under the names that ComfyUI gives them, by which LoRAs find their layers.
+
+    A family's subclass makes them, and says how their outputs become a conditioning.
 
     Attributes:
-        t5xxl: the T5.
-        clip_l: the CLIP-L, or None.
-        encode_counts: how often each encoder ran.
+        modules_of: what the tokenizer calls an encoder's tokens -> its name here, such as "l" -> "clip_l".
+        title: what messages call the encoder that may be quantized.
+        weights: the encoders' weights, by the names here; a text encoder that the user has not is not among them.
+        mode: how the weights of the one that may be quantized are kept.
+        encode_counts: how often each encoder ran, by the names of the tokens.
     """
 
-    def __init__(self, t5: EncoderSpec, clip: EncoderSpec | None, mode: str) -> None:
-        """Have the sizes of the files, without data."""
+    modules_of: ClassVar[Mapping[str, str]]
+    title: ClassVar[str]
+
+    def __init__(self, encoders: Mapping[str, tuple[nn.Module, EncoderSpec]], mode: str, quantized: str) -> None:
+        """Have the sizes of the files, without data.
+
+        Args:
+            encoders: by the names here: ComfyUI's `SDClipModel` on the meta device, and the file of its weights.
+            mode: of `accel.text_encoder.modes`.
+            quantized: which of them it is for; the others stay as their files have them.
+        """
         super().__init__()
-        config = {**dataclasses.asdict(t5.config), "dense_act_fn": "gelu_pytorch_tanh", "is_gated_act": True}
-        self.t5xxl = comfy.sd1_clip.SDClipModel(
-            device="meta",
-            dtype=t5.stored_dtype,
-            textmodel_json_config={**config, "model_type": "t5"},
-            special_tokens={"end": 1, "pad": 0},
-            model_class=comfy.text_encoders.t5.T5,
-            model_options={"model_name": "t5xxl"},
-        )
-        weights = {"t5xxl": EncoderWeights(self.t5xxl.transformer, t5, mode)}
-        self.clip_l: nn.Module | None = None
-        if clip is not None:
-            self.clip_l = _clip_model(clip)
-            weights["clip_l"] = EncoderWeights(self.clip_l.transformer, clip, "none")
-        self.mode = mode
-        self.encode_counts = dict.fromkeys(("t5xxl", "l"), 0)
         # Not modules: nn.Module must not see them.
-        self.weights = weights
-        self._known: Mapping[str, Tensor] = {}
-        for block in self.t5xxl.transformer.encoder.block:
-            block.register_forward_pre_hook(_interruptible)
+        self.weights: dict[str, EncoderWeights] = {}
+        for name, (encoder, spec) in encoders.items():
+            self.add_module(name, encoder)
+            self.weights[name] = EncoderWeights(encoder.transformer, spec, mode if name == quantized else "none")
+        self.mode = mode
+        self.encode_counts = dict.fromkeys(self.modules_of, 0)
+        self._outputs: dict[str, Tensor] | None = None
+
+    def encode_part(self, part: str, tokens: Any) -> Tensor:
+        """Run one encoder, or give what stands for one that is not there.
+
+        Args:
+            part: the name of its tokens.
+            tokens: what the tokenizer gave for it.
+        """
+        raise NotImplementedError
+
+    def conditioning(self, outputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """What ComfyUI's text encoders of the family give: the context (1, T, C), and the pooled vector or None.
+
+        Args:
+            outputs: of all encoders, by the names of their tokens.
+        """
+        raise NotImplementedError
 
     @property
     def quantized(self) -> dict[str, WeightOnlyLinear]:
         """Quantized layers by their weights' names."""
-        prefix = "t5xxl.transformer"
-        return {f"{prefix}.{name}.weight": layer for name, layer in self.weights["t5xxl"].quantized.items()}
+        return {
+            f"{encoder}.transformer.{name}.weight": layer
+            for encoder, weights in self.weights.items()
+            for name, layer in weights.quantized.items()
+        }
 
     @property
     def loaded(self) -> bool:
@@ -106,39 +121,38 @@ class FluxEncoders(nn.Module):
         for encoder in self._encoders():
             encoder.reset_clip_options()
 
-    def encode_part(self, part: str, tokens: Any) -> Tensor:
-        """Encode for one of the encoders.
-
-        Args:
-            part: "t5xxl" -> (1, L, d_model) float32; "l" -> the pooled vector (1, hidden) float32.
-            tokens: what the tokenizer gave for it.
-        """
-        if part == "t5xxl":
-            self.encode_counts[part] += 1
-            return self.t5xxl.encode_token_weights(tokens)[0]
-        if self.clip_l is None:
-            return torch.zeros(1, POOLED, device=comfy.model_management.intermediate_device())
-        self.encode_counts[part] += 1
-        return self.clip_l.encode_token_weights(tokens)[1]
+    def has(self, part: str) -> bool:
+        """Whether the encoder for these tokens is there."""
+        return self.modules_of[part] in self.weights
 
     @contextmanager
-    def knowing(self, outputs: Mapping[str, Tensor]) -> Iterator[None]:
-        """Take these for what `encode_part` would give, and run only the other encoder."""
-        self._known = outputs
-        try:
-            yield
-        finally:
-            self._known = {}
+    def knowing(self, outputs: Mapping[str, Tensor]) -> Iterator[Mapping[str, Tensor]]:
+        """Take these for what `encode_part` would give, and run only the other encoders.
 
-    def encode_token_weights(self, token_weight_pairs: dict[str, Any], *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """T5's hidden states and CLIP-L's pooled vector, as ComfyUI's FLUX text encoder gives them."""
-        return tuple(
-            self._known[part] if part in self._known else self.encode_part(part, token_weight_pairs[part])
-            for part in ("t5xxl", "l")
-        )
+        Args:
+            outputs: by the names of the tokens.
+
+        Yields:
+            The same and, once `encode_token_weights` has run, what the others gave.
+        """
+        self._outputs = dict(outputs)
+        try:
+            yield self._outputs
+        finally:
+            self._outputs = None
+
+    def encode_token_weights(
+        self, token_weight_pairs: dict[str, Any], *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """As ComfyUI's text encoders have it: tokens by the tokenizer's names -> context and pooled vector."""
+        outputs = {} if self._outputs is None else self._outputs
+        for part in self.modules_of:
+            if part not in outputs:
+                outputs[part] = self.encode_part(part, token_weight_pairs[part])
+        return self.conditioning(outputs)
 
     def _encoders(self) -> list[nn.Module]:
-        return [encoder for encoder in (self.t5xxl, self.clip_l) if encoder is not None]
+        return [self.get_submodule(name) for name in self.weights]
 
 
 class EncodersPatcher(comfy.model_patcher.ModelPatcher):
@@ -190,9 +204,9 @@ class EncodersPatcher(comfy.model_patcher.ModelPatcher):
         found = [key for key in keys if key in self.model.quantized]
         if found:
             raise SettingsError(
-                f"A LoRA that is scheduled by a hook changes '{found[0]}' ({len(found)} layers of the T5), which is "
-                f"quantized ({self.model.mode}). Use Load LoRA instead of the hook, or load the T5 with quantization "
-                "'none'."
+                f"A LoRA that is scheduled by a hook changes '{found[0]}' ({len(found)} layers of the "
+                f"{self.model.title}), which is quantized ({self.model.mode}). Use Load LoRA instead of the hook, or "
+                f"load the {self.model.title} with quantization 'none'."
             )
         return super().add_hook_patches(hook, patches, *args, **kwargs)
 
@@ -202,17 +216,23 @@ class EncodersPatcher(comfy.model_patcher.ModelPatcher):
             self.refuse_quantized("used with Load LoRA (Bypass)", "Use Load LoRA: it writes into no weight")
         super().set_injections(key, *args, **kwargs)
 
-    def refuse_quantized(self, what: str, instead: str = "Load the T5 with quantization 'none'") -> None:
-        """Say that a quantized T5 cannot be used so.
+    def refuse_quantized(self, what: str, instead: str = "") -> None:
+        """Say that a quantized encoder cannot be used so.
+
+        Args:
+            what: what was to be done with it, as a participle.
+            instead: what to do; by default to load it without quantization.
 
         Raises:
-            SettingsError: the T5 is quantized.
+            SettingsError: it is quantized.
         """
-        if self.model.quantized:
-            raise SettingsError(
-                f"The T5 '{self.model.weights['t5xxl'].spec.file.name}' is quantized ({self.model.mode}), and cannot "
-                f"be {what}. {instead}."
-            )
+        for weights in self.model.weights.values():
+            if weights.quantized:
+                title, name = self.model.title, weights.spec.file.name
+                instead = instead or f"Load the {title} with quantization 'none'"
+                raise SettingsError(
+                    f"The {title} '{name}' is quantized ({self.model.mode}), and cannot be {what}. {instead}."
+                )
 
     def _attach_loras(self) -> None:
         for key, layer in self.model.quantized.items():
@@ -233,24 +253,3 @@ class _Lora:
 def host_memory_is_scarce() -> bool:
     """Whether text encoders should not stay in host memory for later."""
     return comfy.model_management.get_free_memory(torch.device("cpu")) < SCARCE_BYTES
-
-
-def _clip_model(spec: EncoderSpec) -> nn.Module:
-    config = {**dataclasses.asdict(spec.config), "num_attention_heads": spec.config.num_attention_heads}
-    model = comfy.sd1_clip.SDClipModel(
-        device="meta",
-        dtype=spec.stored_dtype,
-        max_length=spec.config.max_position_embeddings,
-        textmodel_json_config={**config, "hidden_act": "quick_gelu", "eos_token_id": 49407},
-        model_class=comfy.clip_model.CLIPTextModel,
-        return_projected_pooled=False,
-        model_options={"model_name": "clip_l"},
-    )
-    if "text_projection.weight" not in spec.weights:
-        # FLUX takes the pooled vector before the projection; ComfyUI's model computes it all the same.
-        model.transformer.text_projection = nn.Identity()
-    return model
-
-
-def _interruptible(*_: Any) -> None:
-    comfy.model_management.throw_exception_if_processing_interrupted()

@@ -10,20 +10,22 @@ from comfy_api.latest import ComfyExtension, io
 
 from ..accel.prove import proofs
 from . import contract
+from .families import registry
 from .files import cache_folder
 from .pocket import add_pocket_folders
+from .reliance import MODEL, Part
 
 log = logging.getLogger(__name__)
 
 # Module and class of each node, in menu order, and what must hold for it.
-NODES: tuple[tuple[str, str, contract.Part | None], ...] = (
-    ("loader", "FluxAccelLoader", contract.MODEL),
+NODES: tuple[tuple[str, str, Part | None], ...] = (
+    ("loader", "FluxAccelLoader", MODEL),
     ("quantize", "FluxQuantizeTransformer", None),
     ("offload", "FluxOffloadConfig", None),
-    ("lora", "FluxHotswapLora", contract.MODEL),
-    ("step_cache", "FluxStepCache", contract.MODEL),
-    ("text_encoder", "FluxTextEncoderLoader", contract.TEXT_ENCODERS),
-    ("report", "FluxAccelReport", contract.MODEL),
+    ("lora", "FluxHotswapLora", MODEL),
+    ("step_cache", "FluxStepCache", MODEL),
+    *((f"families.{module}", name, part) for module, name, part in registry.NODES),
+    ("report", "FluxAccelReport", MODEL),
 )
 
 

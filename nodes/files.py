@@ -14,7 +14,7 @@ from ..accel.errors import FileError
 from ..accel.files import FileIdentity
 
 CATEGORY = "Flux Hotswap"
-# Where FLUX transformers lie, the first one first; all-in-one checkpoints are in the second.
+# Where transformers lie, the first folder first; all-in-one checkpoints are in the second.
 MODEL_FOLDERS = ("diffusion_models", "checkpoints")
 # ComfyUI's own folder for diffusers pipelines, of which it lists nothing but folders.
 DIFFUSERS_FOLDER = "diffusers"
@@ -50,7 +50,7 @@ def fingerprint(folder: str, name: str) -> tuple[int, int]:
 
 
 def model_files() -> list[str]:
-    """What a FLUX transformer can be loaded from, as the loader lists it.
+    """What a transformer can be loaded from, as the loader lists it.
 
     The files of `diffusion_models`, then of `checkpoints`, with the .gguf files, the indices of shards and the
     diffusers folders (which end in a slash) that ComfyUI's own lists leave out. A name that both folders have means

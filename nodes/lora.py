@@ -9,14 +9,16 @@ from typing import Any
 import folder_paths
 from comfy_api.latest import io
 
+from ..accel.engine import Engine
 from ..accel.errors import LoraError, SettingsError
-from ..accel.lora.adapter import LoraWeights
+from ..accel.lora.adapter import Adapter
 from ..accel.lora.schedule import between
 from . import contract
 from .clip_lora import patch_clip
 from .files import CATEGORY, find_file, fingerprint
-from .patcher import AcceleratedModelPatcher
+from .patcher import AcceleratedModelPatcher, accelerated
 from .progress import show_text
+from .reliance import CLIP_LORAS
 
 FOLDER = "loras"
 log = logging.getLogger(__name__)
@@ -28,52 +30,13 @@ class FluxHotswapLora(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         """Inputs and outputs."""
-        strength = {"default": 1.0, "min": -100.0, "max": 100.0, "step": 0.01}
-        percent = {"min": 0.0, "max": 1.0, "step": 0.001, "optional": True, "advanced": True}
         return io.Schema(
             node_id="FluxHotswapLora",
             display_name="Hotswap LoRA",
             category=CATEGORY,
-            description="Adds a LoRA to an accelerated FLUX model. Chain several to stack them. Changing the file or "
+            description="Adds a LoRA to an accelerated model. Chain several to stack them. Changing the file or "
             "the strength binds other tensors to the compiled model: nothing is merged, nothing recompiles.",
-            inputs=[
-                io.Model.Input("model", tooltip="From Accelerated Flux Loader, or another Hotswap LoRA."),
-                io.Combo.Input(
-                    "lora_name", options=folder_paths.get_filename_list(FOLDER), tooltip="A file in models/loras."
-                ),
-                io.Float.Input("strength", **strength, tooltip="Effect on the image model; may be negative."),
-                io.Clip.Input(
-                    "clip", optional=True, tooltip="Connect it when the LoRA was trained on the text encoder too."
-                ),
-                io.Float.Input(
-                    "strength_clip", **strength, optional=True, tooltip="Effect on the text encoder, if connected."
-                ),
-                io.Float.Input(
-                    "start_percent",
-                    default=0.0,
-                    **percent,
-                    tooltip="Where in the sampling the LoRA sets in; 0 is its begin.",
-                ),
-                io.Float.Input(
-                    "end_percent",
-                    default=1.0,
-                    **percent,
-                    tooltip="Where in the sampling the LoRA ends; 1 is its end. Switching on the way costs "
-                    "milliseconds.",
-                ),
-                io.Int.Input(
-                    "max_rank",
-                    default=0,
-                    min=0,
-                    max=4096,
-                    optional=True,
-                    advanced=True,
-                    tooltip="0 leaves it as it is: exact, unless another node of the chain says otherwise. Otherwise "
-                    "the whole stack is cut to this rank, by SVD, when its ranks add up to more: less memory and time "
-                    "per step, with an error that the sampler shows. Of several nodes the last one counts. A LoKr of "
-                    "high rank always stays exact, and does not count.",
-                ),
-            ],
+            inputs=[*_file_and_strengths(), *_schedule_and_rank()],
             outputs=[io.Model.Output(), io.Clip.Output()],
         )
 
@@ -95,29 +58,35 @@ class FluxHotswapLora(io.ComfyNode):
         max_rank: int = 0,
     ) -> io.NodeOutput:
         """Check the file against the model, and put it on the clone's stack; it is bound when sampling starts."""
-        if not isinstance(model, AcceleratedModelPatcher):
-            raise SettingsError(
-                f"Hotswap LoRA got a model of type {type(model.model).__name__}, expected one from Accelerated Flux "
-                "Loader. For other models use ComfyUI's Load LoRA."
-            )
+        ours = accelerated(model, "Hotswap LoRA", "For other models use ComfyUI's Load LoRA.")
         keyframes = between(start_percent, end_percent)
         if strength == 0.0 and (clip is None or strength_clip == 0.0):
             # As ComfyUI's own loader: a file that is switched off may be anything.
             show_text(f"{lora_name} is off: strength 0")
-            return io.NodeOutput(model.with_max_rank(max_rank), clip)
+            return io.NodeOutput(ours.with_max_rank(max_rank), clip)
         path = find_file(FOLDER, lora_name)
-        weights = replace(model.engine.read_lora(path), label=lora_name)
-        if clip is None and not (weights.layers or weights.vectors):
-            count = len(weights.text_encoder_keys)
-            raise LoraError(
-                f"LoRA '{lora_name}' changes only text encoders ({count} keys), expected keys for a "
-                f"{model.engine.spec.family.name} transformer. Connect clip to use it."
-            )
+        weights = _read(ours.engine, path, lora_name, clip)
         patched_clip, said = _patch_clip(clip, path, weights, strength_clip)
-        patched = model.with_lora(weights, strength, keyframes).with_max_rank(max_rank)
+        patched = ours.with_lora(weights, strength, keyframes).with_max_rank(max_rank)
         log.info("Flux Hotswap: LoRA %s: %s", weights.name, weights.report)
         show_text("\n".join([str(weights.report), *said, _describe_cost(patched)]))
         return io.NodeOutput(patched, patched_clip)
+
+
+def _read(engine: Engine, path: str, name: str, clip: Any) -> Adapter:
+    """Check a file against the engine's model.
+
+    Raises:
+        LoraError: see `Engine.read_lora`; or it changes text encoders alone, and there is no CLIP.
+    """
+    weights = replace(engine.read_lora(path), label=name)
+    if clip is None and not (weights.layers or weights.vectors):
+        count = len(weights.text_encoder_keys)
+        raise LoraError(
+            f"LoRA '{name}' changes only text encoders ({count} keys), expected keys for a {engine.spec.family.name} "
+            "transformer. Connect clip to use it."
+        )
+    return weights
 
 
 def _describe_cost(model: AcceleratedModelPatcher) -> str:
@@ -131,7 +100,7 @@ def _describe_cost(model: AcceleratedModelPatcher) -> str:
     )
 
 
-def _patch_clip(clip: Any, path: str, weights: LoraWeights, strength: float) -> tuple[Any, list[str]]:
+def _patch_clip(clip: Any, path: str, weights: Adapter, strength: float) -> tuple[Any, list[str]]:
     """Apply the text-encoder part of a LoRA; without a CLIP, say that it waits.
 
     Returns:
@@ -149,7 +118,7 @@ def _patch_clip(clip: Any, path: str, weights: LoraWeights, strength: float) -> 
         return None, [f"Not used: {waits}"]
     if strength == 0.0:
         return clip, [f"{len(keys)} keys for text encoders are off: strength_clip 0"]
-    if not contract.holds(contract.CLIP_LORAS):
+    if not contract.holds(CLIP_LORAS):
         raise SettingsError(
             f"LoRA '{weights.name}' has {len(keys)} text encoder keys, which this version of ComfyUI takes in another "
             "way than this pack hands them over (its log says more). Disconnect clip, or update this pack."
@@ -159,3 +128,50 @@ def _patch_clip(clip: Any, path: str, weights: LoraWeights, strength: float) -> 
         raise LoraError(f"LoRA '{weights.name}' changes only text encoders, and nothing of this CLIP: {found}.")
     log.log(logging.WARNING if found.left else logging.INFO, "Flux Hotswap: LoRA %s: %s", weights.name, found)
     return patched, [str(found)]
+
+
+def _file_and_strengths() -> list[io.Input]:
+    strength = {"default": 1.0, "min": -100.0, "max": 100.0, "step": 0.01}
+    return [
+        io.Model.Input("model", tooltip="From Accelerated Flux Loader, or another Hotswap LoRA."),
+        io.Combo.Input(
+            "lora_name", options=folder_paths.get_filename_list(FOLDER), tooltip="A file in models/loras."
+        ),
+        io.Float.Input("strength", **strength, tooltip="Effect on the image model; may be negative."),
+        io.Clip.Input(
+            "clip", optional=True, tooltip="Connect it when the LoRA was trained on the text encoder too."
+        ),
+        io.Float.Input(
+            "strength_clip", **strength, optional=True, tooltip="Effect on the text encoder, if connected."
+        ),
+    ]
+
+
+def _schedule_and_rank() -> list[io.Input]:
+    percent = {"min": 0.0, "max": 1.0, "step": 0.001, "optional": True, "advanced": True}
+    return [
+        io.Float.Input(
+            "start_percent",
+            default=0.0,
+            **percent,
+            tooltip="Where in the sampling the LoRA starts; 0 is the beginning.",
+        ),
+        io.Float.Input(
+            "end_percent",
+            default=1.0,
+            **percent,
+            tooltip="Where in the sampling the LoRA stops; 1 is the end. Switching on the way costs milliseconds.",
+        ),
+        io.Int.Input(
+            "max_rank",
+            default=0,
+            min=0,
+            max=4096,
+            optional=True,
+            advanced=True,
+            tooltip="0 leaves the stack as it is: exact, unless another node of the chain says otherwise. Any other "
+            "value cuts the whole stack to this rank, by SVD, when its ranks add up to more: less memory and time per "
+            "step, with an error that the sampler shows. Of several nodes the last one counts. A LoKr of high rank "
+            "always stays exact, and does not count.",
+        ),
+    ]

@@ -1,14 +1,14 @@
 """LoRAs that ComfyUI's own loaders, and packs built on them, bring as patches: read, not merged.
 
 Every such node ends in `ModelPatcher.add_patches(patches, strength)`, with the adapters of comfy.weight_adapter under
-the names of ComfyUI's FLUX model. File names are lost on the way, so these LoRAs are known by their content.
+the names of ComfyUI's own model. File names are lost on the way, so these LoRAs are known by their content.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import comfy.weight_adapter
@@ -17,11 +17,13 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..accel.errors import LoraError
-from ..accel.families.layout import FusedLinear, Layout, LinearPart, LoraTarget, VectorWeight
-from ..accel.lora.adapter import LoraWeights
+from ..accel.families.base import Config, Family
+from ..accel.families.layout import FusedLinear, LinearPart, LoraTarget, VectorWeight
+from ..accel.lora.adapter import Adapter
+from ..accel.lora.kinds import KINDS
 from ..accel.lora.kinds.shapes import INSTEAD
 from ..accel.lora.read.keys import CONFIG_END
-from ..accel.lora.read.names import ModuleNames
+from ..accel.lora.read.names import known_names
 from ..accel.lora.read.patches import LinearPatch, NormPatch, from_patches, tensor_digest
 from .prompts import inputs_of_running_node
 
@@ -29,55 +31,46 @@ log = logging.getLogger(__name__)
 
 PREFIX = "diffusion_model."
 
-# Adapter class of comfy.weight_adapter -> what the entries of its `weights` are; see the `load` of each there.
-ROLES: Mapping[str, tuple[str, ...]] = {
-    "LoRAAdapter": ("B", "A", "alpha", "mid", "dora_scale", "reshape_weight"),
-    "LoHaAdapter": (
-        "hada_w1_a", "hada_w1_b", "alpha", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2", "dora_scale",
-    ),
-    "LoKrAdapter": (
-        "lokr_w1", "lokr_w2", "alpha", "lokr_w1_a", "lokr_w1_b", "lokr_w2_a", "lokr_w2_b", "lokr_t2", "dora_scale",
-    ),
-    "GLoRAAdapter": ("a1", "a2", "b1", "b2", "alpha", "dora_scale"),
-    "OFTAdapter": ("oft_blocks", "rescale", "alpha", "dora_scale"),
-}
-
 
 class NativeLoras:
     """Reads patches for one model."""
 
     def __init__(
-        self, layout: Layout, absent: ModuleNames[str], cache_dir: str | os.PathLike[str] | None
+        self,
+        family: Family[Config],
+        config: Config,
+        scale_names: Callable[[VectorWeight], tuple[str, ...]],
+        cache_dir: str | os.PathLike[str] | None,
     ) -> None:
         """Know the linears and norms by the names that patches use.
 
         Args:
-            layout: of the model.
-            absent: linears that other models of the family have: what is for them is left, as ComfyUI does.
+            family: of the model.
+            config: the family's, of the model.
+            scale_names: what ComfyUI calls the scale of a norm, see `families.base.ComfyFamily`.
             cache_dir: where matrices that are slow to compute are kept on disk; None computes them each time.
         """
-        self._absent = absent
+        layout = family.layout(config)
+        self._family_name = family.name
+        # Linears that other models of the family have: what is for them is left, as ComfyUI does.
+        self._absent = known_names(family, config).absent
         self._cache_dir = cache_dir
         self._linears = {f"{PREFIX}{linear.name}": linear for linear in layout.linears}
-        # ComfyUI calls a norm's scale `scale` up to 0.18 and `weight` later.
-        self._norms = {
-            f"{PREFIX}{vector.name.removesuffix('scale')}{end}": vector
-            for vector in layout.vectors
-            for end in ("scale", "weight")
-        }
+        self._norms = {f"{PREFIX}{name}": vector for vector in layout.vectors for name in scale_names(vector)}
         # Loader nodes keep a file's tensors, and patch with the same ones again when only the strength changes.
         self._digests: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-        known = comfy.weight_adapter
-        self._roles = {getattr(known, name): roles for name, roles in ROLES.items() if hasattr(known, name)}
+        # Adapter class -> what the entries of its `weights` are.
+        known, adapters = comfy.weight_adapter, [kind.comfyui for kind in KINDS if kind.comfyui is not None]
+        self._roles = {getattr(known, each.name): each.roles for each in adapters if hasattr(known, each.name)}
 
-    def read(self, patches: Mapping[Any, Any]) -> tuple[LoraWeights | None, list[Any]]:
-        """Turn patches into weights.
+    def read(self, patches: Mapping[Any, Any]) -> tuple[Adapter | None, list[Any]]:
+        """Turn patches into an adapter.
 
         Args:
             patches: key -> adapter, as `comfy.lora.load_lora` returns them; text-encoder keys may be among them.
 
         Returns:
-            The weights, or None when the patches are for text encoders only; and the keys that they cover.
+            The adapter, or None when the patches are for text encoders only; and the keys that they cover.
 
         Raises:
             LoraError: a patch cannot be carried beside the weights, has a wrong shape, or holds NaN; or nothing fits.
@@ -92,9 +85,9 @@ class NativeLoras:
         ]
         if not others:
             raise LoraError(
-                "LoRA: ComfyUI's loader found no key for the FLUX.1 model in it (the log names them): it is for "
-                "another model, for text encoders alone, or in a format that only Hotswap LoRA reads, such as XLabs' "
-                "and BFL's. Try it with Hotswap LoRA, which says what it is."
+                f"LoRA: ComfyUI's loader found no key for the {self._family_name} model in it (the log names them): it "
+                "is for another model, for text encoders alone, or in a format that only Hotswap LoRA reads, such as "
+                "XLabs' and BFL's. Try it with Hotswap LoRA, which says what it is."
             )
         if configs:
             log.info(
@@ -107,7 +100,7 @@ class NativeLoras:
             return None, configs
         return self._weights(patches, ours), [*ours, *configs]
 
-    def _weights(self, patches: Mapping[Any, Any], keys: list[Any]) -> LoraWeights:
+    def _weights(self, patches: Mapping[Any, Any], keys: list[Any]) -> Adapter:
         return from_patches([self._patch(key, patches[key]) for key in keys], self._digest, cache_dir=self._cache_dir)
 
     def _patch(self, key: Any, patch: Any) -> LinearPatch | NormPatch:
@@ -124,8 +117,8 @@ class NativeLoras:
         roles = self._roles.get(type(patch))
         if linear is None:
             raise LoraError(
-                f"LoRA: '{name}' is not a linear layer or norm of this FLUX.1 model, expected one: it is for another "
-                f"variant. {INSTEAD}"
+                f"LoRA: '{name}' is not a linear layer or norm of this {self._family_name} model, expected one: it is "
+                f"for another variant. {INSTEAD}"
             )
         if end != "weight" or roles is None:
             kind = type(patch).__name__ if not isinstance(patch, tuple) else f"'{patch[0]}' patch"
@@ -195,9 +188,10 @@ def _target(key: Any, linear: FusedLinear) -> LoraTarget:
         return LoraTarget.whole(linear)
     _, rows, *function = key
     if function and function[0] is not None:
-        # ComfyUI's only function for FLUX swaps the halves back: the LoRA stands in diffusers' order, as ours does.
+        # ComfyUI's only function over a weight swaps the halves back: the LoRA stands in diffusers' order, as
+        # ours does.
         if linear.swap_halves and rows is None:
-            return LoraTarget(linear.parts, linear.in_features, linear.out_features, False)
+            return LoraTarget(linear.parts, linear.in_features, linear.out_features, False, bias=linear.bias)
         raise LoraError(f"LoRA: '{linear.name}' comes with a function over its weight. {INSTEAD}")
     dim, start, length = rows
     parts = [part for part in linear.parts if start <= part.start and part.start + part.rows <= start + length]
@@ -207,4 +201,4 @@ def _target(key: Any, linear: FusedLinear) -> LoraTarget:
             f"{INSTEAD}"
         )
     moved = tuple(LinearPart(part.module, part.start - start, part.rows) for part in parts)
-    return LoraTarget(moved, linear.in_features, length, False)
+    return LoraTarget(moved, linear.in_features, length, False, bias=linear.bias)

@@ -8,6 +8,7 @@ import comfy.utils
 
 from . import contract
 from .prompts import executing, server
+from .reliance import TEXTS
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ class NodeObserver:
 def show_text(text: str) -> None:
     """Write a line below the running node, where the frontend and this ComfyUI version can."""
     context, send = executing(), getattr(server(), "send_progress_text", None)
-    if context is not None and send is not None and contract.holds(contract.TEXTS):
+    if context is not None and send is not None and contract.holds(TEXTS):
         send(text, context.node_id)
 
 

@@ -51,7 +51,7 @@ class FluxQuantizeTransformer(io.ComfyNode):
                     default=50,
                     min=1,
                     max=100_000,
-                    tooltip="What the cache may take on the disk; what was not used for longest is deleted first.",
+                    tooltip="What the cache may take on the disk; what has gone unused for longest is deleted first.",
                 ),
             ],
             outputs=[FluxQuantization.Output(display_name="quantization")],

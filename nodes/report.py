@@ -11,11 +11,11 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..accel.chart import draw_samplings
-from ..accel.errors import SettingsError
 from ..accel.report import Reported, write_report
 from . import contract
 from .files import CATEGORY
-from .patcher import AcceleratedModelPatcher
+from .patcher import accelerated
+from .reliance import VERSION
 
 PROJECT = Path(__file__).resolve().parent.parent / "pyproject.toml"
 
@@ -56,16 +56,12 @@ class FluxAccelReport(io.ComfyNode):
     @classmethod
     def execute(cls, model, passthrough=None) -> io.NodeOutput:
         """Write and draw."""
-        if not isinstance(model, AcceleratedModelPatcher):
-            raise SettingsError(
-                f"Flux Accel Report got a model of type {type(model.model).__name__}, expected one from Accelerated "
-                "Flux Loader: it has nothing to say of others."
-            )
-        samplings = tuple(model.model.samplings)
+        ours = accelerated(model, "Flux Accel Report", "It has nothing to say of others.")
+        samplings = tuple(ours.model.samplings)
         text = write_report(
-            Reported(model.engine, model.loras, model.step_cache, samplings, model.model.last_load_s, _host())
+            Reported(ours.engine, ours.loras, ours.step_cache, samplings, ours.model.last_load_s, _host())
         )
-        picture = draw_samplings(samplings, Path(model.engine.spec.file.name).name)
+        picture = draw_samplings(samplings, Path(ours.engine.spec.file.name).name)
         image = torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255.0)[None]
         # Without `cls`: no workflow, and so no prompt, is written into the picture.
         shown = {**ui.PreviewImage(image).as_dict(), **ui.PreviewText(text).as_dict()}
@@ -79,7 +75,7 @@ def _host() -> dict[str, str]:
 
 
 def _comfyui_version() -> str:
-    if not contract.holds(contract.VERSION):
+    if not contract.holds(VERSION):
         return "unknown"
     from comfyui_version import __version__
 

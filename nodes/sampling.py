@@ -54,7 +54,8 @@ class SamplingRecord:
         """
         sigmas, conditions = options.get("sigmas"), tuple(options.get("uuids", ()))
         self.calls += 1
-        self._size = (shape[0] // max(1, len(conditions)), *shape[2:])
+        pixels = self._engine.spec.family.pixels_per_latent
+        self._size = (shape[0] // max(1, len(conditions)), shape[-2] * pixels, shape[-1] * pixels)
         if sigmas is not self._sigmas:  # one tensor for all calls of a step
             self._steps, self._sigmas = self._steps + 1, sigmas
         if self._step_cache is None or sigmas is None:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..accel.errors import SettingsError
 from ..accel.step_cache import StepCacheSettings
 from .files import CATEGORY
-from .patcher import AcceleratedModelPatcher
+from .patcher import accelerated
 
 
 class FluxStepCache(io.ComfyNode):
@@ -39,10 +38,10 @@ class FluxStepCache(io.ComfyNode):
                     "start_percent",
                     default=0.0,
                     **percent,
-                    tooltip="Skip no step before this part of the sampling; 0 is its begin.",
+                    tooltip="Skip no step before this point of the sampling; 0 is the beginning.",
                 ),
                 io.Float.Input(
-                    "end_percent", default=1.0, **percent, tooltip="Skip no step after this part; 1 is the end."
+                    "end_percent", default=1.0, **percent, tooltip="Skip no step after this point; 1 is the end."
                 ),
                 io.Int.Input(
                     "max_skips",
@@ -62,9 +61,6 @@ class FluxStepCache(io.ComfyNode):
         cls, model, threshold: float, start_percent: float = 0.0, end_percent: float = 1.0, max_skips: int = 0
     ) -> io.NodeOutput:
         """Put the settings on a clone; each sampling of it starts with an empty cache."""
-        if not isinstance(model, AcceleratedModelPatcher):
-            raise SettingsError(
-                f"Flux Step Cache got a model of type {type(model.model).__name__}, expected one from Accelerated Flux "
-                "Loader. For other models use ComfyUI's EasyCache."
-            )
-        return io.NodeOutput(model.with_step_cache(StepCacheSettings(threshold, start_percent, end_percent, max_skips)))
+        ours = accelerated(model, "Flux Step Cache", "For other models use ComfyUI's EasyCache.")
+        settings = StepCacheSettings(threshold, start_percent, end_percent, max_skips)
+        return io.NodeOutput(ours.with_step_cache(settings))

@@ -29,7 +29,6 @@ from accel.attention import (
     library,
     native,
     onednn,
-    operator,
 )
 from accel.attention.backend import EXACT
 from accel.attention.correctness import judge, verify
@@ -38,7 +37,7 @@ from accel.engine import Engine, Silent
 from accel.errors import SettingsError
 from accel.families.flux1 import Flux1Inputs
 from accel.prove import proofs
-from accel.settings import EngineSettings
+from accel.settings import ATTENTION_BACKENDS, EngineSettings
 from harness.attention_packages import PACKAGES, write_package
 from harness.paths import REPO
 
@@ -135,6 +134,7 @@ def calls_in(graph) -> list[str]:
 
 
 def test_the_names_are_those_of_the_loader():
+    assert ("auto", *BACKENDS) == ATTENTION_BACKENDS
     assert tuple(BACKENDS) == NAMES
     for name in ("auto", *NAMES):
         assert EngineSettings(attention=name).attention == name
@@ -185,7 +185,8 @@ def test_what_an_amd_card_runs(card, monkeypatch):
     assert "this is an AMD card" in BACKENDS["flash_3"].hardware(CUDA)
 
 
-def test_float16_on_a_cpu_is_not_for_onednn():
+def test_float16_on_a_cpu_is_not_for_onednn(monkeypatch):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
     half = dataclasses.replace(CPU, dtype=torch.float16)
     assert BACKENDS["onednn"].missing(half) == "computes in bfloat16, but dtype is float16"
 
@@ -328,7 +329,7 @@ def test_each_is_traced_in_one_graph_whatever_the_sizes(install, package):
     attention = BACKENDS[SERVES[package]].make()
     expected = {  # the library's own operator, where it has one
         "flash_2": "flash_attn._flash_attn_forward", "flash_3": "flash_attn_3._flash_attn_forward",
-    }.get(package, "flux_hotswap.attention")  # fmt: skip
+    }.get(package, f"flux_hotswap.attention_{SERVES[package]}")  # fmt: skip
     compiled, graphs, _ = graphs_of(attention, *make_inputs(CPU, 3, 77), None)
     with torch.inference_mode(), torch._dynamo.config.patch(error_on_recompile=True):
         for batch, tokens in ((2, 160), (5, 200)):
@@ -346,7 +347,7 @@ def test_an_operator_that_is_declared_otherwise_is_not_used(install):
     })  # fmt: skip
     inputs = make_inputs(CPU, 1, 77)
     _, graphs, output = graphs_of(BACKENDS["flash_2"].make(), *inputs, None)
-    assert "flux_hotswap.attention" in calls_in(graphs[0])
+    assert "flux_hotswap.attention_flash_2" in calls_in(graphs[0])
     assert torch.equal(output, F.scaled_dot_product_attention(*inputs))
 
 
@@ -373,9 +374,9 @@ def test_a_mask_goes_to_sdpa_and_adds_no_recompile(install, package):
 def test_the_operator_says_what_it_does(install):
     install("flash_4")
     query, key, value = (heads.transpose(1, 2) for heads in make_inputs(CPU, 2, 77))
-    operator.register()
-    own = torch.ops.flux_hotswap.attention.default
-    torch.library.opcheck(own, (query, key, value, "flash_4"), test_utils=("test_schema", "test_faketensor"))
+    BACKENDS["flash_4"].make()
+    own = torch.ops.flux_hotswap.attention_flash_4.default
+    torch.library.opcheck(own, (query, key, value), test_utils=("test_schema", "test_faketensor"))
     assert not own._schema.is_mutable
 
 
@@ -776,7 +777,7 @@ def traced(tmp_path_factory):
     [
         ("cudnn", "aten._scaled_dot_product_cudnn_attention"),
         ("flash_2", "flash_attn._flash_attn_forward"),
-        ("flash_4", "flux_hotswap.attention"),
+        ("flash_4", "flux_hotswap.attention_flash_4"),
         ("flex", "triton_tem_fused"),
     ],
 )

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from accel.lora.hold.device import DeviceLoras
+from accel.lora.hold.device import DeviceLoras, Prepared
 from accel.lora.hold.slots import LoraSlots
 from accel.lora.pack.strength import UnscaledB
 from benchmarks import flux_loras, peers
@@ -233,7 +233,7 @@ def test_warm_that_copies_nothing_is_noticed(switch, monkeypatch):
 
 
 def test_warm_that_is_still_resident_is_noticed(switch, loras):
-    switch._warm.put(loras[0].name, switch._flats[loras[0].name])
+    switch._warm.upload(loras[0].name, Prepared(switch._flats[loras[0].name]))
     with pytest.raises(BenchmarkError, match="still on the device"):
         interleave([variant_of(switch.variants(), "warm")], rounds=1, warm_up=0)
 

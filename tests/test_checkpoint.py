@@ -51,7 +51,7 @@ def test_every_value_arrives(dev):
     stored, spec = load_file(dev), inspect_checkpoint(dev)
     parameters = dict(load(spec).named_parameters())
     seen = 0
-    for linear in spec.family.layout(spec.config).linears:
+    for linear in spec.layout.linears:
         for kind in ("weight", "bias"):
             ours = torch.cat([parameters[f"{part.module}.{kind}"] for part in linear.parts])
             theirs = stored[f"{linear.name}.{kind}"]
@@ -59,7 +59,7 @@ def test_every_value_arrives(dev):
                 theirs = torch.cat([theirs[256:], theirs[:256]])
             assert torch.equal(ours, theirs), linear.name
             seen += theirs.numel()
-    for vector in spec.family.layout(spec.config).vectors:
+    for vector in spec.layout.vectors:
         assert torch.equal(parameters[vector.parameter], stored[vector.name])
         seen += vector.size
     assert seen == sum(tensor.numel() for tensor in stored.values()) == sum(p.numel() for p in parameters.values())

@@ -15,8 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from accel.families.flux1 import Flux1, Flux1Inputs
-from accel.families.flux1.forward import BlockState, Hooks, Residuals
-from accel.linear import kernels, layers, operators, scaled
+from accel.families.flux1.inputs import BlockState, Hooks, Residuals
+from accel.linear import float8, layers, operators, product
+from accel.linear.autotune import Autotuner
 from accel.linear.slot import Bound
 from accel.lora.hold.slots import Bindings, LoraSlots
 from benchmarks.block_variants import block_modules, one_of_each, quantize_float8
@@ -81,7 +82,7 @@ def fake(skeleton):
         yield mode
 
 
-@pytest.fixture(params=["bf16", *scaled.WAYS])
+@pytest.fixture(params=["bf16", *float8.WAYS])
 def forward(request, skeleton, fake, monkeypatch):
     """A forward over a model with a LoRA on every linear, the operators' own code in place of their stand-ins."""
     config = one_of_each(256)
@@ -92,10 +93,10 @@ def forward(request, skeleton, fake, monkeypatch):
                 module._parameters[name] = on_device(*parameter.shape)
     if request.param != "bf16":
         # Which one a device takes it has to try, which a fake one cannot.
-        way = scaled.Way(request.param, scaled.WAYS[request.param], {})
-        monkeypatch.setattr(scaled, "way_on", lambda device, dtype: way)
+        way = float8.Way(request.param, float8.WAYS[request.param], {})
+        monkeypatch.setattr(float8, "way_on", lambda device, dtype: way)
         # It remembers its tensor, and must not remember a fake one.
-        monkeypatch.setattr(scaled, "_one", scaled._one.__wrapped__)
+        monkeypatch.setattr(float8, "_one", float8._one.__wrapped__)
         for module in block_modules(config):
             quantize_float8(model.get_submodule(module))
     modules = [part.module for linear in Flux1().layout(config).linears for part in linear.parts]
@@ -112,10 +113,10 @@ def forward(request, skeleton, fake, monkeypatch):
     # A FakeTensor has no address, and Triton cannot read one.
     monkeypatch.setattr(operators, "_down", lambda multiply, matrices: [multiply(matrix) for matrix in matrices])
     # PyTorch does not say what the one that writes to a given tensor does to fake ones.
-    product = torch._scaled_mm
-    monkeypatch.setattr(torch, "_scaled_mm", lambda *args, out=None, **options: written(product(*args, **options), out))
-    monkeypatch.setattr(operators, "gelu_fuses", lambda device, dtype: True)
-    monkeypatch.setattr(kernels, "fastest", lambda x, shape, fused, separate, configs=(): separate())
+    multiply = torch._scaled_mm
+    monkeypatch.setattr(torch, "_scaled_mm", lambda *args, out=None, **given: written(multiply(*args, **given), out))
+    monkeypatch.setattr(product, "gelu_fuses", lambda device, dtype: True)
+    monkeypatch.setattr(Autotuner, "fastest", lambda self, x, shape, fused, separate, configs=(): separate())
 
     def make(attend=attention):
         return Flux1().forward(config, model, Flux1().regions(attend))

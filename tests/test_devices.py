@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import accel.quantize.modes
-from accel.compile.compiler import failure_notice
+from accel.compile.failures import failure_notice
 from accel.errors import SettingsError
 from accel.hardware import dtype_on, hardware_of
 from accel.memory.device import CudaMemory

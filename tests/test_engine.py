@@ -11,11 +11,11 @@ from torch import Tensor
 import accel.compile.compiler
 import accel.lora.hold.device
 from accel.checkpoint import inspect_checkpoint
-from accel.compile.compiler import batch_can_be_unbacked
+from accel.compile.tracing import batch_can_be_unbacked
 from accel.engine import Engine, Silent
 from accel.errors import EngineStateError, LoraError, SettingsError
 from accel.families.flux1 import Flux1Inputs
-from accel.families.flux1.forward import Residuals
+from accel.families.flux1.inputs import Residuals
 from accel.lora.pack.flat import flatten
 from accel.lora.stack import LoraStack
 from accel.settings import EngineSettings
@@ -269,7 +269,7 @@ def test_device_buffers_are_reused_and_the_bound_one_is_not_overwritten(eager, l
         for stack, flat, reference in zip(stacks, flats, expected, strict=True):
             before = pool._bound
             kept = None if before is None else pool._residents[before].flat.buffer.clone()
-            pool.put(stack.key, flat)
+            pool.upload(stack.key, accel.lora.hold.device.Prepared(flat))
             if before is not None:
                 assert torch.equal(pool._residents[before].flat.buffer, kept)
             pool.bind(stack.key)
@@ -286,7 +286,7 @@ class Boom(Exception):
 
 FAILURES = {
     "flatten": ("accel.lora.hold.library.flatten", Boom, 0.31),
-    "copy to the device": ("accel.lora.hold.device.DeviceLoras.put", torch.OutOfMemoryError, 0.32),
+    "copy to the device": ("accel.lora.hold.device.DeviceLoras.upload", torch.OutOfMemoryError, 0.32),
     "before the binding": ("accel.lora.hold.device.DeviceLoras.bind", KeyboardInterrupt, 0.33),
 }
 

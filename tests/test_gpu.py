@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from accel.checkpoint import inspect_checkpoint
 from accel.engine import Engine
 from accel.hardware import hardware_of
-from accel.linear import kernels
+from accel.linear import autotune, kernels
+from accel.linear.autotune import autotuner
 from accel.lora.stack import LoraStack
 from accel.memory.budgets import MIB, PoolBudgets
 from accel.quantize.modes import MODES
@@ -244,7 +245,7 @@ def test_a_swap_that_runs_out_of_memory_changes_nothing(eager, loras, monkeypatc
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr("accel.lora.hold.device.DeviceLoras.put", full)
+        patch.setattr("accel.lora.hold.device.DeviceLoras.upload", full)
         with pytest.raises(torch.OutOfMemoryError):
             eager.swap(new)
     assert torch.equal(eager(on_device(eager, make_inputs())), expected)
@@ -281,11 +282,11 @@ def test_an_engine_with_the_fused_kernel_draws_what_separate_products_draw(spec,
     engine = engine_on("cuda", spec, dtype="bf16", compile="off")
     stack, outputs = stack_of(engine, loras, (name, 1.0)), []
     for choice in (None, kernels.CONFIGS[2]):
-        monkeypatch.setattr(kernels, "choose", lambda candidates, separate, seconds, choice=choice: choice)
-        kernels._FASTEST.clear()
+        monkeypatch.setattr(autotune, "choose", lambda candidates, separate, seconds, choice=choice: choice)
+        autotuner.cache_clear()
         outputs.append(draw(engine, stack).float())
-        assert set(kernels._FASTEST.values()) == {choice}
-    kernels._FASTEST.clear()
+        assert set(autotuner().chosen.values()) == {choice}
+    autotuner.cache_clear()
     assert distance(*outputs) < TOLERANCES["bf16"]
 
 

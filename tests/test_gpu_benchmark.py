@@ -12,7 +12,7 @@ import torch
 
 from accel.build import load_model
 from accel.checkpoint import inspect_checkpoint
-from accel.linear import scaled
+from accel.linear import float8
 from accel.quantize.modes import MODES
 from benchmarks import gpu, gpu_report, gpu_stages
 from benchmarks.__main__ import main
@@ -71,7 +71,7 @@ def positive(row, keys):
 @pytest.fixture
 def torchaos_float8():
     """What stands beside ours in two rows of `step`: on a CPU it needs products with a scale for each row."""
-    if "scaled by row" in scaled.way_on(CPU, torch.bfloat16).refusals:
+    if "scaled by row" in float8.way_on(CPU, torch.bfloat16).refusals:
         pytest.skip("this torch (2.11) has no such products on a CPU: the rows say so, and have no figures")
 
 

@@ -162,12 +162,20 @@ def test_an_input_in_two_parts_reads_and_writes_the_output_once_more():
 
 def test_gelu_costs_a_pass_only_where_no_kernel_takes_it_along():
     linear = Linears(10, [32], [64, 48], 2)
-    last, before = replace(linear, gelu_last=True), replace(linear, recipe="gelu")
+    last, before = replace(linear, activation="gelu_tanh"), replace(linear, recipe="gelu_tanh")
     for fused in (True, False):
         assert linears_bytes(last, 0, fused) == linears_bytes(before, 0, fused) == linears_bytes(linear, 0, fused)
     assert lora_bytes(last) == lora_bytes(before) == lora_bytes(linear)
     assert lora_bytes(last, fused=False) == lora_bytes(linear, fused=False) + 2 * 2 * 10 * 48
     assert lora_bytes(before, fused=False) == lora_bytes(linear, fused=False) + 2 * 2 * 10 * 32
+
+
+def test_a_gate_is_read_whole_and_written_out_for_a_lora():
+    linear = Linears(10, [8, 24], [64], 1)
+    gate = replace(linear, parts=[8, 48], recipe="silu_gate")
+    for fused in (True, False):
+        assert linears_bytes(gate, 0, fused) == linears_bytes(linear, 0, fused)
+        assert lora_bytes(gate, fused) == lora_bytes(linear, fused) + 2 * 10 * 24 + 2 * 2 * 10 * 24
 
 
 def test_a_modulated_input_costs_a_lora_passes_over_its_own_matrices():

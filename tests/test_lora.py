@@ -12,7 +12,8 @@ from accel.errors import FileError, LoraError
 from accel.families.layout import LoraTarget
 from accel.files import read_header
 from accel.lora.pack import write as writing
-from accel.lora.pack.flat import HEAD_BYTES, aligned_rank, flatten
+from accel.lora.pack.flat import flatten
+from accel.lora.pack.layout import HEAD_BYTES, aligned_rank
 from accel.lora.read import stream as bulk
 from accel.lora.read.file import read_lora
 from accel.lora.read.patches import LinearPatch, from_patches, tensor_digest
@@ -47,7 +48,7 @@ def test_every_format_changes_every_linear_as_the_file_says(tmp_path, spec, form
     file = load_file(tmp_path / "a.safetensors")
     ours, spelling = deltas(weights), ALL_FORMATS[format]
     scale = 1.0 if alpha is None else alpha / 5
-    for linear in spec.family.layout(spec.config).linears:
+    for linear in spec.layout.linears:
         expected, touched = torch.zeros(linear.out_features, linear.in_features).double(), False
         for part in spelling.parts(linear.name, TinyFluxConfig()):
             up, down = (file[f"{part.prefix}.{end}"].double() for end in (spelling.up, spelling.down))
@@ -231,11 +232,11 @@ def test_a_file_that_was_read_becomes_a_buffer_in_few_operations(tmp_path, spec,
     """As many as there are stretches without a rank to fill up, halves to swap or another alpha: not one a matrix."""
     weights = read_lora(str(write_lora(tmp_path / "a.safetensors", format, rank=16)), spec)
     entries = LoraStack().with_lora(weights, 0.7).active
-    order = spec.family.layout(spec.config).modules
+    order = spec.layout.modules
     separate = flatten(entries, torch.float32, pin=False, order=order, background=True)
     monkeypatch.setattr(writing, "PARALLEL_ELEMENTS", 1)
-    put, count = writing.Writer._put, []
-    monkeypatch.setattr(writing.Writer, "_put", lambda self, *args: count.append(put(self, *args)))
+    write, count = writing.Writer._write_scaled, []
+    monkeypatch.setattr(writing.Writer, "_write_scaled", lambda self, *args: count.append(write(self, *args)))
     flat = flatten(entries, torch.float32, pin=False, order=order)
     assert 2 <= len(count) <= 8 < len(weights.layers)
     assert torch.equal(flat.buffer, separate.buffer)
@@ -315,7 +316,7 @@ def test_strength_zero_leaves_the_stack(tmp_path, spec):
 def key_by_key(spec, label, strengths, frames=()):
     """A stack to which another node adds a LoRA one layer after another, as loaders with weights per block do."""
     scheduled = ScheduledStack()
-    for number, linear in enumerate(spec.family.layout(spec.config).linears):
+    for number, linear in enumerate(spec.layout.linears):
         target = LoraTarget.whole(linear)
         values = {"A": torch.ones(4, target.in_features), "B": torch.ones(target.out_features, 4), "alpha": 4.0}
         weights = from_patches([LinearPatch(linear.name, target, values)], tensor_digest)
@@ -324,7 +325,7 @@ def key_by_key(spec, label, strengths, frames=()):
 
 
 def test_a_lora_that_is_added_key_by_key_is_named_once(spec):
-    count = len(spec.family.layout(spec.config).linears)
+    count = len(spec.layout.linears)
     stack = key_by_key(spec, "style.safetensors", [0.5])
     assert str(stack) == str(stack.stack) == "style.safetensors × 0.5"
     blocks = key_by_key(spec, "style.safetensors", [0.25, 1.0, -0.5])
@@ -335,7 +336,7 @@ def test_a_lora_that_is_added_key_by_key_is_named_once(spec):
     cut = key_by_key(spec, "style.safetensors", [0.5], between(0.0, 0.5))
     assert str(cut) == "style.safetensors × 0.5 (0–50 %)"
     (group,) = grouped(blocks.stack.entries)
-    report = together([entry.weights.report for entry in group])
+    report = together([entry.adapter.report for entry in group])
     assert (report.kinds, report.keys_applied, report.ranks) == ({"LoRA": count}, 3 * count, (4, 4))
     assert report.targets == 50
 
@@ -345,7 +346,7 @@ def test_the_same_lora_twice_and_two_loras_stay_two(tmp_path, spec):
     stack = LoraStack().with_lora(one, 0.5).with_lora(one, 0.2).with_lora(two, 0.2)
     assert str(stack) == "a.safetensors × 0.5 + a.safetensors × 0.2 + b.safetensors × 0.2"
     parts = key_by_key(spec, "b.safetensors", [0.5])
-    again = parts.with_lora(parts.stack.entries[0].weights, 0.3).with_lora(two, 1.0)
+    again = parts.with_lora(parts.stack.entries[0].adapter, 0.3).with_lora(two, 1.0)
     assert str(again) == "b.safetensors × 0.5 + b.safetensors × 0.3 + b.safetensors × 1"
 
 

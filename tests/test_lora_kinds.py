@@ -4,6 +4,8 @@ import json
 import math
 import os
 import re
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -11,18 +13,22 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+import accel.lora.kinds
 import accel.lora.read.file
 import accel.lora.read.stream
 import accel.memory.buffers
 from accel.checkpoint import inspect_checkpoint
 from accel.errors import FileError, LoraError
-from accel.families.layout import LoraTarget
+from accel.families.layout import LinearPart, LoraTarget
 from accel.linear.kronecker import multiplications
-from accel.lora.adapter import KroneckerLayer
 from accel.lora.hold.slots import LoraSlots
+from accel.lora.kinds import KINDS as KINDS_OF_THE_PACKAGE
 from accel.lora.kinds import lowrank
+from accel.lora.kinds.base import Converted, Kind
+from accel.lora.kinds.composed import mix
+from accel.lora.kinds.layers import KroneckerLayer, Layer, LayerCost, split_rows
 from accel.lora.kinds.lowrank import Tolerance
-from accel.lora.pack.compose import mix
+from accel.lora.kinds.table import KindTable
 from accel.lora.pack.flat import FlatLora, flatten
 from accel.lora.pack.truncate import truncate
 from accel.lora.read.file import read_lora
@@ -31,6 +37,7 @@ from accel.lora.read.stream import max_magnitude
 from accel.lora.stack import LoraStack
 from accel.memory.buffers import HostBuffers
 from accel.quantize import find_mode
+from accel.tensors import own_vector
 from harness import lora_files
 from harness.lora_files import ALL_FORMATS, STOCK_FORMATS, kind_state_dict, lora_state_dict, norm_state_dict
 from harness.stock_weights import StockWeights
@@ -66,7 +73,7 @@ class Base:
     """The checkpoint's own weights, as `flatten` asks for them."""
 
     def __init__(self, spec, tensors):
-        layout = spec.family.layout(spec.config)
+        layout = spec.layout
         self.values = {}
         for linear in layout.linears:
             for end in ("weight", "bias"):
@@ -111,7 +118,7 @@ def effective(flat, base, spec) -> dict[str, torch.Tensor]:
             value = value + product
         values[name] = flat.vectors[name].double() if name in flat.vectors else value
     touched = {f"{module}.weight" for module in (*flat.placed, *flat.mixing, *flat.kroneckers)} | set(flat.vectors)
-    layout = spec.family.layout(spec.config)
+    layout = spec.layout
     result = {vector.name: values[vector.parameter] for vector in layout.vectors if vector.parameter in touched}
     for linear in layout.linears:
         for end in ("weight", "bias"):
@@ -918,7 +925,7 @@ def test_another_file_in_the_same_place_is_refused(tmp_path, spec, monkeypatch):
 def test_a_file_that_is_overwritten_in_place_is_refused(tmp_path, spec, monkeypatch):
     """Half old and half new values would be no LoRA."""
     path = write(tmp_path, "overwritten", lora_state_dict("kohya", rank=3))
-    convert, changed = accel.lora.read.file.convert, []
+    convert, changed = accel.lora.kinds.convert, []
 
     def overwrite(*arguments):
         if not changed:
@@ -926,7 +933,7 @@ def test_a_file_that_is_overwritten_in_place_is_refused(tmp_path, spec, monkeypa
             os.utime(path, ns=(1, 1))
         return convert(*arguments)
 
-    monkeypatch.setattr(accel.lora.read.file, "convert", overwrite)
+    monkeypatch.setattr(accel.lora.kinds, "convert", overwrite)
     with pytest.raises(FileError, match=r"'overwritten\.safetensors' was changed while it was read"):
         read_lora(str(path), spec)
 
@@ -970,7 +977,7 @@ def test_two_changes_of_one_norm_are_refused(tmp_path, spec):
 
 
 def test_patches_in_float64_and_with_a_bad_alpha(spec):
-    target = LoraTarget.whole(spec.family.layout(spec.config).linears[0])
+    target = LoraTarget.whole(spec.layout.linears[0])
     A, B = torch.randn(3, target.in_features), torch.randn(target.out_features, 3)
 
     def read(dtype, alpha):
@@ -1007,6 +1014,125 @@ def test_tensors_at_odd_places(tmp_path, spec, header_bytes):
             read_lora(str(path), spec)
     else:
         assert read_lora(str(path), spec).report.targets == 50
+
+
+# A kind that this package does not have, in one class and one line of the table.
+
+
+@dataclass(frozen=True)
+class GainLayer(Layer):
+    """weight scaled row by row: (1 + s · gain) · weight at strength s."""
+
+    gain: torch.Tensor
+
+    @property
+    def rows(self):
+        return len(self.gain)
+
+    @property
+    def tensors(self):
+        return (self.gain,)
+
+    @property
+    def cost(self):
+        return LayerCost(self.rows, self.rows)
+
+    def apply(self, state, strength):
+        return state.mix((1.0 + strength * self.gain)[:, None, None])
+
+
+class Gain(Kind):
+    name: ClassVar[str] = "gain"
+    endings: ClassVar[dict[str, str]] = {".row_gain": "row_gain"}
+
+    def check(self, shapes):
+        shapes.vector("row_gain", shapes.target.out_features)
+        return 0
+
+    def convert(self, change, values):
+        return Converted(
+            tuple(GainLayer(*each) for each in split_rows(change.target, own_vector(values.tensors["row_gain"])))
+        )
+
+
+@pytest.fixture
+def with_gain(monkeypatch):
+    kinds = [kind for kind in KINDS_OF_THE_PACKAGE if kind is not KINDS_OF_THE_PACKAGE.bias]
+    monkeypatch.setattr(accel.lora.kinds, "KINDS", KindTable(*kinds, Gain(), bias=KINDS_OF_THE_PACKAGE.bias))
+
+
+def gains(modules=("double_blocks.0.img_attn.qkv", "single_blocks.0.linear1", "final_layer.adaLN_modulation.1")):
+    sizes = flux_linears(TINY)
+    return {f"diffusion_model.{module}.row_gain": 0.1 * torch.randn(sizes[module][0]) for module in modules}
+
+
+def test_a_new_kind_is_one_class_from_the_file_to_the_slots(tmp_path, spec, tensors, base, with_gain):
+    file = gains()
+    gain = read_lora(str(write(tmp_path, "gain", file)), spec)
+    lora = read_lora(str(write(tmp_path, "lora", lora_state_dict("native", rank=3))), spec)
+    assert (gain.report.kinds, gain.report.keys_applied, gain.report.ranks) == ({"gain": 3}, 3, (0, 0))
+    assert gain.report.targets == 3 + 4 + 1
+    assert not gain.only_adds
+    assert gain.bytes == sum(tensor.nbytes for tensor in file.values())
+    stack = LoraStack().with_lora(lora, 0.7).with_lora(gain, -0.5)
+    alone = LoraStack().with_lora(lora, 0.7)
+    assert stack.cost.elements == alone.cost.elements + sum(tensor.numel() for tensor in file.values())
+    flat = flatten(stack.active, torch.float32, pin=False, base=base)
+    before = effective(flatten(alone.active, torch.float32, pin=False, base=base), base, spec)
+    after = effective(flat, base, spec)
+    for key, values in file.items():
+        name = key.removeprefix("diffusion_model.").replace("row_gain", "weight")
+        factor = (1.0 - 0.5 * values.double())[:, None]
+        # Weights of one module each are what a slot computes with.
+        torch.testing.assert_close(after[name], factor * before[name], rtol=1e-5, atol=1e-6)
+    module = "transformer_blocks.0.attn.to_q"
+    linear = torch.nn.Linear(256, 256)
+    linear.weight.data = base.weight(module).clone()
+    model = torch.nn.Sequential(linear).requires_grad_(False)
+    slots = LoraSlots(model, ["0"], torch.device("cpu"))
+    slots.bind(slots.bindings(replace(flat, placed={"0": flat.placed[module]}, mixing={"0": flat.mixing[module]})))
+    expected = after["double_blocks.0.img_attn.qkv.weight"][:256].float()
+    torch.testing.assert_close(model(torch.eye(256)) - linear.bias, expected.T, rtol=1e-4, atol=1e-5)
+
+
+def test_a_new_kind_is_checked_and_told_from_others(tmp_path, spec, with_gain):
+    (key, values), *_ = gains().items()
+    with pytest.raises(LoraError, match=r"row_gain' is \(5,\), expected \(768,\)"):
+        read_lora(str(write(tmp_path, "size", {key: torch.zeros(5)})), spec)
+    layer = key.removesuffix(".row_gain")
+    both = {key: values, f"{layer}.diff": torch.zeros(768, 256)}
+    with pytest.raises(LoraError, match=r"changed in two ways at once, difference and gain"):
+        read_lora(str(write(tmp_path, "both", both)), spec)
+    scaled = {key: values, f"{layer}.alpha": torch.tensor(1.0)}
+    with pytest.raises(LoraError, match=r"alpha' does not belong with the gain"):
+        read_lora(str(write(tmp_path, "scaled", scaled)), spec)
+
+
+def test_without_its_line_a_new_kind_is_unknown(tmp_path, spec):
+    with pytest.raises(LoraError, match=r"'gain\.safetensors' does not fit"):
+        read_lora(str(write(tmp_path, "gain", gains())), spec)
+
+
+def test_two_kinds_cannot_claim_one_ending():
+    with pytest.raises(ValueError, match="claim one ending"):
+        KindTable(Gain(), Gain(), bias=KINDS_OF_THE_PACKAGE.bias)
+
+
+def test_rows_of_one_layer_as_patches_of_one_name_stay_apart(spec, tmp_path):
+    """ComfyUI brings q, k and v of diffusers' names so; each keeps its own matrices, also those kept on the disk."""
+    linear = next(each for each in spec.layout.linears if each.name == "double_blocks.0.img_attn.qkv")
+    patches = []
+    for seed, part in enumerate(linear.parts):
+        values = lora_files.kind_tensors("LoHa", (part.rows, linear.in_features), rank=12, seed=seed)
+        target = LoraTarget((LinearPart(part.module, 0, part.rows),), linear.in_features, part.rows, False)
+        patches.append(LinearPatch("diffusion_model.double_blocks.0.img_attn.qkv.weight", target, values))
+    for _ in range(2):  # computed, and from the disk
+        read = from_patches(patches, tensor_digest, cache_dir=tmp_path)
+        assert read.report.keys_approximated == 12
+        for patch, layer in zip(patches, read.layers, strict=True):
+            w1_a, w1_b, w2_a, w2_b = (patch.values[f"hada_{end}"] for end in ("w1_a", "w1_b", "w2_a", "w2_b"))
+            change = (w1_a @ w1_b) * (w2_a @ w2_b)
+            assert (layer.lora_B @ layer.lora_A - change).norm() < 0.02 * change.norm()
 
 
 # Properties.

@@ -10,7 +10,7 @@ from accel.errors import LoraError
 from accel.families.flux1 import Flux1, Flux1Config
 from accel.files import TensorInfo
 from accel.lora.read.file import read_lora
-from accel.lora.read.names import WORDS
+from accel.lora.read.names import WORDS, known_names
 from accel.lora.read.origins import origin
 from accel.lora.read.text_encoders import EncoderNames, sort_encoder_keys, split_encoder
 from harness.lora_files import lora_state_dict, norm_state_dict
@@ -19,7 +19,8 @@ from harness.tiny_models import TinyFluxConfig
 
 TINY = Flux1Config(256, 2, 2, 64, 64, 768, 768, 1024, True)
 FLUX1_DEV = Flux1Config(3072, 19, 38, 64, 64, 4096, 768, 12288, True)
-NAMES = {"linears": Flux1().lora_linears(TINY), "norms": Flux1().lora_norms(TINY)}
+FLUX1 = Flux1()
+NAMES = {kind: getattr(known_names(FLUX1, TINY), kind) for kind in ("linears", "norms")}
 # What the programs write that are known.
 PREFIXES = (
     "", "transformer.", "diffusion_model.", "model.diffusion_model.", "base_model.model.", "lora_unet_",
@@ -52,7 +53,7 @@ def test_any_words_before_any_name_with_dots_or_underscores_mean_the_same(names)
 
 @pytest.mark.parametrize("config", [TINY, FLUX1_DEV], ids=["tiny", "dev"])
 def test_no_spelling_means_two_things(config):
-    names = {**Flux1().lora_linears(config).targets, **Flux1().lora_norms(config).targets}
+    names = {**FLUX1.lora_names(config).linears, **FLUX1.lora_names(config).norms}
     spelled = {}
     for name, target in names.items():
         for spelling in set(spellings(name)):
@@ -61,10 +62,10 @@ def test_no_spelling_means_two_things(config):
 
 
 def test_what_hints_at_another_origin_is_in_no_name_of_flux1():
-    for names in (Flux1().lora_linears(FLUX1_DEV), Flux1().lora_norms(FLUX1_DEV)):
-        keys = [prefix + spelling + ".lora_down.weight" for name in names.targets for spelling in spellings(name)
+    for names in (FLUX1.lora_names(FLUX1_DEV).linears, FLUX1.lora_names(FLUX1_DEV).norms):
+        keys = [prefix + spelling + ".lora_down.weight" for name in names for spelling in spellings(name)
                 for prefix in ("", "lora_unet_", "transformer.", "diffusion_model.", "lora_transformer_")]  # fmt: skip
-        assert origin(keys) is None
+        assert origin(keys, FLUX1) is None
         assert not any(split_encoder(key) for key in keys)
 
 

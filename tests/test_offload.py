@@ -19,7 +19,7 @@ from accel.build import empty_model
 from accel.checkpoint import inspect_checkpoint
 from accel.engine import Engine, Silent
 from accel.families.flux1 import Flux1Inputs
-from accel.families.flux1.forward import Hooks
+from accel.families.flux1.inputs import Hooks
 from accel.lora.hold.slots import LoraSlots
 from accel.lora.stack import LoraStack
 from accel.memory.budgets import PoolBudgets
@@ -303,16 +303,16 @@ def test_a_tensor_with_gaps_is_refused():
 
 def planned_bytes(spec, mode, resident):
     """What a plan of so many resident blocks takes, from shapes alone."""
-    mode, config, family = find_mode(mode), spec.config, spec.family
+    mode = find_mode(mode)
     sizes = dict.fromkeys([None, *range(BLOCKS)], 0)
-    for linear in family.layout(config).linears:
+    for linear in spec.layout.linears:
         for part in linear.parts:
-            block, shape = family.block_of(config, part.module), (part.rows, linear.in_features)
-            quantized = mode is not None and family.quantizable(part.module) and mode.fits(*shape)
+            block, shape = spec.layout.block_of(part.module), (part.rows, linear.in_features)
+            quantized = mode is not None and block is not None and mode.fits(*shape)
             sizes[block] += mode.weight_bytes(*shape) if quantized else 2 * shape[0] * shape[1]
             sizes[block] += 2 * part.rows
-    for vector in family.layout(config).vectors:
-        sizes[family.block_of(config, vector.parameter)] += 2 * vector.size
+    for vector in spec.layout.vectors:
+        sizes[spec.layout.block_of(vector.parameter)] += 2 * vector.size
     blocks = [sizes[block] for block in range(BLOCKS)]
     return sizes[None] + sum(blocks[:resident]) + min(2, BLOCKS - resident) * max(blocks[resident:], default=0)
 
@@ -724,7 +724,7 @@ def trace_of(spec, resident_blocks, steps, skipped=()):
     plan, ran = stream(resident_blocks), []
     with FakeTensorMode(allow_non_fake_inputs=True), Tracing(streams), torch.no_grad():
         model = empty_model(spec)
-        weights = Weights(memory, plan, lambda name: family.block_of(config, name), BLOCKS)
+        weights = Weights(memory, plan, spec.layout.block_of, BLOCKS)
         weights.begin(model)
         for name, module in list(model.named_modules()):
             for key, value in module.named_parameters(recurse=False):
@@ -733,7 +733,7 @@ def trace_of(spec, resident_blocks, steps, skipped=()):
             if any(True for _ in module.parameters(recurse=False)):
                 weights.placed(name)
         weights.complete()
-        slots = LoraSlots(model, family.layout(config).modules, memory.device, weights.own)
+        slots = LoraSlots(model, spec.layout.modules, memory.device, weights.own)
         weights.place(plan)
         slots.bind(slots.empty)
         sources = weights.ring._sources

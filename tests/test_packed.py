@@ -136,7 +136,7 @@ def test_an_engine_computes_the_same_from_packed_weights(spec, loras, monkeypatc
 
 @needs_bf16
 def test_weights_that_move_are_not_packed_or_unpacked_first(spec, loras):
-    blocks = spec.family.block_count(spec.config)
+    blocks = len(spec.layout.blocks)
     resident = OffloadPlan("none", blocks, blocks, 0, 0, "")
     plans = iter([resident, dataclasses.replace(resident, mode="stream", resident_blocks=1), resident])
     plan = next(plans)

@@ -15,7 +15,7 @@ from accel.checkpoint import inspect_checkpoint
 from accel.engine import Engine
 from accel.errors import LoraError
 from accel.families.flux1 import Flux1Inputs
-from accel.lora.hold.device import DeviceLoras
+from accel.lora.hold.device import DeviceLoras, Prepared
 from accel.lora.hold.slots import LoraSlots
 from accel.lora.pack.flat import FlatLora, flatten
 from accel.lora.pack.strength import UnscaledB
@@ -261,7 +261,7 @@ def test_what_is_in_use_when_all_is_given_back_is_not_kept_later():
 
 def test_a_cut_stack_reports_the_error_of_its_truncation(spec, loras):
     engine, stack = make_engine(spec), stack_of(loras, ("kohya", 0.8), ("bf16", 0.6)).with_max_rank(6)
-    order = tuple(part.module for linear in spec.family.layout(spec.config).linears for part in linear.parts)
+    order = tuple(part.module for linear in spec.layout.linears for part in linear.parts)
     cut = truncate(flatten(stack.active, torch.float32, pin=False, order=order), 6)
     report = engine.swap(stack)
     assert 0.0 < report.error < 1.0
@@ -370,7 +370,7 @@ def test_release_gives_everything_back(spec, loras):
     library = engine._library
     assert min(library.host_bytes, library._unscaled.bytes) > 0
     engine.release()
-    assert (library.host_bytes, library._files.bytes, library._unscaled.bytes, library._on_device) == (0, 0, 0, {})
+    assert (library.host_bytes, library._files.bytes, library._unscaled.bytes, library._loras) == (0, 0, 0, None)
 
 
 # Prefetch, as far as the engine goes.
@@ -473,7 +473,7 @@ def test_a_buffer_is_used_again_only_where_it_is_large_enough():
     slots = LoraSlots(model, ["0"], torch.device("cpu"))
     slots.bind(slots.empty)
     loras = DeviceLoras(slots, torch.device("cpu"), 0, share_host=False)
-    loras.put("first", FlatLora(torch.zeros(64), {}, {}, {"0.bias": torch.zeros(96)}))
+    loras.upload("first", Prepared(FlatLora(torch.zeros(64), {}, {}, {"0.bias": torch.zeros(96)})))
     larger = FlatLora(torch.arange(128.0), {})
-    loras.put("second", larger)
-    assert torch.equal(loras.flat("second").buffer[:128], larger.buffer)
+    loras.upload("second", Prepared(larger))
+    assert torch.equal(loras.get("second").flat.buffer[:128], larger.buffer)

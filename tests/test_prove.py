@@ -21,7 +21,7 @@ from accel.checkpoint import inspect_checkpoint
 from accel.compile.compiler import RegionCompiler
 from accel.engine import Engine, Silent
 from accel.errors import SettingsError
-from accel.linear import operators, scaled
+from accel.linear import float8, product
 from accel.lora.stack import LoraStack
 from accel.memory.device import CudaMemory, HostMemory
 from accel.offload.prove import restrict
@@ -69,7 +69,7 @@ def nothing_proven():
 
 
 def forget():
-    for cache in (proofs, scaled.way_on, operators.gelu_fuses):
+    for cache in (proofs, float8.way_on, product.gelu_fuses):
         cache.cache_clear()
 
 
@@ -254,8 +254,8 @@ class Notices(Silent):
 def test_fp8_without_products_scaled_by_row_draws_the_same(monkeypatch, spec):
     by_row = engine_of(spec, "fp8")
     by_row.load()
-    if not scaled.way_on(CPU, torch.float32).refusals:  # PyTorch 2.11 has none on a CPU
-        assert scaled.way_on(CPU, torch.float32).name == "scaled by row"
+    if not float8.way_on(CPU, torch.float32).refusals:  # PyTorch 2.11 has none on a CPU
+        assert float8.way_on(CPU, torch.float32).name == "scaled by row"
     expected = by_row(make_inputs())
     monkeypatch.setattr(torch, "_scaled_mm", only_one_scale(torch._scaled_mm))
     forget()
@@ -277,18 +277,18 @@ def test_scaling_afterwards_in_runs_of_rows(monkeypatch, dtype, with_bias):
     scales = [random((size, 1), CPU, size).abs() for size in (45, 32)]
     bias = random((32,), CPU, 0).to(dtype) if with_bias else None
     exact = (rows.float() * scales[0]) @ (weight.float() * scales[1]).t() + (0 if bias is None else bias.float())
-    operands = scaled.Operands(rows, weight, *scales, bias, dtype)
-    whole = scaled.afterwards(operands)
+    operands = float8.Operands(rows, weight, *scales, bias, dtype)
+    whole = float8.scaled_afterwards(operands)
     assert distance(whole.float(), exact) < 4 * torch.finfo(dtype).eps
-    monkeypatch.setattr(scaled, "RUN_ELEMENTS", 32 * 10)
+    monkeypatch.setattr(float8, "RUN_ELEMENTS", 32 * 10)
     out = torch.empty(45, 32, dtype=dtype)
-    assert scaled.afterwards(dataclasses.replace(operands, out=out)) is out
+    assert float8.scaled_afterwards(dataclasses.replace(operands, out=out)) is out
     assert torch.equal(out, whole)
 
 
 def test_the_faster_way_is_taken_and_the_shorter_one_if_they_are_alike():
-    assert scaled.fastest({"scaled by row": 1.0, "scaled afterwards": 0.9}) == "scaled afterwards"
-    assert scaled.fastest({"scaled by row": 1.0, "scaled afterwards": 0.97}) == "scaled by row"
+    assert float8.fastest({"scaled by row": 1.0, "scaled afterwards": 0.9}) == "scaled afterwards"
+    assert float8.fastest({"scaled by row": 1.0, "scaled afterwards": 0.97}) == "scaled by row"
 
 
 # Copies.
@@ -377,11 +377,11 @@ def test_page_locking_that_fails_is_done_without(monkeypatch, spec):
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_product_with_gelu_that_fails_is_two_operations(monkeypatch, fault):
     monkeypatch.setattr(torch, "_addmm_activation", faulty(torch._addmm_activation, fault))
-    assert not operators.gelu_fuses(CPU, BF16)
+    assert not product.gelu_fuses(CPU, BF16)
 
 
 def test_a_product_with_gelu_that_works():
-    assert operators.gelu_fuses(CPU, BF16)
+    assert product.gelu_fuses(CPU, BF16)
 
 
 # Compiled regions.
@@ -579,7 +579,7 @@ def test_the_selftest_prints_a_line_for_everything(capsys, monkeypatch):
     assert re.search(r"quantization nvfp4 +not here  needs fp4 products", text)
     assert re.search(r"float8 product scaled afterwards +works", text)
     assert re.search(r"compiled region +works", text)
-    by_row = scaled.way_on(CPU, BF16).refusals  # PyTorch 2.11 has none on a CPU
+    by_row = float8.way_on(CPU, BF16).refusals  # PyTorch 2.11 has none on a CPU
     assert text.rstrip().endswith(f"{1 + len(by_row)} failed")
 
 

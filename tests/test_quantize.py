@@ -20,9 +20,9 @@ import torch.nn.functional as F
 import accel.load
 import accel.quantize.library
 import accel.quantize.modes
-from accel.build import conversion_of, linears, load_model, model_bytes
+from accel.build import conversion_of, load_model, model_bytes
 from accel.checkpoint import inspect_checkpoint
-from accel.compile.compiler import batch_can_be_unbacked
+from accel.compile.tracing import batch_can_be_unbacked
 from accel.engine import Engine, Silent
 from accel.errors import CheckpointError, SettingsError
 from accel.files import FileIdentity
@@ -145,6 +145,10 @@ def test_signal_to_noise_of_a_linear(mode, dtype):
         # What dequantize gives is what it computes with.
         if mode in ("fp8_weight_only", "int8_weight_only", "nf4"):
             assert distance(output.float(), F.linear(x.float(), restored, bias.float())) < 0.01
+        unbiased = find_mode(mode).convert(weight.to(dtype), None, False)
+        assert unbiased.bias is None
+        # The sum is rounded once more.
+        assert distance(as_in_a_block(unbiased, x).float() + bias.float(), output.float()) < torch.finfo(dtype).eps
 
 
 def spare(mode, rows):
@@ -160,8 +164,10 @@ def test_bytes_are_known_before_converting(mode, shape):
         assert shape == (3, 7)
         return
     weight, bias = normal(*shape).bfloat16(), torch.zeros(shape[0], dtype=torch.bfloat16)
-    planned = mode.weight_bytes(*shape) + 2 * shape[0]
-    assert planned - spare(mode, shape[0]) <= parameter_bytes(mode.convert(weight, bias, False)) <= planned
+    planned = mode.weight_bytes(*shape)
+    for added, its_bytes in ((bias, 2 * shape[0]), (None, 0)):
+        taken = parameter_bytes(mode.convert(weight, added, False)) - its_bytes
+        assert planned - spare(mode, shape[0]) <= taken <= planned
 
 
 @pytest.mark.parametrize("mode", ON_CPU)
@@ -233,7 +239,7 @@ def test_modulations_are_weight_only_in_int8(spec):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_bytes_of_an_engine_are_true(spec, mode, dtype):
     model = load_model(spec, dtype, CPU, lambda done, total: None, find_mode(mode))
-    rows = sum(out_features for _, out_features, _ in linears(spec))
+    rows = sum(linear.out_features for linear in spec.layout.by_module.values())
     planned = model_bytes(spec, dtype, find_mode(mode))
     assert planned - spare(find_mode(mode), rows) <= parameter_bytes(model) <= planned
     plain = load_model(spec, dtype, CPU, lambda done, total: None)
@@ -722,7 +728,7 @@ def test_a_bad_weight_leaves_nothing(tmp_path, cache):
 SCRIPT = """
 import sys
 from accel.checkpoint import inspect_checkpoint
-from accel.compile import batch_can_be_unbacked
+from accel.compile.tracing import batch_can_be_unbacked
 from accel.engine import Engine, Silent
 from accel.settings import *
 class Observer(Silent):
@@ -912,7 +918,7 @@ from pathlib import Path
 from benchmarks.load_stage import anonymous_bytes, PeakMemory, _import_libraries
 from accel.build import load_model
 from accel.checkpoint import inspect_checkpoint
-from accel.compile import batch_can_be_unbacked
+from accel.compile.tracing import batch_can_be_unbacked
 from accel.quantize import find_mode, parameter_bytes
 import torch
 mode = sys.argv[2]

@@ -17,8 +17,8 @@ from accel.step_cache import StepCacheSettings
 from harness.lora_files import write_lora
 
 COLD = SwapReport("a.safetensors × 0.8", "cold", 143.21, 172_000_000, 0.0123)
-FIRST = Sampling("none", (1, 128, 128), 28, 28, 50.0, (), 2, 0, 45.0)
-SECOND = Sampling("a.safetensors × 0.8", (2, 96, 168), 20, 40, 4.0, (COLD,), step_cache="18 of 40 skipped")
+FIRST = Sampling("none", (1, 1024, 1024), 28, 28, 50.0, (), 2, 0, 45.0)
+SECOND = Sampling("a.safetensors × 0.8", (2, 768, 1344), 20, 40, 4.0, (COLD,), step_cache="18 of 40 skipped")
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +121,7 @@ def widths(picture, row):
 
 
 def test_the_chart_shows_where_the_time_went():
-    picture = draw_samplings([FIRST, SECOND, Sampling("x", (1, 8, 8), 4, 4, 2.0, (COLD,))], "model")
+    picture = draw_samplings([FIRST, SECOND, Sampling("x", (1, 64, 64), 4, 4, 2.0, (COLD,))], "model")
     assert picture.mode == "RGB"
     first, second, third = (widths(picture, row) for row in range(3))
     assert first["compile"] > 100

@@ -384,7 +384,7 @@ def test_wrong_clip_files(paths, tmp_path):
 OTHER_FILES = {
     "decoder.conv_in.weight": "a VAE",
     "model.layers.0.self_attn.q_proj.weight": "a language model",
-    "double_blocks.0.img_attn.qkv.weight": "a FLUX transformer",
+    "double_blocks.0.img_attn.qkv.weight": "a FLUX.1 transformer",
     "lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": "a LoRA",
     "transformer.resblocks.0.ln_1.weight": "a CLIP in OpenCLIP's layout",
     "joint_blocks.0.context_block.attn.qkv.weight": "an SD3 checkpoint",

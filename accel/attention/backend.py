@@ -77,7 +77,6 @@ class Backend:
         instead: other backends, nearest first; the first that runs is named in errors.
         tolerance: by dtype; what is not in it is not computed.
         exact: whether it computes what SDPA computes, up to rounding: what "auto" may take.
-        kernel: for `operator`: (B, N, heads, head_dim) three times -> the same; None where nothing needs it.
         downloads: whether `make` would go to the network now.
     """
 
@@ -88,7 +87,6 @@ class Backend:
     instead: tuple[str, ...]
     tolerance: Mapping[torch.dtype, Tolerance]
     exact: bool = True
-    kernel: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
     downloads: Callable[[], bool] = lambda: False
 
     def missing(self, target: Target) -> str | None:

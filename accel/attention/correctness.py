@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..compile.compiler import SHAPE_OPTIONS, mark_batch
+from ..compile.tracing import SHAPE_OPTIONS, mark_batch
 from ..hardware import dtype_name
 from ..prove import Proof, Verdict, proofs
 from .backend import Attention, Backend, Target

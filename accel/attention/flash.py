@@ -82,7 +82,7 @@ def _make_flash_2() -> Attention:
     FLASH_2_LIBRARY.load()
     if has_operator("flash_attn", "_flash_attn_forward", FLASH_2_ARGUMENTS):
         return flash_2_by_its_operator
-    register()
+    register("flash_2", _flash_2)
     return flash_2
 
 
@@ -91,12 +91,12 @@ def _make_flash_3() -> Attention:
     installed = FLASH_3_LIBRARY.missing() is None
     if installed and has_operator("flash_attn_3", "_flash_attn_forward", FLASH_3_ARGUMENTS, ("softmax_scale",)):
         return flash_3_by_its_operator
-    register()
+    register("flash_3", _flash_3)
     return flash_3
 
 
 def _make_flash_4() -> Attention:
-    register()
+    register("flash_4", _flash_4)
     return flash_4
 
 
@@ -150,7 +150,6 @@ FLASH_2 = Backend(
     make=_make_flash_2,
     instead=("cudnn",),
     tolerance={dtype: EXACT[dtype] for dtype in HALF},
-    kernel=_flash_2,
 )
 
 FLASH_3 = Backend(
@@ -160,7 +159,6 @@ FLASH_3 = Backend(
     make=_make_flash_3,
     instead=("cudnn", "flash_2"),
     tolerance={dtype: EXACT[dtype] for dtype in HALF},
-    kernel=_flash_3,
     downloads=lambda: FLASH_3_LIBRARY.missing() is not None,
 )
 
@@ -171,5 +169,4 @@ FLASH_4 = Backend(
     make=_make_flash_4,
     instead=("cudnn", "flash_3", "flash_2"),
     tolerance={dtype: EXACT[dtype] for dtype in HALF},
-    kernel=_flash_4,
 )

@@ -24,7 +24,7 @@ def xformers(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> 
 
 
 def _make() -> Attention:
-    register()
+    register("xformers", _xformers)
     return xformers
 
 
@@ -39,5 +39,4 @@ XFORMERS = Backend(
     make=_make,
     instead=("flash_2", "cudnn"),
     tolerance=EXACT,
-    kernel=_xformers,
 )

@@ -30,7 +30,7 @@ def onednn(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Te
 
 
 def _make() -> Attention:
-    register()
+    register("onednn", _onednn)
     return onednn
 
 
@@ -59,7 +59,7 @@ def _onednn(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 def _hardware(target: Target) -> str | None:
     if target.hardware.kind != "cpu":
         return f"runs on CPUs; this is the device {target.device}"
-    if not cpu_multiplies_bf16():
+    if target.assumed is None and not cpu_multiplies_bf16():
         return "needs a CPU that multiplies bfloat16 (AVX512-BF16, AMX or ARM's BF16) and a PyTorch with oneDNN"
     return None
 
@@ -71,5 +71,4 @@ ONEDNN = Backend(
     make=_make,
     instead=(),
     tolerance={torch.bfloat16: EXACT[torch.bfloat16]},
-    kernel=_onednn,
 )

@@ -31,7 +31,7 @@ def sage(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tens
 
 
 def _make() -> Attention:
-    register()
+    register("sage", _sage)
     return sage
 
 
@@ -49,5 +49,4 @@ SAGE = Backend(
     instead=("flash_3", "flash_2", "cudnn"),
     tolerance=dict.fromkeys(HALF, TOLERANCE),
     exact=False,
-    kernel=_sage,
 )

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..errors import CheckpointError, FileError
 from ..files import FileIdentity
+from . import wording
 
 SAFETENSORS_SUFFIXES = (".safetensors", ".sft")
 GGUF_SUFFIX = ".gguf"
@@ -73,7 +74,7 @@ def locate(path: str | os.PathLike[str]) -> Located:
 
     Raises:
         FileError: nothing is there, it is a pickle, a shard is missing, or an index names a file outside its folder.
-        CheckpointError: a folder without a FLUX.1 transformer, a single shard, or an index that is none.
+        CheckpointError: a folder without a transformer, a single shard, or an index that is none.
     """
     path = Path(path)
     if path.is_dir():
@@ -114,8 +115,8 @@ def _in_folder(folder: Path) -> Located:
         inside = folder / TRANSFORMER_FOLDER
     elif (folder / "model_index.json").is_file():
         raise CheckpointError(
-            f"'{folder.name}' is a diffusers pipeline without a '{TRANSFORMER_FOLDER}' folder: not a FLUX.1 pipeline, "
-            "or not downloaded completely. Choose another one."
+            f"'{folder.name}' is a diffusers pipeline without a '{TRANSFORMER_FOLDER}' folder: not a "
+            f"{wording.names()} pipeline, or not downloaded completely. Choose another one."
         )
     config = inside / "config.json"
     indices = sorted(inside.glob(f"*{INDEX_SUFFIX}"))
@@ -133,7 +134,7 @@ def _in_folder(folder: Path) -> Located:
     if file is None:
         raise CheckpointError(
             f"'{folder.name}' holds no *.safetensors: it is not a diffusers model, or not downloaded completely. "
-            f"Choose the folder of a FLUX.1 pipeline or its '{TRANSFORMER_FOLDER}' folder."
+            f"Choose the folder of a {wording.names()} pipeline or its '{TRANSFORMER_FOLDER}' folder."
         )
     return Located(folder, (file,), config=config if config.is_file() else None)
 

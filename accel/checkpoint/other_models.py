@@ -1,6 +1,7 @@
 """What else a user may choose by mistake, by the names of its tensors: for messages only.
 
-The names are those that ComfyUI's model_detection.py and diffusers' conversion scripts tell these models by.
+What shares names with a family is in that family's `relatives`. The names are those that ComfyUI's model_detection.py
+and diffusers' conversion scripts tell these models by.
 """
 
 from __future__ import annotations
@@ -8,24 +9,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-STOCK_MODEL = "ComfyUI's own Load Diffusion Model"
-STOCK_CHECKPOINT = "ComfyUI's own Load Checkpoint"
+from ..families.base import STOCK_CHECKPOINT, STOCK_MODEL, KnownNames
+
 TEXT_ENCODER = "Flux Text Encoder Loader"
 
-Known = tuple[str, str, str]
-"""The beginning of a name, what has such names, and what loads it."""
-
-# These share block names with FLUX.1, so they are asked for first. FLUX.1 has none of these names.
-RELATIVES: Sequence[Known] = (
-    (r"double_stream_modulation_img\.", "a FLUX.2 checkpoint", STOCK_MODEL),
-    (r"distilled_guidance_layer\.", "a Chroma checkpoint", STOCK_MODEL),
-    (r"(txt_in\.individual_token|context_embedder\.token)_refiner\.", "a HunyuanVideo checkpoint", STOCK_MODEL),
-    (r"double_blocks\.0\.img_mlp\.gate_proj\.", "an Ovis-Image checkpoint", STOCK_MODEL),
-    (r"(transformer_blocks\.0\.img_mod\.1\.|txt_norm\.weight)", "a Qwen-Image checkpoint", STOCK_MODEL),
-    (r"(controlnet_|input_hint_block\.)", "a ControlNet", "ComfyUI's own Load ControlNet Model"),
-    (r"double_blocks\.\d+\.processor\.", "an IP-Adapter", "the node pack that it was made for"),
-)
-OTHERS: Sequence[Known] = (
+OTHERS: Sequence[KnownNames] = tuple(KnownNames(*entry) for entry in (
     (r"(cap_embedder\.|noise_refiner\.0\.)", "a Z-Image or Lumina 2 checkpoint", STOCK_MODEL),
     (r"(head\.modulation|condition_embedder\.time_embedder\.)", "a Wan checkpoint", STOCK_MODEL),
     (r"adaln_single\.emb\.", "an LTX-Video or PixArt checkpoint", STOCK_MODEL),
@@ -43,7 +31,7 @@ OTHERS: Sequence[Known] = (
     (r"((encoder|enc)\.(block|blk)\.\d|shared\.weight)", "a T5 text encoder", TEXT_ENCODER),
     (r"(text_model\.|text_projection|transformer\.resblocks\.)", "a CLIP text encoder", TEXT_ENCODER),
     (r"(model\.layers\.\d+\.|blk\.\d+\.)", "a language model", "a node for text encoders"),
-)  # fmt: skip
+))  # fmt: skip
 
 LORA = re.compile(r"(^lora_(unet|te)|\.lora_[AB]\.|\.lora_(down|up)\.|\.(lokr_w1|hada_w1_a|dora_scale)|_lora[12]?\.)")
 
@@ -60,13 +48,13 @@ FOREIGN_QUANTIZATION: Sequence[tuple[str, str]] = (
 )
 
 
-def first_match(table: Sequence[Known], names: Iterable[str]) -> tuple[str, str] | None:
-    """The first entry of a table that any of the names begins with: what that is, and what loads it."""
+def first_match(table: Sequence[KnownNames], names: Iterable[str]) -> KnownNames | None:
+    """The first entry of a table that any of the names begins with."""
     names = tuple(names)
-    for pattern, what, loader in table:
-        matches = re.compile(pattern).match
+    for known in table:
+        matches = re.compile(known.pattern).match
         if any(matches(name) for name in names):
-            return what, loader
+            return known
     return None
 
 

@@ -15,11 +15,17 @@ from .stored import StoredReader
 
 @dataclass(frozen=True)
 class LinearWeights:
-    """One linear of the model: its diffusers name, weight (out_features, in_features) and bias (out_features,)."""
+    """One linear of the model.
+
+    Attributes:
+        module: its diffusers name.
+        weight: (out_features, in_features).
+        bias: (out_features,), or None for a linear without.
+    """
 
     module: str
     weight: Tensor
-    bias: Tensor
+    bias: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -59,7 +65,8 @@ def read_weights(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> I
 def _linear(
     linear: FusedLinear, spec: ModelSpec, reader: StoredReader, dtype: torch.dtype
 ) -> Iterator[LinearWeights]:
-    stored_weight, stored_bias = spec.stored[f"{linear.name}.weight"], spec.stored[f"{linear.name}.bias"]
+    stored_weight = spec.stored[f"{linear.name}.weight"]
+    stored_bias = spec.stored[f"{linear.name}.bias"] if linear.bias else None
     for part in linear.parts:
         end = part.start + part.rows
         runs: tuple[tuple[int, int], ...] = ((part.start, end),)
@@ -67,4 +74,5 @@ def _linear(
             middle = part.start + part.rows // 2
             runs = ((middle, end), (part.start, middle))
         weight = reader.read(stored_weight, dtype, runs)
-        yield LinearWeights(part.module, weight, reader.read(stored_bias, dtype, runs))
+        bias = None if stored_bias is None else reader.read(stored_bias, dtype, runs)
+        yield LinearWeights(part.module, weight, bias)

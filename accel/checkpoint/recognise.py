@@ -10,15 +10,17 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError
-from ..families import FAMILIES
+from ..families import registry
+from ..families.base import Config, Family, KnownNames
 from ..families.layout import Layout
 from ..files import TensorInfo
 from ..spec import ModelSpec, StoredTensor
+from . import wording
 from .attention_requests import find_requests
 from .gguf_file import ARCHITECTURE
 from .headers import read_headers
 from .locate import Located, locate, read_json
-from .other_models import OTHERS, RELATIVES, first_match, foreign_quantization, is_lora
+from .other_models import OTHERS, first_match, foreign_quantization, is_lora
 from .scales import find_scales
 from .source import Checkpoint
 from .stored import check_stored
@@ -48,22 +50,38 @@ def inspect_checkpoint(path: str | os.PathLike[str]) -> ModelSpec:
         _check_class(located)
     file = read_headers(located)
     _check_architecture(file)
-    _refuse_others(file)
+    relatives = _refuse_others(file)
     for prefix in PREFIXES:
         names = {key.removeprefix(prefix): info for key, info in file.tensors.items() if key.startswith(prefix)}
-        for family in FAMILIES:
-            found = _recognise(file, prefix, names, family)
+        for family in registry.FAMILIES:
+            found = None if family in relatives else _recognise(file, prefix, names, family)
             if found is not None:
                 config, layout = found
                 if located.config is not None:
                     _check_config(located, family.diffusers_config(config))
                 return _spec(file, prefix, {family.canonical(name): name for name in names}, family, config, layout)
-    raise _unknown(file)
+    raise _relative(file, relatives) if relatives else _unknown(file)
+
+
+def looks_like(file: Checkpoint) -> Family | None:
+    """The family whose transformer a file seems to hold, complete or not: for messages."""
+    for prefix in PREFIXES:
+        names = {key.removeprefix(prefix): info for key, info in file.tensors.items() if key.startswith(prefix)}
+        for family in registry.FAMILIES:
+            if first_match(family.relatives, names) is not None:
+                continue
+            try:
+                found = family.recognise(names, file.name)
+            except CheckpointError:
+                return family
+            if found is not None:
+                return family
+    return None
 
 
 def _recognise(
-    file: Checkpoint, prefix: str, names: Mapping[str, TensorInfo], family: Any
-) -> tuple[Any, Layout] | None:
+    file: Checkpoint, prefix: str, names: Mapping[str, TensorInfo], family: Family[Config]
+) -> tuple[Config, Layout] | None:
     """What a family makes of a file's sizes; where it cannot be, the weights' format is named, if that is why."""
     try:
         return family.recognise(names, file.name)
@@ -74,31 +92,31 @@ def _recognise(
 
 
 def _check_architecture(file: Checkpoint) -> None:
-    known = {family.gguf_architecture: family.name for family in FAMILIES}
+    known: dict[str, list[str]] = {}
+    for family in registry.FAMILIES:
+        known.setdefault(family.gguf_architecture, []).append(family.name)
     found = file.metadata.get(ARCHITECTURE)
     # stable-diffusion.cpp writes none; then the names of the tensors must do.
     if found is not None and found not in known:
-        expected = " or ".join(f"'{architecture}' ({name})" for architecture, name in known.items())
+        expected = " or ".join(f"'{architecture}' ({' or '.join(names)})" for architecture, names in known.items())
         raise CheckpointError(
             f"'{file.name}' is a GGUF file of the architecture '{found}', expected {expected}. Choose a file such as "
-            "flux1-dev-Q8_0.gguf."
+            f"{wording.example_gguf()}."
         )
 
 
-def _refuse_others(file: Checkpoint) -> None:
+def _refuse_others(file: Checkpoint) -> dict[Family, KnownNames]:
+    """Refuse what no family runs; return the families that a file is not of, and the relative of each that it is."""
     if is_lora(file.tensors):
         raise CheckpointError(
-            f"'{file.name}' is a LoRA, expected a FLUX.1 transformer. Put it into models/loras and choose it in "
-            "Hotswap LoRA; choose a file such as flux1-dev.safetensors here."
+            f"'{file.name}' is a LoRA, expected a {wording.names()} transformer. Put it into models/loras and choose "
+            f"it in Hotswap LoRA; choose a file such as {wording.example()} here."
         )
-    names = [key.removeprefix(prefix) for prefix in PREFIXES for key in file.tensors if key.startswith(prefix)]
-    relative = first_match(RELATIVES, names)
-    if relative is not None:
-        what, loader = relative
-        raise CheckpointError(
-            f"'{file.name}' is {what}; this pack runs FLUX.1 (dev, schnell, Krea, Kontext, Fill, Canny, Depth). Load "
-            f"it with {loader}."
-        )
+    names = _without_prefixes(file)
+    found = {family: first_match(family.relatives, names) for family in registry.FAMILIES}
+    relatives = {family: relative for family, relative in found.items() if relative is not None}
+    if len(relatives) == len(registry.FAMILIES):
+        raise _relative(file, relatives)
     foreign = foreign_quantization(file.tensors)
     if foreign is not None:
         what, key = foreign
@@ -106,25 +124,38 @@ def _refuse_others(file: Checkpoint) -> None:
             f"'{file.name}' is quantized by {what} ('{key}'), which this loader does not read. Choose the bf16, fp8 or "
             "GGUF file, and the quantization in Quantize Transformer."
         )
+    return relatives
+
+
+def _without_prefixes(file: Checkpoint) -> list[str]:
+    return [key.removeprefix(prefix) for prefix in PREFIXES for key in file.tensors if key.startswith(prefix)]
+
+
+def _relative(file: Checkpoint, relatives: Mapping[Family, KnownNames]) -> CheckpointError:
+    relative = next(iter(relatives.values()))
+    return CheckpointError(
+        f"'{file.name}' is {relative.what}; this pack runs {wording.models()}. Load it with {relative.loader}."
+    )
 
 
 def _unknown(file: Checkpoint) -> CheckpointError:
-    names = [key.removeprefix(prefix) for prefix in PREFIXES for key in file.tensors if key.startswith(prefix)]
-    known = first_match(OTHERS, names)
+    known = first_match(OTHERS, _without_prefixes(file))
     what, instead = f"not a model that this pack knows (its first tensor is '{next(iter(file.tensors))}')", ""
     if known is not None:
-        what, instead = known[0], f", or load this one with {known[1]}"
-    families = ", ".join(family.name for family in FAMILIES)
+        what, instead = known.what, f", or load this one with {known.loader}"
     return CheckpointError(
-        f"'{file.name}' is {what}, expected a {families} transformer in the original layout (double_blocks.*, "
-        "single_blocks.*) or in diffusers' (transformer_blocks.*, single_transformer_blocks.*). Choose a file such as "
-        f"flux1-dev.safetensors{instead}."
+        f"'{file.name}' is {what}, expected {wording.expected()}. Choose a file such as {wording.example()}{instead}."
     )
 
 
 def _spec(
-    file: Checkpoint, prefix: str, canonical: Mapping[str, str], family: Any, config: Any, layout: Layout
-) -> ModelSpec:
+    file: Checkpoint,
+    prefix: str,
+    canonical: Mapping[str, str],
+    family: Family[Config],
+    config: Config,
+    layout: Layout,
+) -> ModelSpec[Config]:
     """Check that every tensor of the layout is there once, and that nothing is left over."""
     names = {name: file.tensors[prefix + original] for name, original in canonical.items()}
     scales, consumed = find_scales(file, prefix, names)
@@ -159,11 +190,11 @@ def _spec(
 
 def _check_class(located: Located) -> None:
     found = read_json(located.config).get("_class_name")
-    known = {family.diffusers_class for family in FAMILIES}
+    known = {family.diffusers_class for family in registry.FAMILIES}
     if found is not None and found not in known:
         raise CheckpointError(
             f"'{located.name}': its config.json is of a {found}, expected {' or '.join(sorted(known))}: this is "
-            "another model. Choose the folder of a FLUX.1 model."
+            f"another model. Choose the folder of a {wording.names()} model."
         )
 
 

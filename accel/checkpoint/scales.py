@@ -21,6 +21,7 @@ import torch
 
 from ..errors import CheckpointError
 from ..files import TensorInfo
+from ..hardware import dtype_name
 from .source import Checkpoint
 
 MARKER = "scaled_fp8"
@@ -146,7 +147,7 @@ def _check_undescribed(
         if scale is not None and scale.dtype == getattr(torch, "float8_e8m0fnu", None):
             raise _unread(file, prefix + layer, "as 'mxfp8' (its scales are float8_e8m0)")
         if info.dtype == torch.uint8 or (info.dtype == torch.int8 and scale is None):
-            raise _unread(file, prefix + layer, f"as packed {str(info.dtype).removeprefix('torch.')} values, of a "
+            raise _unread(file, prefix + layer, f"as packed {dtype_name(info.dtype)} values, of a "
                           "format that the file does not name")  # fmt: skip
 
 

@@ -20,21 +20,27 @@ class Rows(Protocol):
 
 
 class Checkpoint(Protocol):
-    """A model's files, of which only headers were read.
+    """A model's files, of which only headers were read."""
 
-    Attributes:
-        name: what messages call it.
-        identity: the state of all its files.
-        tensors: every tensor by its name in the files.
-        metadata: what the files say about themselves.
-        device: where its rows are: the CPU, for files.
-    """
+    @property
+    def name(self) -> str:
+        """What messages call it."""
 
-    name: str
-    identity: FileIdentity
-    tensors: Mapping[str, TensorInfo]
-    metadata: Mapping[str, str]
-    device: torch.device
+    @property
+    def identity(self) -> FileIdentity:
+        """The state of all its files."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Every tensor by its name in the files."""
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """What the files say about themselves."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where its rows are: the CPU, for files."""
 
     def open(self) -> AbstractContextManager[Callable[[str], Rows]]:
         """Open the data, and make sure that the files are still the same.

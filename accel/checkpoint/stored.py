@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..files import FLOAT_DTYPES
+from ..hardware import dtype_name
 from ..spec import StoredTensor
 from ..tensors import all_finite
 from .decode import decode
@@ -35,7 +36,7 @@ def check_stored(file: Checkpoint, stored: StoredTensor, shape: tuple[int, ...])
         )
     allowed = FLOAT_DTYPES if stored.scale is None else WITH_SCALE
     if stored.info.dtype not in allowed:
-        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
+        names = ", ".join(dtype_name(dtype) for dtype in allowed)
         raise CheckpointError(
             f"'{file.name}': '{stored.key}' is stored as {stored.info.dtype}, expected one of: {names}. Choose the "
             "bf16, fp8 or GGUF file."

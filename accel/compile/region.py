@@ -18,17 +18,10 @@ import torch._dynamo
 from torch import Tensor, nn
 
 from .cache import CompiledFiles
+from .failures import CompilerError, NotStorable
 
 Backend = Callable[[torch.fx.GraphModule, list[Tensor]], Callable]
 REASON_LENGTH = 160
-
-
-class CompilerError(Exception):
-    """Compiling failed, for the reason that is this error's cause."""
-
-
-class NotStorable(CompilerError):
-    """What was compiled cannot be kept for the next start, for the reason that is this error's cause."""
 
 
 class JustInTime:

@@ -1,7 +1,4 @@
-"""Model families. What differs between them stands in one folder each; the rest of `accel` serves any of them."""
+"""Model families. What differs between them stands in one folder each; the rest of `accel` serves any of them.
 
-from __future__ import annotations
-
-from .flux1 import Flux1
-
-FAMILIES = (Flux1(),)
+`base` is what the rest asks of a family, `registry` the list of them. This module imports neither.
+"""

@@ -27,13 +27,13 @@ def quantize_rows(x: Tensor, dtype: torch.dtype, again: Tensor | None = None) ->
     """Scale each row to the range of a dtype.
 
     Args:
-        x: (…, in_features).
+        x: ``… k``, k in_features; any float dtype.
         dtype: float8_e4m3fn or int8.
         again: x, computed once more by the same code. A kernel that takes the largest of each row and then scales it
             reads what x is computed from twice; given one tensor for both, inductor has it write x out in between.
 
     Returns:
-        The values, (N, in_features) of `dtype`, and their scales, (N, 1) float32.
+        The values, ``(…) k`` of `dtype`, and their scales, ``(…) 1`` float32.
     """
     rows = x.flatten(0, -2)
     largest = torch.finfo(dtype).max if dtype.is_floating_point else torch.iinfo(dtype).max
@@ -47,16 +47,17 @@ def int8_linears(x: Tensor, bases: Sequence[nn.Module]) -> list[Tensor]:
     """Run linears with int8 weights over one input; inductor fuses what follows the integer products.
 
     Args:
-        x: (…, in_features).
-        bases: whose `quantized_dtype` is int8.
+        x: ``… k``, k in_features.
+        bases: whose `quantized_dtype` is int8, with a bias or without.
 
     Returns:
-        One (…, out_features) per linear.
+        ``… o`` of each linear, o its out_features, x's dtype.
     """
     values, scale = quantize_rows(x, torch.int8)
     outputs = []
     for base in bases:
         weight = base.weight
         product = torch._int_mm(values, weight.qdata.t()).float() * (scale * weight.scale.flatten())
-        outputs.append((product + base.bias).to(x.dtype).unflatten(0, x.shape[:-1]))
+        output = product if base.bias is None else product + base.bias
+        outputs.append(output.to(x.dtype).unflatten(0, x.shape[:-1]))
     return outputs

@@ -3,38 +3,61 @@
 A linear with float8 weights reads its input as float8, which is written by the kernel that computes the input. A LoRA
 reads it unrounded; but to write it out for that costs as much again, LoRA or not. What the input was computed from is
 in memory anyway, so the LoRA's first product starts from there, and nothing is written where no LoRA is bound.
+
+Shapes: b batch, n tokens, k columns of the input (in_features of the linear), r rank of a LoRA.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import kernels
+from .autotune import autotuner
 
-PLAIN, GELU, MODULATED = "plain", "gelu", "modulated"
+Activation = Literal["none", "gelu_tanh", "silu_gate"]
+NONE: Activation = "none"
+# GELU in its approximation by tanh, (…, k) -> (…, k).
+GELU_TANH: Activation = "gelu_tanh"
+# The gate of SwiGLU, silu(x[…, :k]) · x[…, k:], (…, 2 k) -> (…, k). Source: Shazeer, https://arxiv.org/abs/2002.05202.
+SILU_GATE: Activation = "silu_gate"
+
+# How an input is computed from its sources: `Columns` by their activation, `Modulated` by this.
+Recipe = Literal["none", "gelu_tanh", "silu_gate", "modulated"]
+MODULATED: Recipe = "modulated"
+
+
+def activate(x: Tensor, activation: Activation) -> Tensor:
+    """Apply an activation to (…, k), or to the (…, 2 k) of a gate: (…, k), x's dtype; x itself for `NONE`."""
+    if activation == GELU_TANH:
+        return F.gelu(x, approximate="tanh")
+    if activation == SILU_GATE:
+        gate, value = x.chunk(2, dim=-1)
+        return F.silu(gate) * value
+    return x
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Tensors side by side: (…, K₁), (…, K₂), … are one (…, K₁ + K₂ + …).
+    """Tensors side by side: ``b n k1``, ``b n k2``, … are one ``b n (k1 + k2 + …)``.
 
     Attributes:
-        parts: one or more.
-        gelu: the last part has yet to go through GELU (tanh).
+        parts: one or more, of one dtype.
+        activation: what the last part has yet to go through; then it is as wide as `activate` leaves it.
     """
 
     parts: tuple[Tensor, ...]
-    gelu: bool = False
+    activation: Activation = NONE
 
     @property
-    def recipe(self) -> str:
+    def recipe(self) -> Recipe:
         """For `down`."""
-        return GELU if self.gelu else PLAIN
+        return self.activation
 
     @property
     def sources(self) -> list[Tensor]:
@@ -42,12 +65,12 @@ class Columns:
         return list(self.parts)
 
     def after(self, first: Tensor) -> Columns:
-        """The same behind one more tensor."""
-        return Columns((first, *self.parts), self.gelu)
+        """The same behind one more tensor, ``b n k0``."""
+        return Columns((first, *self.parts), self.activation)
 
     def value(self) -> Tensor:
-        """The input itself."""
-        last = F.gelu(self.parts[-1], approximate="tanh") if self.gelu else self.parts[-1]
+        """The input itself, ``b n k``."""
+        last = activate(self.parts[-1], self.activation)
         return torch.cat([*self.parts[:-1], last], dim=-1) if len(self.parts) > 1 else last
 
 
@@ -55,12 +78,14 @@ class Columns:
 class Modulated:
     """LayerNorm(hidden_states) · (1 + scale) + shift, the norm without weights of its own.
 
+    Source: adaptive layer norm, Peebles and Xie, https://arxiv.org/abs/2212.09748.
+
     Attributes:
-        hidden_states: (B, N, H).
-        mean: (B, N, 1) float32.
-        rstd: (B, N, 1) float32, 1 over the standard deviation.
-        shift: (B, 1, H).
-        scale: (B, 1, H).
+        hidden_states: ``b n k``.
+        mean: ``b n 1`` float32.
+        rstd: ``b n 1`` float32, 1 over the standard deviation.
+        shift: ``b 1 k``.
+        scale: ``b 1 k``.
     """
 
     hidden_states: Tensor
@@ -70,7 +95,7 @@ class Modulated:
     scale: Tensor
 
     @property
-    def recipe(self) -> str:
+    def recipe(self) -> Recipe:
         """For `down`."""
         return MODULATED
 
@@ -80,7 +105,7 @@ class Modulated:
         return [self.hidden_states, self.rstd, self.shift, self.scale]
 
     def value(self) -> Tensor:
-        """The input itself."""
+        """The input itself, ``b n k``, the dtype of hidden_states; computed in float32."""
         normed = (self.hidden_states.float() - self.mean) * self.rstd
         return (normed * (1 + self.scale.float()) + self.shift.float()).to(self.hidden_states.dtype)
 
@@ -89,63 +114,71 @@ Input = Columns | Modulated
 
 
 def modulated(hidden_states: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Modulated:
-    """Take a layer norm's statistics over (B, N, H); see `Modulated`."""
+    """Take a layer norm's statistics in float32.
+
+    Args:
+        hidden_states: ``b n k``.
+        shift: ``b 1 k``.
+        scale: ``b 1 k``.
+        eps: added to the variance.
+    """
     variance, mean = torch.var_mean(hidden_states.float(), dim=-1, correction=0, keepdim=True)
     return Modulated(hidden_states, mean, torch.rsqrt(variance + eps), shift, scale)
 
 
 def as_input(x: Tensor | Input) -> Input:
-    """A tensor is columns of one part."""
+    """A tensor, ``b n k``, is columns of one part."""
     return Columns((x,)) if isinstance(x, Tensor) else x
 
 
-def down(recipe: str, sources: Sequence[Tensor], lora_A: Tensor) -> Tensor:
+def down(recipe: Recipe, sources: Sequence[Tensor], lora_A: Tensor) -> Tensor:
     """The product of an input with lora_A, from what the input is computed from.
 
     Args:
         recipe: of the input.
         sources: of the input.
-        lora_A: (rank, K).
+        lora_A: ``r k``, its rows contiguous; the dtype of the input.
 
     Returns:
-        (rows, rank), the dtype of lora_A.
+        ``(b n) r``, the dtype of lora_A.
     """
     if recipe == MODULATED:
         return _modulated_down(*sources, lora_A)
     *before, last = (part.flatten(0, -2) for part in sources)
-    *matrices, matrix = lora_A.split([part.shape[-1] for part in sources], dim=1)
+    widths = [part.shape[1] for part in before]
+    *matrices, matrix = lora_A.split([*widths, lora_A.shape[1] - sum(widths)], dim=1)
 
-    def start() -> Tensor | None:
+    def of_the_parts_before() -> Tensor | None:
         product = None
         for part, columns in zip(before, matrices, strict=True):
             product = part @ columns.t() if product is None else product.addmm_(part, columns.t())
         return product
 
     def separate() -> Tensor:
-        product, part = start(), F.gelu(last, approximate="tanh") if recipe == GELU else last
+        product, part = of_the_parts_before(), activate(last, recipe)
         return part @ matrix.t() if product is None else product.addmm_(part, matrix.t())
 
-    if recipe == GELU and last.is_cuda and last.dtype != torch.float32:
+    if recipe == GELU_TANH and last.is_cuda and last.dtype != torch.float32:
         # The kernel reads rows that follow each other.
-        rows, shape = last.contiguous(), (*lora_A.shape, GELU)
-        return kernels.fastest(
+        rows, shape = last.contiguous(), (*lora_A.shape, recipe)
+        return autotuner().fastest(
             rows,
             shape,
-            lambda config: kernels.gelu_product(rows, matrix, start(), config),
+            lambda config: kernels.activated_product(rows, matrix, of_the_parts_before(), recipe, config),
             separate,
-            kernels.NARROW_CONFIGS,
+            kernels.LORA_A_CONFIGS,
         )
     return separate()
 
 
-def written_out(recipe: str, sources: Sequence[Tensor]) -> Tensor:
-    """An input itself, (rows, K), from what it is computed from; see `down`."""
+def written_out(recipe: Recipe, sources: Sequence[Tensor]) -> Tensor:
+    """An input itself, ``(b n) k``, from what it is computed from; see `down`."""
     if recipe == MODULATED:
         hidden_states, *others = sources
         mean = hidden_states.float().mean(dim=-1, keepdim=True)
         value = Modulated(hidden_states, mean, *others).value()
     else:
-        value = Columns(tuple(sources), gelu=recipe == GELU).value()
+        value = Columns(tuple(sources), recipe).value()
     return value.flatten(0, -2)
 
 

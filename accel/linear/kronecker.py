@@ -52,7 +52,7 @@ def multiplications(left: Shape, right: Shape) -> int:
 
 
 def rows_of(x: Tensor, term: Term, buffer: Tensor, rows: int) -> Tensor:
-    """The product without mixing: (N, b · n) -> (N, rows)."""
+    """The product without mixing: ``N (b n) -> N rows``."""
     product = x.new_empty(x.shape[0], term.a * term.m)
     add_(product, x, *term.matrices(buffer), beta=0)
     if term.first + rows > product.shape[1]:
@@ -64,10 +64,10 @@ def add_(output: Tensor, x: Tensor, left: Tensor, right: Tensor, beta: int = 1) 
     """Write beta · output + x kron(left, right)ᵀ into the output, in the cheaper order.
 
     Args:
-        output: (N, a · m), contiguous.
-        x: (N, b · n), of the same dtype as all others.
-        left: (a, b).
-        right: (m, n).
+        output: ``N (a m)``, contiguous.
+        x: ``N (b n)``, of the same dtype as all others.
+        left: ``a b``.
+        right: ``m n``.
         beta: 0 overwrites what was there.
     """
     (a, b), (m, n) = left.shape, right.shape

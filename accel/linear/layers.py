@@ -1,6 +1,9 @@
 """A linear with a place for a LoRA beside it, and how blocks run several of them over one input.
 
-The arithmetic is a custom operator, see `operators`.
+The arithmetic is a custom operator, see `operators`; linears whose weights these do not multiply run by themselves, and
+an operator adds their LoRAs.
+
+Shapes: b batch, n tokens (t of text, i of images), k in_features, o out_features, r rank.
 """
 
 from __future__ import annotations
@@ -13,11 +16,15 @@ from torch import Tensor, nn
 
 from . import operators  # noqa: F401 - registers them
 from .dynamic import int8_linears, quantize_rows, quantized_dtype
-from .inputs import PLAIN, Columns, Input, as_input
+from .inputs import NONE, Activation, Columns, Input, Recipe, as_input
+from .product import IN_PRODUCT
 
 
 class LoraLinear(nn.Module):
     """y = M (x Wᵀ) + bias + (x Aᵀ) Bᵀ + Σ Mᵢ (x kron(Lᵢ, Rᵢ)ᵀ).
+
+    W and the bias are the base's, which may have no bias; the rest is whatever is bound, see `slot.Bound`: A and B of a
+    LoRA, M that an orthogonal adapter multiplies the outputs with, Lᵢ and Rᵢ of Kronecker products, mixed by Mᵢ.
 
     Attributes:
         base: the linear: a `torch.nn.Linear`, plain or with a quantized weight, or any module with its interface.
@@ -33,35 +40,39 @@ class LoraLinear(nn.Module):
         self.register_parameter("lora", None)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(…, in_features) -> (…, out_features)."""
+        """``… k -> … o``, the dtype of x."""
         return linears(x, self)[0]
 
 
-def linears(x: Tensor | Input, *layers: LoraLinear, gelu_last: bool = False) -> list[Any]:
+def linears(x: Tensor | Input, *layers: LoraLinear, activation: Activation = NONE) -> list[Any]:
     """Run linears that read the same input.
 
     Args:
-        x: (…, in_features), or a description of it.
-        layers: one or more, with biases.
-        gelu_last: the last output goes through GELU (tanh): it is an `Input` of the linear after that, because who
-            computes it best depends on what computes the two linears.
+        x: ``… k``, or a description of it.
+        layers: one or more.
+        activation: what the last output goes through. That output is an `Input` of the linear after it, because who
+            computes the activation best depends on what computes the two linears.
 
     Returns:
-        One (…, out_features) per layer.
+        ``… o`` of each layer, the dtype of x; with an activation the last one is a `Columns`.
+
+    Raises:
+        RuntimeError: nothing is bound to a layer, see `slot.bound_to`.
     """
     x, bases = as_input(x), [layer.base for layer in layers]
-    in_product = gelu_last and fuses(x.sources[0]) and all(is_plain(base) for base in bases)
+    in_product = activation in IN_PRODUCT and fuses(x.sources[0]) and all(is_plain(base) for base in bases)
     operands = _operands(x, bases)
     if operands is not None:
-        outputs = torch.ops.flux_hotswap.linears(*operands, *_weights(bases), _loras(layers), in_product)
+        fused = activation if in_product else NONE
+        outputs = torch.ops.flux_hotswap.linears(*operands, *_weights(bases), _slots(layers), fused)
     else:
         value = x.value()
         int8 = {quantized_dtype(base) for base in bases} == {torch.int8}
         outputs = int8_linears(value, bases) if int8 else [base(value) for base in bases]
-        torch.ops.flux_hotswap.add_loras_(outputs, value, [base.bias for base in bases], _loras(layers))
-    if gelu_last:
-        return [*outputs[:-1], Columns((outputs[-1],), gelu=not in_product)]
-    return outputs
+        torch.ops.flux_hotswap.add_loras_(outputs, value, [base.bias for base in bases], _slots(layers))
+    if activation == NONE:
+        return outputs
+    return [*outputs[:-1], Columns((outputs[-1],), NONE if in_product else activation)]
 
 
 def joint_linears(
@@ -70,13 +81,16 @@ def joint_linears(
     """Run linears over two streams of tokens, whose outputs become one: text first, written in place.
 
     Args:
-        text: (B, T, in_features), or a description of it.
-        image: (B, I, in_features), or a description of it.
-        text_layers: one or more, with biases.
+        text: ``b t k``, or a description of it.
+        image: ``b i k``, or a description of it.
+        text_layers: one or more.
         image_layers: as many, with the same output sizes.
 
     Returns:
-        One (B, T + I, out_features) per pair of layers.
+        ``b (t i) o`` of each pair of layers.
+
+    Raises:
+        RuntimeError: see `linears`.
     """
     text, image = as_input(text), as_input(image)
     layers = [*text_layers, *image_layers]
@@ -84,7 +98,7 @@ def joint_linears(
     streams = _operands(text, bases), _operands(image, bases)
     if None not in streams:
         operands = [operand for stream in streams for operand in stream]
-        return torch.ops.flux_hotswap.joint_linears(*operands, *_weights(bases), _loras(layers))
+        return torch.ops.flux_hotswap.joint_linears(*operands, *_weights(bases), _slots(layers))
     pairs = zip(linears(text, *text_layers), linears(image, *image_layers), strict=True)
     return [torch.cat(pair, dim=1) for pair in pairs]
 
@@ -93,25 +107,28 @@ def split_linears(joint: Tensor, text_tokens: int, text_layer: LoraLinear, image
     """Run one linear over the first tokens and another over the others.
 
     Args:
-        joint: (B, N, in_features).
-        text_tokens: T.
-        text_layer: reads (B, T, in_features).
-        image_layer: reads (B, N - T, in_features).
+        joint: ``b (t i) k``.
+        text_tokens: t.
+        text_layer: reads ``b t k``.
+        image_layer: reads ``b i k``.
 
     Returns:
-        (B, T, out_features) and (B, N - T, out_features).
+        ``b t o`` and ``b i o``.
+
+    Raises:
+        RuntimeError: see `linears`.
     """
     layers = (text_layer, image_layer)
     bases = [layer.base for layer in layers]
     operands = _operands(as_input(joint), bases)
     if operands is not None:
         _, _, quantized = operands
-        return torch.ops.flux_hotswap.split_linears(joint, quantized, *_weights(bases), _loras(layers), text_tokens)
+        return torch.ops.flux_hotswap.split_linears(joint, quantized, *_weights(bases), _slots(layers), text_tokens)
     return [*linears(joint[:, :text_tokens], text_layer), *linears(joint[:, text_tokens:], image_layer)]
 
 
 def fuses(x: Tensor) -> bool:
-    """Whether what surrounds a product is worth to be part of it: on a GPU, whose libraries and kernels can.
+    """Whether a product does best to take what surrounds it along: on a GPU, whose libraries and kernels can.
 
     On a CPU inductor's own kernels around the products are faster than what is in PyTorch's library.
     """
@@ -123,30 +140,30 @@ def is_plain(base: nn.Module) -> bool:
     return type(base) is nn.Linear and type(base.weight) is nn.Parameter
 
 
-def _operands(x: Input, bases: Sequence[nn.Module]) -> tuple[str, list[Tensor], list[Tensor]] | None:
+def _operands(x: Input, bases: Sequence[nn.Module]) -> tuple[Recipe, list[Tensor], list[Tensor]] | None:
     """How the operators take an input: its recipe and sources, and its float8 rows with their scale, or nothing.
 
     None where they cannot run these linears.
     """
     if all(is_plain(base) for base in bases):
-        if fuses(x.sources[0]) and x.recipe == PLAIN:
-            return PLAIN, x.sources, []
-        return PLAIN, [x.value()], []
+        if fuses(x.sources[0]) and x.recipe == NONE:
+            return NONE, x.sources, []
+        return NONE, [x.value()], []
     if {quantized_dtype(base) for base in bases} != {torch.float8_e4m3fn}:
         return None
     value = x.value()
     if not fuses(value):
-        return PLAIN, [value], list(quantize_rows(value, torch.float8_e4m3fn))
+        return NONE, [value], list(quantize_rows(value, torch.float8_e4m3fn))
     return x.recipe, x.sources, list(quantize_rows(value, torch.float8_e4m3fn, again=x.value()))
 
 
-def _weights(bases: Sequence[nn.Module]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Weights, their scales if they are float8, biases."""
+def _weights(bases: Sequence[nn.Module]) -> tuple[list[Tensor], list[Tensor], list[Tensor | None]]:
+    """Weights, their scales if they are float8, biases where there are some."""
     biases = [base.bias for base in bases]
     if is_plain(bases[0]):
         return [base.weight for base in bases], [], biases
     return [base.weight.qdata for base in bases], [base.weight.scale for base in bases], biases
 
 
-def _loras(layers: Sequence[LoraLinear]) -> list[Tensor]:
+def _slots(layers: Sequence[LoraLinear]) -> list[Tensor]:
     return [layer.lora for layer in layers]

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..errors import SettingsError
-from .adapter import LoraWeights
+from .adapter import Adapter
 from .stack import LoraStack, describe, grouped
 
 
@@ -67,9 +67,9 @@ class ScheduledStack:
     stack: LoraStack = LoraStack()
     keyframes: tuple[Keyframes, ...] = ()
 
-    def with_lora(self, weights: LoraWeights, strength: float, keyframes: Keyframes = ()) -> ScheduledStack:
+    def with_lora(self, adapter: Adapter, strength: float, keyframes: Keyframes = ()) -> ScheduledStack:
         """A new stack with one more LoRA on top. See `LoraStack.with_lora` for the errors."""
-        return ScheduledStack(self.stack.with_lora(weights, strength), (*self.keyframes, keyframes))
+        return ScheduledStack(self.stack.with_lora(adapter, strength), (*self.keyframes, keyframes))
 
     def with_max_rank(self, max_rank: int) -> ScheduledStack:
         """The same stack, cut to a rank. See `LoraStack.with_max_rank`."""

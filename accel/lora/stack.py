@@ -11,15 +11,14 @@ import torch
 
 from ..errors import LoraError
 from ..files import FileIdentity
-from ..linear.kronecker import multiplications
-from .adapter import KroneckerLayer, LoraWeights, RotationLayer
+from .adapter import Adapter
 
 
 @dataclass(frozen=True)
 class StackEntry:
     """One LoRA of a stack."""
 
-    weights: LoraWeights
+    adapter: Adapter
     strength: float
 
 
@@ -74,15 +73,15 @@ class LoraStack:
     entries: tuple[StackEntry, ...] = ()
     max_rank: int = 0
 
-    def with_lora(self, weights: LoraWeights, strength: float) -> LoraStack:
+    def with_lora(self, adapter: Adapter, strength: float) -> LoraStack:
         """A new stack with one more LoRA on top.
 
         Raises:
             LoraError: the strength is not a finite number.
         """
         if not math.isfinite(strength):
-            raise LoraError(f"LoRA '{weights.name}': strength is {strength}, expected a finite number.")
-        return replace(self, entries=(*self.entries, StackEntry(weights, float(strength))))
+            raise LoraError(f"LoRA '{adapter.name}': strength is {strength}, expected a finite number.")
+        return replace(self, entries=(*self.entries, StackEntry(adapter, float(strength))))
 
     def with_max_rank(self, max_rank: int) -> LoraStack:
         """The same stack, cut to a rank; 0 leaves it exact.
@@ -103,45 +102,45 @@ class LoraStack:
     def cost(self) -> StackCost:
         """What the stack takes when it is bound; see `StackCost`."""
         ranks: dict[str, int] = defaultdict(int)
-        elements = products = 0
+        elements = multiplications = 0
         kroneckers: set[str] = set()
-        shared: set[tuple[int, int]] = set()
+        counted: set[tuple[int, int]] = set()
         for number, entry in enumerate(self.active):
-            for layer in entry.weights.layers:
-                if isinstance(layer, RotationLayer):
-                    elements += layer.turn.numel()
-                    products += layer.turn.numel()
-                    continue
-                kronecker = isinstance(layer, KroneckerLayer)
-                own = layer.left.numel() if kronecker else layer.rows * layer.rank
-                common = layer.right if kronecker else layer.lora_A
-                new = 0 if (number, id(common)) in shared else common.numel()
-                shared.add((number, id(common)))
-                elements += own + new
-                if kronecker:
-                    kroneckers.add(layer.module)
-                    products += multiplications(layer.left.shape, common.shape)
-                else:
+            for layer in entry.adapter.layers:
+                cost = layer.cost
+                elements += cost.elements
+                multiplications += cost.multiplications
+                if cost.shared is not None and (number, id(cost.shared)) not in counted:
+                    counted.add((number, id(cost.shared)))
+                    elements += cost.shared.numel()
+                    multiplications += cost.shared_multiplications
+                if layer.rank:
                     ranks[layer.module] += layer.rank
-                    products += own + new
+                if cost.has_kronecker:
+                    kroneckers.add(layer.module)
         largest, summed = max(ranks.values(), default=0), sum(ranks.values())
-        return StackCost(elements, products, len(ranks), len(kroneckers), largest, summed)
+        return StackCost(elements, multiplications, len(ranks), len(kroneckers), largest, summed)
 
     @property
     def key(self) -> tuple[tuple[FileIdentity, float] | int, ...]:
         """What the bound tensors depend on: equal keys, equal output."""
-        active = tuple((entry.weights.identity, entry.strength) for entry in self.active)
+        active = tuple((entry.adapter.identity, entry.strength) for entry in self.active)
         return (*active, self.max_rank) if active and self.max_rank else active
 
     @property
     def needs_base(self) -> bool:
-        """Whether preparing it takes the model's own weights: for DoRA, biases and norms."""
-        return any(entry.weights.needs_base for entry in self.active)
+        """Whether preparing it takes the model's own weights."""
+        return any(entry.adapter.needs_base for entry in self.active)
+
+    @property
+    def rescalable(self) -> bool:
+        """Whether other strengths only multiply what is bound by other factors."""
+        return not self.max_rank and all(entry.adapter.only_adds for entry in self.active)
 
     @property
     def identities(self) -> tuple[FileIdentity, ...]:
         """Which LoRAs change anything, in order."""
-        return tuple(entry.weights.identity for entry in self.active)
+        return tuple(entry.adapter.identity for entry in self.active)
 
     @property
     def strengths(self) -> tuple[float, ...]:
@@ -163,10 +162,10 @@ def grouped(entries: Iterable[StackEntry]) -> Iterator[tuple[StackEntry, ...]]:
     covered: set[str] = set()
     for entry in entries:
         if group and _called(group[0]) == _called(entry):
-            covered = covered or set(group[0].weights.changed)  # rarely asked for, and as long as the model is deep
-            if covered.isdisjoint(entry.weights.changed):
+            covered = covered or set(group[0].adapter.changed)  # rarely asked for, and as long as the model is deep
+            if covered.isdisjoint(entry.adapter.changed):
                 group.append(entry)
-                covered |= entry.weights.changed
+                covered |= entry.adapter.changed
                 continue
         if group:
             yield tuple(group)
@@ -177,14 +176,14 @@ def grouped(entries: Iterable[StackEntry]) -> Iterator[tuple[StackEntry, ...]]:
 
 def describe(group: Sequence[StackEntry], quote: str = "") -> str:
     """A group of entries, such as `a.safetensors × 0.8` or `a.safetensors × 0.2 to 1 (304 parts)`."""
-    name = "LoRA of another node" if len(group) > 1 and group[0].weights.nameless else group[0].weights.name
+    name = "LoRA of another node" if len(group) > 1 and group[0].adapter.nameless else group[0].adapter.name
     strengths = [entry.strength for entry in group]
     low, high = min(strengths), max(strengths)
     return f"{quote}{name}{quote} × {low:g}" + (f" to {high:g} ({len(group)} parts)" if low != high else "")
 
 
 def _called(entry: StackEntry) -> str | None:
-    return None if entry.weights.nameless else entry.weights.name
+    return None if entry.adapter.nameless else entry.adapter.name
 
 
 def overflow(entries: Iterable[StackEntry], dtype: torch.dtype) -> LoraError:

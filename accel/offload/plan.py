@@ -26,7 +26,7 @@ class OffloadPlan:
         mode: "none" (all on the device), "model" (all on the device while it samples, on the host between phases) or
             "stream" (some blocks on the device, the others copied there one after another in every step).
         resident_blocks: how many blocks stay on the device under "stream"; the others share a ring of staging buffers.
-        total_blocks: blocks of the model, double and single.
+        total_blocks: blocks of the model.
         device_bytes: what the engine will take of the device: resident weights and staging, without LoRAs and
             activations.
         copied_bytes_per_step: host-to-device bytes of one forward.
@@ -100,14 +100,15 @@ def demand_of(
         workload: what one forward computes.
         device: a refusal names only quantizations that run on it; None: any.
     """
-    weights = weight_sizes(spec, dtype, find_mode(quantization))
-    activations = workload.activation_bytes(spec, dtype, quantization, compiled)
+    chosen = find_mode(quantization)
+    weights = weight_sizes(spec, dtype, chosen)
+    activations = workload.activation_bytes(spec, dtype, chosen, compiled)
     quantized = []
     for mode in MODES.values():
         if device is None or mode.missing(hardware_of(device)) is None:
             # Quantized rows of activations take memory too: a mode with smaller weights may need more in all.
             streamed = weight_sizes(spec, dtype, mode).on_device(0)
-            quantized.append((mode.name, streamed + workload.activation_bytes(spec, dtype, mode.name, compiled)))
+            quantized.append((mode.name, streamed + workload.activation_bytes(spec, dtype, mode, compiled)))
     return Demand(weights, activations, str(workload), tuple(quantized))
 
 

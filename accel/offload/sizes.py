@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..build import linears
+from ..build import stored_sizes
+from ..families.base import Workspace
 from ..quantize import Mode
 from ..spec import ModelSpec
 from .flat import ALIGNMENT
@@ -33,11 +34,11 @@ class Workload:
         """For sentences."""
         return f"{self.width}×{self.height}" + (f", batch {self.batch}" if self.batch > 1 else "")
 
-
-    def activation_bytes(self, spec: ModelSpec, dtype: torch.dtype, quantization: str, compiled: bool) -> int:
-        """See `families.flux1.activations.activation_bytes`."""
-        tokens = self.batch * (self.text_tokens + spec.family.image_tokens(self.width, self.height))
-        return spec.family.activation_bytes(spec.config, tokens, dtype, quantization, compiled)
+    def activation_bytes(self, spec: ModelSpec, dtype: torch.dtype, mode: Mode | None, compiled: bool) -> int:
+        """What one forward holds beside the weights; see `activation_bytes`."""
+        side = spec.family.pixels_per_token
+        tokens = self.batch * (self.text_tokens + -(-self.width // side) * -(-self.height // side))
+        return activation_bytes(spec, tokens, dtype, mode, compiled)
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,20 @@ class WeightSizes:
         return next((count for count in counts if self.on_device(count) <= limit_bytes), None)
 
 
+def activation_bytes(spec: ModelSpec, tokens: int, dtype: torch.dtype, mode: Mode | None, compiled: bool) -> int:
+    """What one forward holds beside the weights; see `Family.activation_bytes`.
+
+    Args:
+        spec: the checkpoint.
+        tokens: text and image tokens, references included, times the batch.
+        dtype: what the engine computes in.
+        mode: how the linears of the blocks are stored; None: as they are.
+        compiled: whether the blocks are compiled.
+    """
+    workspace = Workspace() if mode is None else mode.workspace
+    return spec.family.activation_bytes(spec.config, tokens, dtype, workspace, compiled)
+
+
 def streamed_blocks(sizes: Sequence[int], resident_blocks: int) -> frozenset[int]:
     """Which blocks are streamed when so many stay.
 
@@ -113,27 +128,15 @@ def weight_sizes(spec: ModelSpec, dtype: torch.dtype, mode: Mode | None) -> Weig
         dtype: what the engine computes in.
         mode: how the linears of the blocks are stored.
     """
-    family = spec.family
+    layout = spec.layout
     # What lies in one flat buffer, see `flat.FlatLayout`.
-    blocks = [ALIGNMENT] * family.block_count(spec.config)
+    blocks = [ALIGNMENT] * len(layout.blocks)
     rest = ALIGNMENT
-    for module, parameters in _parameters(spec, dtype, mode):
+    for name, parameters in stored_sizes(spec, dtype, mode):
         size = sum(-(-each // ALIGNMENT) * ALIGNMENT for each in parameters)
-        index = family.block_of(spec.config, module)
-        if index is None:
+        block = layout.block_of(name)
+        if block is None:
             rest += size
         else:
-            blocks[index] += size
+            blocks[block] += size
     return WeightSizes(tuple(blocks), rest)
-
-
-def _parameters(spec: ModelSpec, dtype: torch.dtype, mode: Mode | None) -> Sequence[tuple[str, tuple[int, ...]]]:
-    """(module, bytes of each of its parameters) of every linear and norm."""
-    found = []
-    for module, out_features, in_features in linears(spec):
-        weight = out_features * in_features * dtype.itemsize
-        if mode is not None and spec.family.quantizable(module) and mode.fits(out_features, in_features):
-            weight = mode.weight_bytes(out_features, in_features)
-        found.append((module, (weight, out_features * dtype.itemsize)))
-    vectors = spec.family.layout(spec.config).vectors
-    return found + [(vector.parameter, (vector.size * dtype.itemsize,)) for vector in vectors]

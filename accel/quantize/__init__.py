@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from .linears import dequantize, parameter_bytes
 from .mode import Mode
-from .modes import Choice, check, choose, find_mode, refusal
+from .modes import ModeChoice, check, choose, find_mode, refusal
 
-__all__ = ["Choice", "Mode", "check", "choose", "dequantize", "find_mode", "parameter_bytes", "refusal"]
+__all__ = ["Mode", "ModeChoice", "check", "choose", "dequantize", "find_mode", "parameter_bytes", "refusal"]

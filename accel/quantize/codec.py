@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..hardware import dtype_name
 from .bitsandbytes_modes import Nf4Linear
 from .linears import is_quantized
 
@@ -90,7 +91,7 @@ def encode(value: Any) -> Any:
     if value is None or type(value) in (bool, int, float, str):
         return value
     if isinstance(value, torch.dtype):
-        return {"dtype": str(value).removeprefix("torch.")}
+        return {"dtype": dtype_name(value)}
     if isinstance(value, enum.Enum):
         return {"enum": _class_name(type(value)), "member": value.name}
     if dataclasses.is_dataclass(value):

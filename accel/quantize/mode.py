@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import SettingsError
-from ..hardware import Hardware
+from ..families.base import Workspace
+from ..hardware import Hardware, dtype_name
 from .library import Library
 
 
@@ -17,8 +18,8 @@ from .library import Library
 class Mode:
     """One way to store the weight of a linear in fewer bits.
 
-    What is converted is the same for all modes: the linears inside the blocks (99.5 % of FLUX.1's weights), see
-    `Flux1.quantizable`. Of those a mode leaves the ones whose sizes its kernels cannot take; a load reports them.
+    What is converted is the same for all modes: the linears inside the blocks, see `ModelLinear.quantizable`. Of those
+    a mode leaves the ones whose sizes its kernels cannot take; a load reports them.
 
     Attributes:
         name: one of `settings.QUANTIZATION_MODES`.
@@ -27,9 +28,11 @@ class Mode:
         lacks: hardware -> why it cannot run there by what is known of it, or None; `prove` then tries it.
         multiple_of: what out_features and in_features must be multiples of.
         weight_bytes: (out_features, in_features) -> bytes of a converted weight with its scales, without bias.
-        convert: (weight (out, in) of a float dtype, bias (out,) of the same, whether the linear runs once per picture
-            instead of on every token) -> a module with `in_features`, `out_features` and `forward`, on the weight's
-            device; its parameters do not require gradients, and their `dtype` is the weight's.
+        convert: (weight ``out_features in_features`` of a float dtype, bias ``out_features`` of the same or None,
+            whether the linear runs once per picture instead of on every token) -> a module with `in_features`,
+            `out_features`, `bias` and `forward`, on the weight's device; its parameters do not require gradients, and
+            their `dtype` is the weight's.
+        workspace: what a converted linear holds while it runs, by which a plan counts.
         error: what the relative L2 distance of a linear's output from the unquantized one may be, on normal random
             data; see `prove`.
         instead: the nearest other modes, nearest first.
@@ -46,7 +49,8 @@ class Mode:
     lacks: Callable[[Hardware], str | None]
     multiple_of: tuple[int, int]
     weight_bytes: Callable[[int, int], int]
-    convert: Callable[[Tensor, Tensor, bool], nn.Module]
+    convert: Callable[[Tensor, Tensor | None, bool], nn.Module]
+    workspace: Workspace
     error: float
     instead: tuple[str, ...]
     does_without: Callable[[torch.device, torch.dtype], tuple[str, ...]] = lambda device, dtype: ()
@@ -80,10 +84,9 @@ class Mode:
         if not self.bf16_only or device.type == "cpu" or dtype == torch.bfloat16:
             return dtype
         if explicit:
-            name = str(dtype).removeprefix("torch.")
             raise SettingsError(
-                f"quantization '{self.name}' computes in bfloat16 on a GPU, but dtype is {name}: choose 'bf16' or "
-                "'auto', or a weight-only mode."
+                f"quantization '{self.name}' computes in bfloat16 on a GPU, but dtype is {dtype_name(dtype)}: "
+                "choose 'bf16' or 'auto', or a weight-only mode."
             )
         return torch.bfloat16
 

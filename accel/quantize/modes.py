@@ -33,7 +33,7 @@ PREFERENCES: Mapping[str, tuple[tuple[str, str], ...]] = {
 
 
 @dataclass(frozen=True)
-class Choice:
+class ModeChoice:
     """The mode that a setting became on a device, and why, for a user to read."""
 
     mode: str
@@ -45,7 +45,7 @@ def find_mode(name: str) -> Mode | None:
     return MODES.get(name)
 
 
-def choose(name: str, device: torch.device, dtype: torch.dtype | None = None) -> Choice:
+def choose(name: str, device: torch.device, dtype: torch.dtype | None = None) -> ModeChoice:
     """Decide the mode for a device.
 
     Args:
@@ -59,11 +59,11 @@ def choose(name: str, device: torch.device, dtype: torch.dtype | None = None) ->
     if name == "auto":
         return _best(device, dtype)
     if name == "none":
-        return Choice("none", "the weights keep their precision")
+        return ModeChoice("none", "the weights keep their precision")
     if name not in MODES:
         raise SettingsError(f"quantization is '{name}', expected one of: auto, none, {', '.join(MODES)}.")
     check(MODES[name], device, dtype)
-    return Choice(name, MODES[name].summary)
+    return ModeChoice(name, MODES[name].summary)
 
 
 def check(mode: Mode, device: torch.device, dtype: torch.dtype | None = None) -> None:
@@ -99,11 +99,11 @@ def preferences(hardware: Hardware) -> tuple[tuple[str, str], ...]:
     return PREFERENCES.get(hardware.kind, ())
 
 
-def _best(device: torch.device, dtype: torch.dtype | None) -> Choice:
+def _best(device: torch.device, dtype: torch.dtype | None) -> ModeChoice:
     failed = []
     for name, why in preferences(hardware_of(device)):
         reason = refusal(MODES[name], device, dtype)
         if reason is None:
-            return Choice(name, "; ".join([f"{MODES[name].summary}; {why}", *failed]))
+            return ModeChoice(name, "; ".join([f"{MODES[name].summary}; {why}", *failed]))
         failed.append(f"{name} {reason}")
-    return Choice("none", "; ".join(failed) or f"no mode is known to run on {device}")
+    return ModeChoice("none", "; ".join(failed) or f"no mode is known to run on {device}")

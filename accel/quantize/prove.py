@@ -14,13 +14,13 @@ from ..linear.slot import NOTHING, Bound, make_slot
 from ..prove import Proof, Verdict, judge, proofs, random
 from .mode import Mode
 
-# Tokens of no kernel's tile, and sizes that every mode takes, of whole tiles as FLUX's are.
+# Tokens of no kernel's tile, and sizes that every mode takes, of whole tiles as a transformer's are.
 TOKENS, IN_FEATURES, OUT_FEATURES, RANK = (2, 67), 512, 384, 16
 SCALE = IN_FEATURES**-0.5
 
 
 def prove(mode: Mode, device: torch.device, dtype: torch.dtype) -> Proof:
-    """Convert a linear there and compare it with the unquantized one: many rows, one row, and with a LoRA.
+    """Convert a linear there and compare it with the unquantized one: many rows, one row, a LoRA, and no bias.
 
     Args:
         mode: one in which nothing is missing on the device.
@@ -45,7 +45,7 @@ def _compare(mode: Mode, device: torch.device, dtype: torch.dtype) -> Verdict:
 
 
 def _results(mode: Mode, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
-    """Outputs and what they should be, (rows, OUT_FEATURES) each."""
+    """Outputs and what they should be, ``(b n) out_features`` each."""
     x = random((*TOKENS, IN_FEATURES), device, 0).to(dtype)
     weight = random((OUT_FEATURES, IN_FEATURES), device, 1, SCALE).to(dtype)
     bias = random((OUT_FEATURES,), device, 2, 0.1).to(dtype)
@@ -56,19 +56,21 @@ def _results(mode: Mode, device: torch.device, dtype: torch.dtype) -> Iterator[t
     reference = _reference(x, weight, bias)
     added = x.flatten(0, -2).float() @ lora.lora_A.float().t() @ lora.lora_B.float().t()
     layer = _layer(mode.convert(weight, bias, False), device)
-    for bound, expected in ((NOTHING, reference), (lora, reference + added)):
-        layer.lora.bound_lora = bound
-        yield layer(x).flatten(0, -2), expected
+    yield layer(x).flatten(0, -2), reference
+    layer.lora.bound_lora = lora
+    yield layer(x).flatten(0, -2), reference + added
     # Modulations see one row per picture.
     row = x[:, 0].contiguous()
-    once = _layer(mode.convert(weight, bias, True), device)
-    once.lora.bound_lora = NOTHING
-    yield once(row), _reference(row, weight, bias)
+    yield _layer(mode.convert(weight, bias, True), device)(row), _reference(row, weight, bias)
+    unbiased = _layer(mode.convert(weight, None, False), device)
+    yield unbiased(x).flatten(0, -2), reference - bias.float()
 
 
 def _layer(base: nn.Module, device: torch.device) -> LoraLinear:
+    """Wrap a linear, with nothing bound."""
     layer = LoraLinear(base)
     layer.lora = make_slot(device)
+    layer.lora.bound_lora = NOTHING
     return layer
 
 

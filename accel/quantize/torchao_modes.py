@@ -11,8 +11,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from ..families.base import Workspace
 from ..hardware import Hardware
-from ..linear.scaled import way_on
+from ..linear.float8 import way_on
 from .library import Library
 from .mode import Mode, cuda_from, runs_anywhere
 
@@ -27,12 +28,13 @@ NVFP4_BLOCK = 16
 MXFP8_BLOCK = 32
 
 
-def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     out_features, in_features = weight.shape
     with torch.device("meta"):
-        linear = nn.Linear(in_features, out_features)
+        linear = nn.Linear(in_features, out_features, bias=bias is not None)
     linear.weight = nn.Parameter(weight, requires_grad=False)
-    linear.bias = nn.Parameter(bias, requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias, requires_grad=False)
     return linear
 
 
@@ -77,25 +79,25 @@ def _int8_weight(weight: Tensor, dynamic: bool) -> Tensor:
     return _by_rows(weight, lambda run: Int8Tensor.from_hp(run, granularity=PerRow(), act_quant_kwargs=activations))
 
 
-def _to_fp8(weight: Tensor, bias: Tensor, per_picture: bool) -> nn.Module:
+def _to_fp8(weight: Tensor, bias: Tensor | None, per_picture: bool) -> nn.Module:
     return _linear(_fp8_weight(weight, dynamic=True), bias)
 
 
-def _to_fp8_weight_only(weight: Tensor, bias: Tensor, per_picture: bool) -> nn.Module:
+def _to_fp8_weight_only(weight: Tensor, bias: Tensor | None, per_picture: bool) -> nn.Module:
     return _linear(_fp8_weight(weight, dynamic=False), bias)
 
 
-def _to_int8(weight: Tensor, bias: Tensor, per_picture: bool) -> nn.Module:
+def _to_int8(weight: Tensor, bias: Tensor | None, per_picture: bool) -> nn.Module:
     # A linear that sees one row per picture gains nothing from int8 activations, and CUDA's int8 product refuses fewer
     # than 17 rows (torch._int_mm), so its weight alone is int8.
     return _linear(_int8_weight(weight, dynamic=not per_picture), bias)
 
 
-def _to_int8_weight_only(weight: Tensor, bias: Tensor, per_picture: bool) -> nn.Module:
+def _to_int8_weight_only(weight: Tensor, bias: Tensor | None, per_picture: bool) -> nn.Module:
     return _linear(_int8_weight(weight, dynamic=False), bias)
 
 
-def _to_int4(weight: Tensor, bias: Tensor, per_picture: bool) -> nn.Module:
+def _to_int4(weight: Tensor, bias: Tensor | None, per_picture: bool) -> nn.Module:
     from torchao.quantization import Int4WeightOnlyConfig
 
     # The format that PyTorch's own kernel reads; the others need the package mslk.
@@ -105,13 +107,13 @@ def _to_int4(weight: Tensor, bias: Tensor, per_picture: bool) -> nn.Module:
     return _quantized(_linear(weight, bias), config)
 
 
-def _to_nvfp4(weight: Tensor, bias: Tensor, per_picture: bool) -> nn.Module:
+def _to_nvfp4(weight: Tensor, bias: Tensor | None, per_picture: bool) -> nn.Module:
     from torchao.prototype.mx_formats import NVFP4DynamicActivationNVFP4WeightConfig
 
     return _quantized(_linear(weight, bias), NVFP4DynamicActivationNVFP4WeightConfig(use_triton_kernel=False))
 
 
-def _to_mxfp8(weight: Tensor, bias: Tensor, per_picture: bool) -> nn.Module:
+def _to_mxfp8(weight: Tensor, bias: Tensor | None, per_picture: bool) -> nn.Module:
     from torchao.prototype.mx_formats import MXDynamicActivationMXWeightConfig
 
     return _quantized(_linear(weight, bias), MXDynamicActivationMXWeightConfig(block_size=MXFP8_BLOCK))
@@ -168,6 +170,7 @@ FP8 = Mode(
     multiple_of=(16, 16),
     weight_bytes=_row_bytes(ROW_SCALE_BYTES),
     convert=_to_fp8,
+    workspace=Workspace(input_bytes=1),
     does_without=_fp8_does_without,
     error=0.06,
     instead=("fp8_weight_only", "int8", "int8_weight_only"),
@@ -182,6 +185,7 @@ FP8_WEIGHT_ONLY = Mode(
     multiple_of=(1, 1),
     weight_bytes=_row_bytes(ROW_SCALE_BYTES),
     convert=_to_fp8_weight_only,
+    workspace=Workspace(unpacks_weight=True),
     error=0.045,
     instead=("int8_weight_only", "nf4"),
 )
@@ -193,6 +197,7 @@ INT8 = Mode(
     multiple_of=(16, 16),
     weight_bytes=_row_bytes(ROW_SCALE_BYTES + 1),  # and a zero point, which is zero
     convert=_to_int8,
+    workspace=Workspace(input_bytes=1, product_bytes=4),  # int32
     error=0.03,
     instead=("int8_weight_only", "fp8_weight_only", "nf4"),
     needs_compile=True,
@@ -205,6 +210,7 @@ INT8_WEIGHT_ONLY = Mode(
     multiple_of=(1, 1),
     weight_bytes=_row_bytes(ROW_SCALE_BYTES + 1),
     convert=_to_int8_weight_only,
+    workspace=Workspace(unpacks_weight=True),
     error=0.02,
     instead=("fp8_weight_only", "nf4"),
 )
@@ -216,6 +222,7 @@ INT4 = Mode(
     multiple_of=(8, INT4_GROUP),
     weight_bytes=_int4_bytes,
     convert=_to_int4,
+    workspace=Workspace(),  # the kernel unpacks as it multiplies
     error=0.17,
     instead=("nf4", "int8_weight_only"),
     bf16_only=True,
@@ -229,6 +236,7 @@ NVFP4 = Mode(
     multiple_of=(16, 16),
     weight_bytes=_nvfp4_bytes,
     convert=_to_nvfp4,
+    workspace=Workspace(input_bytes=1),  # half of it, and scales
     error=0.2,
     instead=("int4", "nf4", "fp8", "int8_weight_only"),
     needs_compile=True,
@@ -243,6 +251,7 @@ MXFP8 = Mode(
     multiple_of=(16, MXFP8_BLOCK),
     weight_bytes=_mxfp8_bytes,
     convert=_to_mxfp8,
+    workspace=Workspace(input_bytes=1),
     error=0.08,
     instead=("fp8", "fp8_weight_only", "int8", "int8_weight_only"),
     needs_compile=True,

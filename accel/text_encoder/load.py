@@ -15,9 +15,10 @@ from ..checkpoint.stored import StoredReader
 from ..errors import CheckpointError
 from ..spec import StoredTensor
 from ..tensors import all_finite
+from .config import T5Config
 from .linear import WeightOnlyLinear
 from .modes import resident_dtype, resident_format
-from .spec import EncoderSpec, T5Config
+from .spec import EncoderSpec
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ from ..errors import SettingsError
 from ..quantize import refusal
 from ..quantize.bitsandbytes_modes import NF4
 from ..spec import StoredTensor
+from .config import T5Config
 from .linear import Nf4, RowScaled, WeightFormat
-from .spec import EncoderSpec, T5Config
+from .spec import EncoderSpec
 
 MODES = ("auto", "none", "nf4", "int8", "fp8")
 FORMATS: dict[str, WeightFormat] = {

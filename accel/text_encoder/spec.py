@@ -11,15 +11,15 @@ import torch
 
 from ..checkpoint.other_models import OTHERS as OTHER_MODELS
 from ..checkpoint.other_models import first_match, is_lora
+from ..checkpoint.recognise import looks_like
 from ..checkpoint.scales import STORED_AS, find_scales
 from ..checkpoint.source import Checkpoint
 from ..checkpoint.stored import check_stored
 from ..errors import CheckpointError
 from ..spec import StoredTensor
+from .config import ClipConfig, T5Config
 
-TOKENS_T5, TOKENS_UMT5, TOKENS_CLIP = 32100, 256384, 49408
-BUCKETS = 32
-HEAD_CLIP = 64
+TOKENS_T5, TOKENS_UMT5 = 32100, 256384
 
 # Names of an encoder's tensors in Hugging Face's layout, after what stands before them.
 T5_NAMES = r"(.*?)encoder\.(?:block\.\d+\.layer\.\d+\.|final_layer_norm\.).*"
@@ -41,84 +41,12 @@ GGUF_BLOCK: Mapping[str, str] = {
 
 
 @dataclass(frozen=True)
-class T5Config:
-    """Sizes of a T5 v1.1 encoder (gated GELU, one relative position bias for all blocks)."""
-
-    num_layers: int
-    d_model: int
-    d_ff: int
-    d_kv: int
-    num_heads: int
-    vocab_size: int
-
-    @property
-    def linears(self) -> dict[str, tuple[int, int]]:
-        """Every linear as (out_features, in_features), in the order in which a forward uses them."""
-        inner = self.d_kv * self.num_heads
-        linears = {}
-        for index in range(self.num_layers):
-            block = f"encoder.block.{index}.layer"
-            linears |= {f"{block}.0.SelfAttention.{name}": (inner, self.d_model) for name in "qkv"}
-            linears[f"{block}.0.SelfAttention.o"] = (self.d_model, inner)
-            linears |= {f"{block}.1.DenseReluDense.{name}": (self.d_ff, self.d_model) for name in ("wi_0", "wi_1")}
-            linears[f"{block}.1.DenseReluDense.wo"] = (self.d_model, self.d_ff)
-        return linears
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of every parameter by its Hugging Face name."""
-        shapes: dict[str, tuple[int, ...]] = {"shared.weight": (self.vocab_size, self.d_model)}
-        shapes["encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"] = (BUCKETS, self.num_heads)
-        shapes |= {f"{name}.weight": shape for name, shape in self.linears.items()}
-        for index in range(self.num_layers):
-            shapes |= {f"encoder.block.{index}.layer.{layer}.layer_norm.weight": (self.d_model,) for layer in (0, 1)}
-        return {**shapes, "encoder.final_layer_norm.weight": (self.d_model,)}
-
-
-@dataclass(frozen=True)
-class ClipConfig:
-    """Sizes of a CLIP text encoder; heads are 64 wide, as in every published one."""
-
-    num_hidden_layers: int
-    hidden_size: int
-    intermediate_size: int
-    max_position_embeddings: int
-
-    @property
-    def num_attention_heads(self) -> int:
-        """Heads of width 64, or one for a narrower model."""
-        return max(1, self.hidden_size // HEAD_CLIP)
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of every parameter by its Hugging Face name; without `text_projection`, which FLUX does not use."""
-        hidden, inner = self.hidden_size, self.intermediate_size
-        shapes: dict[str, tuple[int, ...]] = {
-            "text_model.embeddings.token_embedding.weight": (TOKENS_CLIP, hidden),
-            "text_model.embeddings.position_embedding.weight": (self.max_position_embeddings, hidden),
-        }
-        linears = {f"self_attn.{name}_proj": (hidden, hidden) for name in ("q", "k", "v", "out")}
-        linears |= {"mlp.fc1": (inner, hidden), "mlp.fc2": (hidden, inner)}
-        for index in range(self.num_hidden_layers):
-            layer = f"text_model.encoder.layers.{index}"
-            for name, shape in linears.items():
-                shapes |= {f"{layer}.{name}.weight": shape, f"{layer}.{name}.bias": shape[:1]}
-            for norm in ("layer_norm1", "layer_norm2"):
-                shapes |= {f"{layer}.{norm}.weight": (hidden,), f"{layer}.{norm}.bias": (hidden,)}
-        norm = "text_model.final_layer_norm"
-        return {**shapes, f"{norm}.weight": (hidden,), f"{norm}.bias": (hidden,)}
-
-
-@dataclass(frozen=True)
 class EncoderSpec:
     """A recognised file: its sizes, and where it holds each parameter of the encoder."""
 
     file: Checkpoint
     config: T5Config | ClipConfig
     weights: Mapping[str, StoredTensor]
-
-    @property
-    def stored_bytes(self) -> int:
-        """What the encoder's weights take in the file."""
-        return sum(stored.info.bytes for stored in self.weights.values())
 
     @property
     def stored_dtype(self) -> torch.dtype:
@@ -209,7 +137,8 @@ def clip_spec(file: Checkpoint) -> EncoderSpec:
     other = known.get((tokens.shape[1], layers))
     if other:
         raise CheckpointError(
-            f"'{file.name}' is {other}, expected CLIP-L: FLUX was trained with that one. Choose clip_l.safetensors."
+            f"'{file.name}' is {other}, expected CLIP-L: the transformer was trained with that one. "
+            "Choose clip_l.safetensors."
         )
     config = ClipConfig(layers, tokens.shape[1], fc1.shape[0], positions.shape[0])
     shapes = config.shapes()
@@ -298,8 +227,8 @@ def _refuse_other_t5(file: Checkpoint, names: Mapping[str, StoredTensor]) -> Non
     embedding = names.get("shared.weight")
     if embedding is not None and embedding.shape[0] == TOKENS_UMT5:
         raise CheckpointError(
-            f"'{file.name}' is UMT5 (the text encoder of Wan; {TOKENS_UMT5:,} tokens), expected T5 v1.1: FLUX was "
-            "trained with that one. Choose a file such as t5xxl_fp16.safetensors."
+            f"'{file.name}' is UMT5 (the text encoder of Wan; {TOKENS_UMT5:,} tokens), expected T5 v1.1: the "
+            "transformer was trained with that one. Choose a file such as t5xxl_fp16.safetensors."
         )
     if any(name.endswith("DenseReluDense.wi.weight") for name in names):
         raise CheckpointError(
@@ -335,7 +264,6 @@ OTHERS: tuple[tuple[Callable[[Checkpoint], bool], str], ...] = (
     (lambda file: any(key.startswith("decoder.block.") for key in file.tensors), "the decoder half of a T5"),
     (lambda file: any(".resblocks." in key for key in file.tensors), "a CLIP in OpenCLIP's layout"),
     (lambda file: is_lora(file.tensors), "a LoRA"),
-    (lambda file: any("double_blocks." in key for key in file.tensors), "a FLUX transformer"),
 )
 
 
@@ -343,7 +271,10 @@ def _guess(file: Checkpoint) -> str:
     for matches, what in OTHERS:
         if matches(file):
             return what
+    family = looks_like(file)
+    if family is not None:
+        return f"a {family.name} transformer"
     known = first_match(OTHER_MODELS, file.tensors)
     if known is not None:
-        return known[0]
+        return known.what
     return f"not a text encoder that this pack knows (its first tensor is '{next(iter(file.tensors), '')}')"

@@ -334,7 +334,7 @@ def test_what_weights_in_place_would_need(comfy, undisturbed, class_type, inputs
     model = {"model1" if class_type == "ModelMergeSimple" else "model": ["p0_model", 0]}
     nodes["odd"] = node(class_type, **model, **inputs)
     nodes["p0_sample"]["inputs"]["model"] = ["odd", 0] if class_type != "ModelSave" else ["p0_model", 0]
-    assert_says(error_of(comfy, nodes, "odd"), "accelerated FLUX model", *words)
+    assert_says(error_of(comfy, nodes, "odd"), "accelerated FLUX.1 model", *words)
 
 
 def test_merging_into_a_stock_model_is_refused_too(comfy, undisturbed):

@@ -75,7 +75,7 @@ def test_it_holds(core, contract):
 def uses() -> set[str]:
     """What the pack's sources name of ComfyUI, as "module:name"."""
     found = set()
-    for path in (REPO / "nodes").glob("*.py"):
+    for path in (REPO / "nodes").rglob("*.py"):
         for part in ast.walk(ast.parse(path.read_text())):
             if isinstance(part, ast.ImportFrom) and not part.level and part.module.startswith(("comfy.", "comfy_exec")):
                 found |= {f"{part.module}:{alias.name}" for alias in part.names}
@@ -160,7 +160,7 @@ def test_a_model_whose_weights_have_no_names_is_noticed(core, contract, monkeypa
     monkeypatch.setattr(comfy.model_management, "WINDOWS", True)  # a further condition before 0.30
     assert list(contract.describe()) == []
     contract.mismatches.cache_clear()
-    monkeypatch.setattr(core("nodes.skeleton"), "EagerOperations", comfy.ops.disable_weight_init)
+    monkeypatch.setattr(core("nodes.families.flux1.skeleton"), "EagerOperations", comfy.ops.disable_weight_init)
     [line] = contract.describe()
     assert "weights have no name, such as 'img_in.weight'" in line
     assert "use Hotswap LoRA" in line
@@ -174,7 +174,7 @@ def test_a_node_that_cannot_be_imported_is_left_out(core, contract, pack, monkey
     """Also where it is not in the contract: a module that is gone, or a library that breaks when it is imported."""
     monkeypatch.setattr(contract, "RELIANCES", ())
     for name in [name for name in sys.modules if name.startswith(f"{pack.__name__}.nodes.")]:
-        if not name.endswith((".contract", ".extension")):
+        if not name.endswith((".contract", ".extension", ".reliance")):
             monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, lacking, None)  # what makes `import` fail
     with caplog.at_level(logging.ERROR):
@@ -222,20 +222,25 @@ def test_text_goes_nowhere_where_it_would_break(core, contract, server, node):
 
 def overrides(core):
     """(class, name, function) of everything of ours that stands in for something of core's."""
-    for module in ("nodes.patcher", "nodes.model", "nodes.clip", "nodes.encoders"):
-        for class_ in vars(core(module)).values():
-            if not isinstance(class_, type) or class_.__module__ != core(module).__name__:
-                continue
-            bases = [base for base in class_.__mro__[1:] if base.__module__.startswith("comfy.")]
-            for name, function in vars(class_).items():
-                if inspect.isfunction(function) and any(name in vars(base) for base in bases):
-                    yield class_, name, function
+    made = [
+        core("nodes.patcher").AcceleratedModelPatcher,
+        core("nodes.families.flux1.model").AcceleratedFlux,
+        core("nodes.families.flux1.clip").FluxClip,
+        core("nodes.encoders").EncodersPatcher,
+    ]
+    for class_ in made:
+        ours = [base for base in class_.__mro__ if base.__module__.startswith(core("nodes").__name__)]
+        theirs = [base for base in class_.__mro__ if base.__module__.startswith("comfy.")]
+        for base in ours:
+            for name, function in vars(base).items():
+                if inspect.isfunction(function) and any(name in vars(each) for each in theirs):
+                    yield base, name, function
 
 
 def test_every_override_takes_what_core_may_add(core):
     """`ModelPatcher.__init__` and `clone` grew a keyword in 0.37, and nothing worked any more."""
     # Only this pack constructs these.
-    own = {("FluxClip", "__init__"), ("AcceleratedFlux", "__init__")}
+    own = {(class_, "__init__") for class_ in ("RememberingClip", "FluxClip", "AcceleratedModel", "AcceleratedFlux")}
     found = {(class_.__name__, name): function for class_, name, function in overrides(core)}
     assert len(found) > 30
     assert own <= found.keys()
@@ -258,7 +263,8 @@ def native_loras(core):
         sizes.pooled, sizes.mlp, sizes.guidance,
     )  # fmt: skip
     family = families.Flux1()
-    return core("nodes.native_lora").NativeLoras(family.layout(config), family.lora_absent(config), None)
+    scale_names = core("nodes.families.registry").families()[family.name].scale_names
+    return core("nodes.native_lora").NativeLoras(family, config, scale_names, None)
 
 
 NAME = "diffusion_model.double_blocks.0.img_attn.proj"

@@ -77,7 +77,7 @@ def test_comfyuis_loader_puts_loras_on_it(switch, load, format):
         tensors = lora_state_dict(format, rank=4)
         patched, _ = comfy.sd.load_lora_for_models(load(), None, tensors, 0.7, 0.0)
         [entry] = patched.loras.stack.entries
-        stacks.append([(layer.module, layer.rank) for layer in entry.weights.layers])
+        stacks.append([(layer.module, layer.rank) for layer in entry.adapter.layers])
     assert stacks[0] == stacks[1]
     assert stacks[0]
 
@@ -87,7 +87,8 @@ def test_text_encoders_have_their_weights(core, switch, tmp_path, mode):
     """Before and after they are read, and the LoRAs that ComfyUI finds for them."""
     import comfy.lora
 
-    spec, checkpoint, clip = core("accel.text_encoder.spec"), core("accel.checkpoint"), core("nodes.clip")
+    spec, checkpoint = core("accel.text_encoder.spec"), core("accel.checkpoint")
+    clip = core("nodes.families.flux1.clip")
     t5 = write_tensors(tmp_path / "t5.safetensors", cast(tiny_t5_state_dict(), torch.float16))
     clip_l = write_tensors(tmp_path / "clip.safetensors", tiny_clip_l_state_dict(hidden=128, layers=2))
     found, encoded = [], []

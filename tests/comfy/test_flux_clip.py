@@ -28,8 +28,8 @@ DISTANCE = {"int8": 0.015, "fp8": 0.07, "nf4": 0.18}
 
 @pytest.fixture(scope="module")
 def flux_clip(core):
-    """The pack's module `nodes.clip`."""
-    return core("nodes.clip")
+    """The pack's module of FLUX.1's CLIP."""
+    return core("nodes.families.flux1.clip")
 
 
 @pytest.fixture(autouse=True)
@@ -279,12 +279,12 @@ def test_nothing_is_read_before_the_first_prompt(make):
     assert held == announced == comfy.model_management.module_size(clip.cond_stage_model)
 
 
-def test_weights_go_when_memory_is_scarce(make, flux_clip, monkeypatch):
+def test_weights_go_when_memory_is_scarce(make, core, monkeypatch):
     clip = make("fp16", "int8")
     changed = with_lora(clip, "clip_l", "t5xxl")
     expected, plain = encode(changed), encode(clip)
     clip.cache.clear()
-    monkeypatch.setattr(flux_clip, "host_memory_is_scarce", lambda: True)
+    monkeypatch.setattr(core("nodes.clip"), "host_memory_is_scarce", lambda: True)
     for clone, known in ((changed, expected), (clip, plain), (changed, expected)):
         clip.cache.clear()
         assert same(encode(clone), known)

@@ -143,14 +143,14 @@ import torch
 from comfy.hooks import HookKeyframe, HookKeyframeGroup
 from accel.lora.schedule import Keyframe, Playback, ScheduledStack
 from accel.lora.stack import LoraStack, StackEntry
-from accel.lora.weights import LoraWeights
+from accel.lora.adapter import Adapter
 from accel.files import FileIdentity
 
 class Model:
     class model_sampling:
         percent_to_sigma = staticmethod(lambda percent: (1.0 - percent) ** 0.7)
 
-entry = StackEntry(LoraWeights(FileIdentity("a", 0, 0), (), ()), 1.0)
+entry = StackEntry(Adapter(FileIdentity("a", 0, 0), (), ()), 1.0)
 random.seed(3)
 switches = 0
 for case in range(2000):

@@ -58,7 +58,7 @@ def _describe(key, root):
         "recompile_count": engine.recompile_count,
         "bytes": engine.bytes,
         **describe(engine, root.planner),
-        "resident_stacks": len(engine._library._on_device),
+        "resident_stacks": len(engine._library._loras or ()),
         "lora_files": engine._library._files.bytes,
     }
 

@@ -87,9 +87,9 @@ class ProbePool:
         demand = plan.demand_of(engine.spec, engine.dtype, "none", engine.settings.compile != "off")
         planner = module(".accel.offload.planner").Planner(demand, settings, plan.Room(free_bytes))
         cpu = torch.device("cpu")
-        return module(".nodes.patcher").AcceleratedModelPatcher(
-            module(".nodes.model").AcceleratedFlux(pooled, planner), cpu, cpu
-        )
+        family = module(".nodes.families.registry").families()[engine.spec.family.name]
+        model = family.base_model(pooled, planner)
+        return module(".nodes.patcher").AcceleratedModelPatcher(model, cpu, cpu)
 
 
 class ProbePress:

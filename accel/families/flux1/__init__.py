@@ -2,39 +2,50 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from ...attention import Attention
 from ...files import TensorInfo
-from ...lora.read.names import ModuleNames
-from ..diffusers_models import model_class
-from ..layout import Layout, LoraTarget, VectorWeight
-from . import blocks
-from .activations import activation_bytes, image_tokens
-from .config import AXES_DIM, DIFFUSERS, HEAD_DIM, INPUTS, PATCH_SIZE, VARIANT_BY_IN_CHANNELS, Flux1Config
+from ..base import Autoencoder, BlockWeights, Family, LoraNames, TextEncoder, Workspace
+from ..layout import Layout
+from .activations import activation_bytes
+from .config import AXES_DIM, DIFFUSERS, HEAD_DIM, INPUTS, PATCH_SIZE, Flux1Config
 from .config import recognise as recognise_config
-from .forward import BlockWeights, Flux1Forward, Flux1Inputs
+from .forward import Flux1Forward
+from .inputs import Flux1Inputs
 from .layout import checkpoint_layout
-from .lora_names import lora_absent, lora_linears, lora_norms
+from .lora_names import RELATIVES as LORA_RELATIVES
+from .lora_names import lora_names
+from .wording import RELATIVES, WORDING
+
+if TYPE_CHECKING:
+    from ...attention import Attention
 
 __all__ = ["AXES_DIM", "PATCH_SIZE", "Flux1", "Flux1Config", "Flux1Inputs"]
 
 
-class Flux1:
-    """What the rest of `accel` needs to know about FLUX.1."""
+class Flux1(Family[Flux1Config]):
+    """What the rest of `accel` needs to know about FLUX.1; see `Family`."""
 
     name = "FLUX.1"
-
+    wording = WORDING
     diffusers_class = "FluxTransformer2DModel"
-
     gguf_architecture = "flux"
-
+    relatives = RELATIVES
+    lora_relatives = LORA_RELATIVES
     image_embedder = "x_embedder"
+    inputs = INPUTS
+    pixels_per_latent = 8
+    pixels_per_token = 16
+    # In bf16, and comfy/sd.py: 2178 · 64 / 64 elements for each pixel.
+    autoencoder = Autoencoder(167_666_902, 2178 * 2)
+    published: Mapping[str, Flux1Config] = {
+        "flux1-dev": Flux1Config(3072, 19, 38, 64, 64, 4096, 768, 12288, True),
+        "flux1-schnell": Flux1Config(3072, 19, 38, 64, 64, 4096, 768, 12288, False),
+    }
 
     def recognise(self, tensors: Mapping[str, TensorInfo], file_name: str) -> tuple[Flux1Config, Layout] | None:
         """The configuration of a checkpoint and the layout that it follows; see `config.recognise`."""
@@ -48,63 +59,7 @@ class Flux1:
         """The layout's name of a tensor: ComfyUI saves the scales of RMS norms as `.weight`."""
         return f"{name.removesuffix('.weight')}.scale" if name.endswith("_norm.weight") else name
 
-    def layout(self, config: Flux1Config) -> Layout:
-        """See `layout.checkpoint_layout`."""
-        return checkpoint_layout(config)
-
-    def lora_linears(self, config: Flux1Config) -> ModuleNames[LoraTarget]:
-        """See `lora_names.lora_linears`."""
-        return _lora_names(config)[0]
-
-    def lora_norms(self, config: Flux1Config) -> ModuleNames[VectorWeight]:
-        """See `lora_names.lora_norms`."""
-        return _lora_names(config)[1]
-
-    def lora_absent(self, config: Flux1Config) -> ModuleNames[str]:
-        """See `lora_names.lora_absent`."""
-        return _absent_names(config)
-
-    def inputs(self, channels: int) -> tuple[str, bool] | None:
-        """What published models read so many channels per token, and whether they run here; None: none does."""
-        return (INPUTS[channels], channels in VARIANT_BY_IN_CHANNELS) if channels in INPUTS else None
-
-    def quantizable(self, module: str) -> bool:
-        """Whether a linear of the diffusers model may be stored in fewer bits: those inside the blocks.
-
-        The embedders, the norms and the final layer stay. They are 0.5 % of FLUX.1's weights, so there is nothing to
-        gain; but every token, every block's conditioning and every pixel pass through them once, unaveraged.
-        """
-        return module.startswith(("transformer_blocks.", "single_transformer_blocks."))
-
-    def per_picture(self, module: str) -> bool:
-        """Whether a linear of a block runs once per picture, not on every token: the modulations."""
-        return self.quantizable(module) and module.endswith((".norm1.linear", ".norm1_context.linear", ".norm.linear"))
-
-    def block_count(self, config: Flux1Config) -> int:
-        """Blocks in all: double blocks run first, then single ones."""
-        return config.depth + config.depth_single
-
-    def block_of(self, config: Flux1Config, name: str) -> int | None:
-        """Which block a module or parameter is part of, counted in the order in which they run; None: it is outside."""
-        kind, _, rest = name.partition(".")
-        first = {"transformer_blocks": 0, "single_transformer_blocks": config.depth}.get(kind)
-        return None if first is None else first + int(rest.partition(".")[0])
-
-    def image_tokens(self, width: int, height: int) -> int:
-        """See `activations.image_tokens`."""
-        return image_tokens(width, height)
-
-    def activation_bytes(
-        self, config: Flux1Config, tokens: int, dtype: torch.dtype, quantization: str, compiled: bool
-    ) -> int:
-        """See `activations.activation_bytes`."""
-        return activation_bytes(config, tokens, dtype, quantization, compiled)
-
-    def build(self, config: Flux1Config) -> nn.Module:
-        """Make the diffusers model; inside `torch.device("meta")` it costs no memory."""
-        return model_class(self.diffusers_class)(**self.diffusers_config(config))
-
-    def diffusers_config(self, config: Flux1Config) -> dict[str, Any]:
+    def diffusers_config(self, config: Flux1Config) -> Mapping[str, Any]:
         """What diffusers' `config.json` says about a model with these sizes."""
         return {
             "patch_size": 1,
@@ -120,50 +75,49 @@ class Flux1:
             "axes_dims_rope": AXES_DIM,
         }
 
+    def layout(self, config: Flux1Config) -> Layout:
+        """See `layout.checkpoint_layout`."""
+        return checkpoint_layout(config)
+
+    def lora_names(self, config: Flux1Config) -> LoraNames:
+        """See `lora_names.lora_names`."""
+        return lora_names(config)
+
+    def build(self, config: Flux1Config) -> nn.Module:
+        """Make diffusers' model."""
+        from ..diffusers_models import model_class
+
+        return model_class(self.diffusers_class)(**self.diffusers_config(config))
+
     def heads(self, config: Flux1Config) -> tuple[int, int]:
-        """How many heads the attention has, and their width."""
+        """Heads of 128."""
         return config.num_heads, HEAD_DIM
 
     def regions(self, attention: Attention) -> tuple[Callable, Callable]:
-        """The functions that run a double and a single block: the regions that are compiled."""
+        """The functions that run a double and a single block."""
+        from .regions import block_regions
 
-        def double(block, hidden_states, encoder_hidden_states, temb, rotary, mask):
-            return blocks.double_block(block, hidden_states, encoder_hidden_states, temb, rotary, mask, attention)
-
-        def single(block, hidden_states, temb, rotary, mask):
-            return blocks.single_block(block, hidden_states, temb, rotary, mask, attention)
-
-        return double, single
+        return block_regions(attention)
 
     def whole(self, attention: Attention) -> Callable:
-        """The function that runs all blocks, for a single region in place of one per block."""
+        """The function that runs all blocks."""
+        from .regions import whole_region
 
-        def whole(model, hidden_states, encoder_hidden_states, temb, rotary, mask):
-            for block in model.transformer_blocks:
-                hidden_states, encoder_hidden_states = blocks.double_block(
-                    block, hidden_states, encoder_hidden_states, temb, rotary, mask, attention
-                )
-            hidden_states = torch.cat([encoder_hidden_states, hidden_states], dim=1)
-            for block in model.single_transformer_blocks:
-                hidden_states = blocks.single_block(block, hidden_states, temb, rotary, mask, attention)
-            return hidden_states
-
-        return whole
+        return whole_region(attention)
 
     def forward(
         self, config: Flux1Config, model: nn.Module, regions: Sequence[Callable], weights: BlockWeights | None = None
     ) -> Flux1Forward:
-        """Tie a model that `build` made to its regions, compiled or not; `weights` brings them where they compute."""
+        """See `forward.Flux1Forward`."""
         return Flux1Forward(config, model, *regions, weights=weights)
 
+    def activation_bytes(
+        self, config: Flux1Config, tokens: int, dtype: torch.dtype, workspace: Workspace, compiled: bool
+    ) -> int:
+        """See `activations`."""
+        return activation_bytes(config, tokens, dtype, workspace, compiled)
 
-@functools.lru_cache(maxsize=4)
-def _lora_names(config: Flux1Config) -> tuple[ModuleNames[LoraTarget], ModuleNames[VectorWeight]]:
-    # 3,000 names, wanted for every LoRA that is read.
-    layout = checkpoint_layout(config)
-    return ModuleNames(lora_linears(layout)), ModuleNames(lora_norms(layout))
-
-
-@functools.lru_cache(maxsize=4)
-def _absent_names(config: Flux1Config) -> ModuleNames[str]:
-    return ModuleNames(lora_absent(config))
+    def text_encoders(self, config: Flux1Config) -> tuple[TextEncoder, ...]:
+        """T5-XXL by how Flux Text Encoder Loader keeps it, and CLIP-L in fp16."""
+        t5 = {"none": 9_524_621_312, "int8": 4_900_000_000, "nf4": 2_900_000_000}
+        return TextEncoder("T5", t5), TextEncoder("CLIP-L", {"none": 246_144_152})

@@ -19,47 +19,25 @@ from __future__ import annotations
 
 import torch
 
+from ..base import Workspace
 from .config import HEAD_DIM, Flux1Config
 
-PIXELS_PER_TOKEN = 16
 FLOAT32_BYTES = 4
-# How each quantization computes; see accel/linear/dynamic.py and accel/quantize.
-DYNAMIC = ("fp8", "int8", "nvfp4", "mxfp8")
-UNPACKING = ("fp8_weight_only", "int8_weight_only", "nf4")
-
-
-def image_tokens(width: int, height: int) -> int:
-    """Tokens of a picture of so many pixels."""
-    return -(-width // PIXELS_PER_TOKEN) * -(-height // PIXELS_PER_TOKEN)
 
 
 def activation_bytes(
-    config: Flux1Config, tokens: int, dtype: torch.dtype, quantization: str = "none", compiled: bool = True
+    config: Flux1Config, tokens: int, dtype: torch.dtype, workspace: Workspace, compiled: bool
 ) -> int:
-    """The most that a forward holds at once, without weights, LoRAs and what the sampler keeps.
-
-    Args:
-        config: sizes of the model.
-        tokens: text and image tokens, references included, times the batch.
-        dtype: what it computes in.
-        quantization: one of `settings.QUANTIZATION_MODES`.
-        compiled: whether the blocks are compiled.
-
-    Returns:
-        Bytes; the allocator's fragments and library workspaces are not in it.
-    """
+    """See `Family.activation_bytes`."""
     hidden, mlp = config.hidden_size, config.mlp_dim
     per_token = (6 * hidden + 2 * mlp) * dtype.itemsize
     if not compiled:
         per_token += 4 * hidden * dtype.itemsize + 2 * hidden * FLOAT32_BYTES
     per_token += HEAD_DIM * FLOAT32_BYTES  # the rotary table: a cosine and a sine for each pair of channels
-    fixed = 0
-    if quantization in DYNAMIC and not compiled:
-        per_token += 2 * FLOAT32_BYTES * (hidden + mlp)  # the widest input in float32, before and after its scaling
-    elif quantization == "int8":
-        per_token += FLOAT32_BYTES * mlp  # int32 products of the widest linear
-    elif quantization in DYNAMIC:
-        per_token += hidden + mlp  # the widest input in 8 bits
-    elif quantization in UNPACKING:
-        fixed = (hidden + mlp) * hidden * dtype.itemsize  # the widest weight, unpacked
-    return tokens * per_token + fixed
+    widest_input = hidden + mlp
+    if workspace.input_bytes and not compiled:
+        per_token += 2 * FLOAT32_BYTES * widest_input  # before and after its scaling
+    else:
+        per_token += max(workspace.input_bytes * widest_input, workspace.product_bytes * mlp)
+    unpacked = widest_input * hidden * dtype.itemsize if workspace.unpacks_weight else 0
+    return tokens * per_token + unpacked

@@ -4,7 +4,11 @@ They compute what diffusers' blocks do, with the same submodules, but take the a
 tables ready-made (they do not change from block to block), and keep text and image tokens in one tensor through the
 single blocks, where diffusers joins and splits them in every block.
 
-Shapes: B batch, T text tokens, I image tokens (references included), N = T + I, H hidden size, D = 128 head width.
+Shapes: b batch, t text tokens, i image tokens (references included), n = t + i of them, heads of d = 128 columns each,
+h = heads · d hidden size. hidden_states and what is computed of them have the transformer's dtype; nothing is mutated.
+
+Source: Esser et al., https://arxiv.org/abs/2403.03206; black-forest-labs/flux modules/layers.py, DoubleStreamBlock and
+SingleStreamBlock.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ...attention import Attention
-from ...linear.inputs import Modulated, modulated
+from ...linear.inputs import GELU_TANH, Modulated, modulated
 from ...linear.layers import joint_linears, linears, split_linears
 from .config import HEAD_DIM
 
@@ -33,15 +37,15 @@ def double_block(
 
     Args:
         block: a diffusers `FluxTransformerBlock`.
-        hidden_states: (B, I, H).
-        encoder_hidden_states: (B, T, H).
-        temb: (B, H), SiLU already applied.
-        rotary: (2, B or 1, 1, N, D/2) cosines and sines, float32, text positions first.
+        hidden_states: ``b i h``.
+        encoder_hidden_states: ``b t h``.
+        temb: ``b h``, SiLU already applied.
+        rotary: ``2 b 1 n (d / 2)`` cosines and sines, float32, text positions first; one for all of the batch, or each.
         mask: see `accel.attention.sdpa`, or None.
         attention: the engine's attention backend.
 
     Returns:
-        hidden_states (B, I, H) and encoder_hidden_states (B, T, H).
+        hidden_states ``b i h`` and encoder_hidden_states ``b t h``.
     """
     attn, text_tokens = block.attn, encoder_hidden_states.shape[1]
     shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = block.norm1.linear(temb)[:, None].chunk(6, dim=-1)
@@ -54,11 +58,7 @@ def double_block(
         (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj),
         (attn.to_q, attn.to_k, attn.to_v),
     )
-    is_text = torch.arange(query.shape[1], device=query.device)[:, None, None] < text_tokens
-    query_scale = torch.where(is_text, attn.norm_added_q.weight, attn.norm_q.weight)
-    key_scale = torch.where(is_text, attn.norm_added_k.weight, attn.norm_k.weight)
-    query = _rotate(_norm(query, query_scale, attn.norm_q.eps), rotary)
-    key = _rotate(_norm(key, key_scale, attn.norm_k.eps), rotary)
+    query, key = _joint_heads(attn, query, key, text_tokens, rotary)
     joint = _attend(query, key, value, mask, attention)
     text, image = split_linears(joint, text_tokens, attn.to_add_out, attn.to_out[0])
 
@@ -79,19 +79,19 @@ def single_block(
 
     Args:
         block: a diffusers `FluxSingleTransformerBlock`.
-        hidden_states: (B, N, H), text tokens first.
+        hidden_states: ``b (t i) h``.
         temb: see `double_block`.
         rotary: see `double_block`.
         mask: see `double_block`.
         attention: see `double_block`.
 
     Returns:
-        (B, N, H).
+        ``b (t i) h``.
     """
     attn = block.attn
     shift, scale, gate = block.norm.linear(temb)[:, None].chunk(3, dim=-1)
     normed = modulated(hidden_states, shift, scale, block.norm.norm.eps)
-    query, key, value, mlp = linears(normed, attn.to_q, attn.to_k, attn.to_v, block.proj_mlp, gelu_last=True)
+    query, key, value, mlp = linears(normed, attn.to_q, attn.to_k, attn.to_v, block.proj_mlp, activation=GELU_TANH)
     query = _rotate(_norm(query, attn.norm_q.weight, attn.norm_q.eps), rotary)
     key = _rotate(_norm(key, attn.norm_k.weight, attn.norm_k.eps), rotary)
     attended = _attend(query, key, value, mask, attention)
@@ -101,28 +101,43 @@ def single_block(
 
 def _feed_forward(x: Modulated, feed_forward: nn.Module) -> Tensor:
     activation, _, output = feed_forward.net
-    return linears(linears(x, activation.proj, gelu_last=True)[0], output)[0]
+    return linears(linears(x, activation.proj, activation=GELU_TANH)[0], output)[0]
+
+
+def _joint_heads(
+    attn: nn.Module, query: Tensor, key: Tensor, text_tokens: int, rotary: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Query and key of both streams, ``b (t i) (heads d)``, normed by each stream's scales and turned."""
+    is_text = torch.arange(query.shape[1], device=query.device)[:, None, None] < text_tokens
+    query_scale = torch.where(is_text, attn.norm_added_q.weight, attn.norm_q.weight)
+    key_scale = torch.where(is_text, attn.norm_added_k.weight, attn.norm_k.weight)
+    query = _rotate(_norm(query, query_scale, attn.norm_q.eps), rotary)
+    key = _rotate(_norm(key, key_scale, attn.norm_k.eps), rotary)
+    return query, key
 
 
 def _split_last(x: Tensor, width: int) -> Tensor:
+    """``… (k width) -> … k width``, a view."""
     # Not `unflatten`: under a default device (torch.set_default_device) torch 2.11 cannot trace it.
     return x.view(*x.shape[:-1], -1, width)
 
 
 def _norm(projected: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """RMS norm of each head: (B, N, heads · D), scale (…, D) -> (B, N, heads, D), float32."""
+    """RMS norm of each head: ``b n (heads d) -> b n heads d`` float32; scale ``d``, or ``n 1 d`` of each token."""
     heads = _split_last(projected, HEAD_DIM).float()
     return heads * torch.rsqrt(heads.square().mean(dim=-1, keepdim=True) + eps) * scale.float()
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, attention: Attention) -> Tensor:
-    # (B, N, heads, D), as the linears leave them and the next one reads them: attention gets a transposed view.
+    """Attention over query and key, ``b n heads d`` float32, and value, ``b n (heads d)``: ``b n (heads d)``."""
+    # As the linears leave them and the next one reads them: attention gets a transposed view, ``b heads n d``.
     query, key, value = query.to(value.dtype), key.to(value.dtype), _split_last(value, HEAD_DIM)
     query, key, value = (heads.transpose(1, 2) for heads in (query, key, value))
     return attention(query, key, value, mask).transpose(1, 2).flatten(2)
 
 
 def _rotate(heads: Tensor, rotary: Tensor) -> Tensor:
+    """Turn ``b n heads (pairs 2)`` float32 by the angles of the rotary table, ``2 b 1 n pairs``."""
     # Pairs of neighbouring channels turn together, as in black-forest-labs/flux math.py, apply_rope(). Written as one
     # sum over whole heads, which inductor computes in one kernel; two halves that are stacked it writes out.
     cos, sin = (table.transpose(1, 2).unsqueeze(-1).expand(-1, -1, -1, -1, 2).flatten(-2) for table in rotary)

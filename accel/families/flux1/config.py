@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from ...errors import CheckpointError
 from ...files import TensorInfo
+from ..base import Inputs
 
 HEAD_DIM = 128
 AXES_DIM = (16, 56, 56)
@@ -23,11 +24,11 @@ VARIANT_BY_IN_CHANNELS = {64: "base", 128: "control", 384: "fill"}
 # The same as a person knows these models; and models made of FLUX.1 whose further inputs nothing here supplies.
 # Source: ostris/Flex.2-preview; ali-vilab/ACE_plus (the fine-tuned model, not its LoRAs).
 INPUTS = {
-    64: "FLUX.1 dev, schnell, Krea or Kontext",
-    128: "FLUX.1 Canny or Depth",
-    384: "FLUX.1 Fill",
-    196: "Flex.2-preview (a mask, a picture to fill and a control picture beside the latent)",
-    448: "ACE++ FFT (one more picture than FLUX.1 Fill)",
+    64: Inputs("FLUX.1 dev, schnell, Krea or Kontext", True),
+    128: Inputs("FLUX.1 Canny or Depth", True),
+    384: Inputs("FLUX.1 Fill", True),
+    196: Inputs("Flex.2-preview (a mask, a picture to fill and a control picture beside the latent)", False),
+    448: Inputs("ACE++ FFT (one more picture than FLUX.1 Fill)", False),
 }
 
 
@@ -63,6 +64,11 @@ class Flux1Config:
         if kind == "base":
             return "dev" if self.guidance else "schnell"
         return kind
+
+    @property
+    def sizes(self) -> str:
+        """Blocks and width, for a report."""
+        return f"{self.depth} double, {self.depth_single} single, hidden size {self.hidden_size}"
 
 
 @dataclass(frozen=True)
@@ -139,12 +145,12 @@ def recognise(tensors: Mapping[str, TensorInfo], file_name: str, names: Names = 
             f"are {HEAD_DIM} wide). This is not a FLUX.1 checkpoint: choose another file."
         )
     if in_channels not in VARIANT_BY_IN_CHANNELS:
-        known = ", ".join(f"{channels} ({INPUTS[channels]})" for channels in VARIANT_BY_IN_CHANNELS)
+        known = ", ".join(f"{channels} ({INPUTS[channels].models})" for channels in VARIANT_BY_IN_CHANNELS)
+        found = INPUTS[in_channels].models if in_channels in INPUTS else "no published FLUX.1 does"
         raise CheckpointError(
-            f"'{name}': {names.image} reads {in_channels} channels, as "
-            f"{INPUTS.get(in_channels, 'no published FLUX.1 does')}; expected {known}. It was made of FLUX.1 with "
-            "inputs of its own, which this loader does not supply: load it with the nodes that its author names, or "
-            "choose one of the models above."
+            f"'{name}': {names.image} reads {in_channels} channels, as {found}; expected {known}. It was made of "
+            "FLUX.1 with inputs of its own, which this loader does not supply: load it with the nodes that its author "
+            "names, or choose one of the models above."
         )
     return Flux1Config(
         hidden_size=hidden_size,

@@ -3,130 +3,32 @@
 Not `FluxTransformer2DModel.forward`: that one rounds the timestep to the model's dtype before it multiplies by 1000
 (0.7367 becomes 0.74 in bfloat16), spreads ControlNet residuals differently from ComfyUI, and has no place between
 blocks for patches, weight streaming or a step cache.
+
+Shapes: b batch, t text tokens, i image tokens (references included), h hidden size.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...step_cache import StepCall
+from ..base import BlockWeights
 from .config import TIMESTEP_DIM, Flux1Config
-from .positions import RopeOptions, RotaryTables, image_ids, pack, pad_to_patches, place, rotary_table, unpack
+from .inputs import BlockState, Flux1Inputs, Hooks, Residuals
+from .positions import Placement, RotaryTables, image_ids, pack, pad_to_patches, place, rotary_table, unpack
 
 DoubleBlock = Callable[[nn.Module, Tensor, Tensor, Tensor, Tensor, "Tensor | None"], tuple[Tensor, Tensor]]
 SingleBlock = Callable[[nn.Module, Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
 AllBlocks = Callable[[nn.Module, Tensor, Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
-
-
-class BlockWeights(Protocol):
-    """Brings the weights of blocks to where they compute."""
-
-    def enter(self, block: int) -> None:
-        """Before a block runs; counted in the order in which they run, double blocks first."""
-
-    def leave(self, block: int) -> None:
-        """After it was run, or has failed."""
-
-
-@dataclass(frozen=True)
-class BlockState:
-    """What enters and leaves one block.
-
-    Attributes:
-        hidden_states: (B, I, H) image tokens in a double block, (B, T + I, H) all tokens in a single one.
-        encoder_hidden_states: (B, T, H) text tokens in a double block, None in a single one.
-        conditioning: (B, H) embedding of timestep, guidance and pooled text, before its activation.
-        rotary: see `positions.rotary_table`.
-        mask: attention mask or None.
-        text_tokens: T.
-    """
-
-    hidden_states: Tensor
-    encoder_hidden_states: Tensor | None
-    conditioning: Tensor
-    rotary: Tensor
-    mask: Tensor | None
-    text_tokens: int
-
-
-BlockHook = Callable[[BlockState, Callable[[BlockState], BlockState]], BlockState]
-EmbeddingHook = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor, Tensor]]
-
-
-@dataclass(frozen=True)
-class Hooks:
-    """What others want to do between blocks.
-
-    Attributes:
-        after_embedding: each takes and returns image tokens (B, I, H), text tokens (B, T, H), image positions
-            (B, I, 3) and text positions (B, T, 3).
-        around_block: by ("double" or "single", index); each gets the state and the block to call.
-    """
-
-    after_embedding: Sequence[EmbeddingHook] = ()
-    around_block: Mapping[tuple[str, int], BlockHook] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Residuals:
-    """What a ControlNet adds after each block to the first image tokens; lists may be short or hold None.
-
-    Attributes:
-        double: entry i, (B, n, H), is added after double block i.
-        single: entry i, (B, n, H), is added after single block i, behind the text tokens.
-    """
-
-    double: Sequence[Tensor | None] = ()
-    single: Sequence[Tensor | None] = ()
-
-    @property
-    def places(self) -> tuple[tuple[int, ...], ...]:
-        """After which double and which single blocks something is added."""
-        return tuple(
-            tuple(index for index, residual in enumerate(kind) if residual is not None)
-            for kind in (self.double, self.single)
-        )
-
-
-@dataclass(frozen=True)
-class Flux1Inputs:
-    """One forward's inputs, in the transformer's dtype and on its device unless stated.
-
-    Attributes:
-        latent: (B, C, h, w); C is 16, or 32 / 96 with what a control or fill model concatenates.
-        timestep: (B,) float32 in 0–1.
-        encoder_hidden_states: (B, T, context width).
-        pooled_projections: (B, at least the pooled width), or None for zeros.
-        guidance: (B,) float32, or None to leave the guidance embedding out.
-        references: see `positions.place`.
-        reference_method: see `positions.place`.
-        attention_mask: see `accel.attention.sdpa`; over text and image tokens.
-        residuals: ControlNet residuals.
-        rope: scales and shifts of positions.
-        hooks: patches between blocks.
-        step_cache: asked whether to skip all blocks but the first; not asked while hooks patch blocks, which they
-            expect to run in every step.
-    """
-
-    latent: Tensor
-    timestep: Tensor
-    encoder_hidden_states: Tensor
-    pooled_projections: Tensor | None = None
-    guidance: Tensor | None = None
-    references: Sequence[Tensor] = ()
-    reference_method: str = "offset"
-    attention_mask: Tensor | None = None
-    residuals: Residuals = Residuals()
-    rope: RopeOptions = RopeOptions()
-    hooks: Hooks = Hooks()
-    step_cache: StepCall | None = None
+Activated = Callable[[Tensor], Tensor]
 
 
 class Flux1Forward:
@@ -160,28 +62,24 @@ class Flux1Forward:
         self._rotary = RotaryTables()
 
     def __call__(self, inputs: Flux1Inputs) -> Tensor:
-        """Predict the velocity: (B, 16, h, w) in the transformer's dtype."""
-        model, hooks = self._model, inputs.hooks
-        latent = inputs.latent
+        """Predict the velocity, ``b 16 height width`` in the transformer's dtype.
+
+        Raises:
+            SettingsError: an unknown reference method, see `positions.place`.
+        """
+        model, latent = self._model, inputs.latent
         placement = place(
             latent, inputs.references, inputs.reference_method, inputs.encoder_hidden_states.shape[1], inputs.rope
         )
-        image_grid = placement.grids[0]
-        tokens = [pack(pad_to_patches(picture)) for picture in (latent, *inputs.references)]
+        tokens = [pack(pad_to_patches(image)) for image in (latent, *inputs.references)]
         image_tokens = tokens[0].shape[1]
         hidden_states = model.x_embedder(torch.cat(tokens, dim=1) if len(tokens) > 1 else tokens[0])
         encoder_hidden_states = model.context_embedder(inputs.encoder_hidden_states)
         conditioning = self._condition(inputs, hidden_states.dtype)
-
-        if hooks.after_embedding:
-            batch = latent.shape[0]
-            ids = image_ids(placement, latent.device).expand(batch, -1, -1)
-            text_ids = ids.new_zeros(batch, placement.text_tokens, 3)
-            for hook in hooks.after_embedding:
-                hidden_states, encoder_hidden_states, ids, text_ids = hook(
-                    hidden_states, encoder_hidden_states, ids, text_ids
-                )
-            rotary = rotary_table(torch.cat([text_ids, ids], dim=1))
+        if inputs.hooks.after_embedding:
+            hidden_states, encoder_hidden_states, rotary = _after_embedding(
+                inputs.hooks, placement, hidden_states, encoder_hidden_states
+            )
         else:
             rotary = self._rotary.get(placement, latent.device)
 
@@ -193,15 +91,17 @@ class Flux1Forward:
             inputs.attention_mask,
             encoder_hidden_states.shape[1],
         )
-        step_cache = None if hooks.around_block else inputs.step_cache
-        state = self._run_blocks(state, inputs.residuals, hooks, step_cache, image_tokens)
+        step_cache = None if inputs.hooks.around_block else inputs.step_cache
+        state = self._run_blocks(state, inputs.residuals, inputs.hooks, step_cache, image_tokens)
         tokens = state.hidden_states[:, state.text_tokens : state.text_tokens + image_tokens]
         if step_cache is not None:
             step_cache.keep(tokens)
         velocity = model.proj_out(model.norm_out(tokens, conditioning))
-        return unpack(velocity, image_grid.rows, image_grid.columns)[..., : latent.shape[2], : latent.shape[3]]
+        grid = placement.grids[0]
+        return unpack(velocity, grid.rows, grid.columns)[..., : latent.shape[2], : latent.shape[3]]
 
     def _condition(self, inputs: Flux1Inputs, dtype: torch.dtype) -> Tensor:
+        """``b h``: the sum of what timestep, guidance and pooled text are embedded as."""
         embed = self._model.time_text_embed
         pooled = inputs.pooled_projections
         if pooled is None:
@@ -214,61 +114,42 @@ class Flux1Forward:
     def _run_blocks(
         self, state: BlockState, residuals: Residuals, hooks: Hooks, step_cache: StepCall | None, image_tokens: int
     ) -> BlockState:
-        conditioning, temb = state.conditioning, F.silu(state.conditioning)
-        embedded = state.hidden_states
+        """Run all blocks, or as many as the step cache asks for."""
         alone = self._weights is None and step_cache is None and not hooks.around_block and not any(residuals.places)
         if self._whole is not None and alone:
-            image, text = state.hidden_states, state.encoder_hidden_states
-            joined = self._whole(self._model, image, text, temb, state.rotary, state.mask)
-            return replace(state, hidden_states=joined, encoder_hidden_states=None)
-
-        def activated(state: BlockState) -> Tensor:
-            return temb if state.conditioning is conditioning else F.silu(state.conditioning)
-
+            return self._run_whole(state)
+        embedded, activated = state.hidden_states, _activation_of(state.conditioning)
         for index, block in enumerate(self._model.transformer_blocks):
-
-            def double(state: BlockState, index: int = index, block: nn.Module = block) -> BlockState:
-                hidden_states, encoder_hidden_states = self._run(
-                    self._double,
-                    index,
-                    block,
-                    state.hidden_states,
-                    state.encoder_hidden_states,
-                    activated(state),
-                    state.rotary,
-                    state.mask,
-                )
-                return replace(state, hidden_states=hidden_states, encoder_hidden_states=encoder_hidden_states)
-
-            state = _hooked(hooks, "double", index, double, state)
+            run = functools.partial(self._run_double, index, block, activated)
+            state = _hooked(hooks, "double", index, run, state)
             _add(residuals.double, index, state.hidden_states)
             if index == 0 and step_cache is not None:
-                first = state.hidden_states[:, :image_tokens]
-                structure = embedded.shape[1], state.text_tokens, residuals.places
-                tokens = step_cache.skip(embedded[:, :image_tokens], first, structure)
-                if tokens is not None:
-                    return replace(state, hidden_states=tokens, encoder_hidden_states=None, text_tokens=0)
-
-        text_tokens = state.encoder_hidden_states.shape[1]
-        joined = torch.cat([state.encoder_hidden_states, state.hidden_states], dim=1)
-        state = replace(state, hidden_states=joined, encoder_hidden_states=None, text_tokens=text_tokens)
+                skipped = _skip(step_cache, embedded, state, residuals, image_tokens)
+                if skipped is not None:
+                    return skipped
+        state = _joined(state)
+        text_tokens = state.text_tokens
         for index, block in enumerate(self._model.single_transformer_blocks):
-
-            def single(state: BlockState, index: int = index, block: nn.Module = block) -> BlockState:
-                hidden_states = self._run(
-                    self._single,
-                    self.config.depth + index,
-                    block,
-                    state.hidden_states,
-                    activated(state),
-                    state.rotary,
-                    state.mask,
-                )
-                return replace(state, hidden_states=hidden_states)
-
-            state = _hooked(hooks, "single", index, single, state)
+            run = functools.partial(self._run_single, index, block, activated)
+            state = _hooked(hooks, "single", index, run, state)
             _add(residuals.single, index, state.hidden_states[:, text_tokens:])
         return state
+
+    def _run_whole(self, state: BlockState) -> BlockState:
+        """Run all blocks as one region."""
+        image, text, temb = state.hidden_states, state.encoder_hidden_states, F.silu(state.conditioning)
+        joined = self._whole(self._model, image, text, temb, state.rotary, state.mask)
+        return replace(state, hidden_states=joined, encoder_hidden_states=None)
+
+    def _run_double(self, index: int, block: nn.Module, activated: Activated, state: BlockState) -> BlockState:
+        image, text, temb = state.hidden_states, state.encoder_hidden_states, activated(state.conditioning)
+        image, text = self._run(self._double, index, block, image, text, temb, state.rotary, state.mask)
+        return replace(state, hidden_states=image, encoder_hidden_states=text)
+
+    def _run_single(self, index: int, block: nn.Module, activated: Activated, state: BlockState) -> BlockState:
+        joined, temb, number = state.hidden_states, activated(state.conditioning), self.config.depth + index
+        joined = self._run(self._single, number, block, joined, temb, state.rotary, state.mask)
+        return replace(state, hidden_states=joined)
 
     def _run(self, region: Callable, index: int, block: nn.Module, *args: Tensor | None) -> Any:
         """Run a block while its weights are there."""
@@ -280,13 +161,9 @@ class Flux1Forward:
         finally:
             self._weights.leave(index)
 
-    def release(self) -> None:
-        """Drop cached tables."""
-        self._rotary.clear()
-
 
 def sinusoid(values: Tensor) -> Tensor:
-    """Embed timesteps or guidance: (B,) float32 -> (B, 256) float32, cosines first.
+    """Embed timesteps or guidance: ``b -> b 256``, float32, cosines first.
 
     Source: black-forest-labs/flux modules/layers.py, timestep_embedding(), time_factor 1000.
     """
@@ -296,15 +173,61 @@ def sinusoid(values: Tensor) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
+def _after_embedding(
+    hooks: Hooks, placement: Placement, hidden_states: Tensor, encoder_hidden_states: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Image and text tokens as hooks leave them, and the rotary table of the positions that they leave."""
+    batch = hidden_states.shape[0]
+    ids = image_ids(placement, hidden_states.device).expand(batch, -1, -1)
+    text_ids = ids.new_zeros(batch, placement.text_tokens, 3)
+    for hook in hooks.after_embedding:
+        hidden_states, encoder_hidden_states, ids, text_ids = hook(hidden_states, encoder_hidden_states, ids, text_ids)
+    return hidden_states, encoder_hidden_states, rotary_table(torch.cat([text_ids, ids], dim=1))
+
+
+def _activation_of(conditioning: Tensor) -> Activated:
+    """SiLU, computed once for the conditioning that blocks share; a hook may give a block one of its own."""
+    temb = F.silu(conditioning)
+    return lambda given: temb if given is conditioning else F.silu(given)
+
+
+def _skip(
+    step_cache: StepCall, embedded: Tensor, state: BlockState, residuals: Residuals, image_tokens: int
+) -> BlockState | None:
+    """The state after all blocks, ``b i h`` of the image alone, if the first block says that the others may be skipped.
+
+    Args:
+        step_cache: asked.
+        embedded: ``b i h``, what entered the first block.
+        state: what left it.
+        residuals: that are added after blocks.
+        image_tokens: how many tokens are the image's own; references follow them.
+    """
+    first = state.hidden_states[:, :image_tokens]
+    structure = embedded.shape[1], state.text_tokens, residuals.places
+    tokens = step_cache.skip(embedded[:, :image_tokens], first, structure)
+    if tokens is None:
+        return None
+    return replace(state, hidden_states=tokens, encoder_hidden_states=None, text_tokens=0)
+
+
+def _joined(state: BlockState) -> BlockState:
+    """Text and image tokens as one sequence, ``b (t i) h``, which single blocks read."""
+    text, image = state.encoder_hidden_states, state.hidden_states
+    joined = torch.cat([text, image], dim=1)
+    return replace(state, hidden_states=joined, encoder_hidden_states=None, text_tokens=text.shape[1])
+
+
 def _hooked(
     hooks: Hooks, kind: str, index: int, run: Callable[[BlockState], BlockState], state: BlockState
 ) -> BlockState:
+    """Run one block, or the hook that is around it."""
     hook = hooks.around_block.get((kind, index))
     return run(state) if hook is None else hook(state, run)
 
 
 def _add(residuals: Sequence[Tensor | None], index: int, image: Tensor) -> None:
-    """Add residual `index` in place to the first of the image tokens, as ComfyUI does."""
+    """Add residual `index` in place to the first of the image tokens, ``b i h``, as ComfyUI does."""
     if index < len(residuals) and residuals[index] is not None:
         residual = residuals[index]
         image[:, : residual.shape[1]] += residual

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ..layout import FusedLinear, Layout, LinearPart, VectorWeight
+from ..layout import FusedLinear, Layout, VectorWeight
 from .config import HEAD_DIM, TIMESTEP_DIM, Flux1Config
 
 
@@ -22,37 +22,31 @@ def checkpoint_layout(config: Flux1Config) -> Layout:
     for index in range(config.depth_single):
         linears += _single_block(config, index)
         vectors += _single_norms(index)
-    return Layout(tuple(linears), tuple(vectors))
-
-
-def _linear(
-    name: str, in_features: int, *parts: tuple[str, int], swap_halves: bool = False, narrow: int = 0
-) -> FusedLinear:
-    start, placed = 0, []
-    for module, rows in parts:
-        placed.append(LinearPart(module, start, rows))
-        start += rows
-    return FusedLinear(name, in_features, tuple(placed), swap_halves, narrow)
+    blocks = [f"transformer_blocks.{index}" for index in range(config.depth)]
+    blocks += [f"single_transformer_blocks.{index}" for index in range(config.depth_single)]
+    return Layout(tuple(linears), tuple(vectors), tuple(blocks))
 
 
 def _embedders(config: Flux1Config) -> Iterator[FusedLinear]:
     hidden = config.hidden_size
     # Fill, Canny and Depth read the noisy latents first, as FLUX.1-dev does, and their pictures behind them.
     narrow = config.out_channels if config.in_channels > config.out_channels else 0
-    yield _linear("img_in", config.in_channels, ("x_embedder", hidden), narrow=narrow)
-    yield _linear("txt_in", config.context_dim, ("context_embedder", hidden))
+    yield FusedLinear.of("img_in", config.in_channels, ("x_embedder", hidden), narrow=narrow)
+    yield FusedLinear.of("txt_in", config.context_dim, ("context_embedder", hidden))
     embedders = [("time_in", "timestep_embedder", TIMESTEP_DIM), ("vector_in", "text_embedder", config.pooled_dim)]
     if config.guidance:
         embedders.append(("guidance_in", "guidance_embedder", TIMESTEP_DIM))
     for original, module, in_features in embedders:
-        yield _linear(f"{original}.in_layer", in_features, (f"time_text_embed.{module}.linear_1", hidden))
-        yield _linear(f"{original}.out_layer", hidden, (f"time_text_embed.{module}.linear_2", hidden))
+        module = f"time_text_embed.{module}"
+        yield FusedLinear.of(f"{original}.in_layer", in_features, (f"{module}.linear_1", hidden), per_picture=True)
+        yield FusedLinear.of(f"{original}.out_layer", hidden, (f"{module}.linear_2", hidden), per_picture=True)
 
 
 def _final_layer(config: Flux1Config) -> Iterator[FusedLinear]:
     hidden = config.hidden_size
-    yield _linear("final_layer.linear", hidden, ("proj_out", config.out_channels))
-    yield _linear("final_layer.adaLN_modulation.1", hidden, ("norm_out.linear", 2 * hidden), swap_halves=True)
+    yield FusedLinear.of("final_layer.linear", hidden, ("proj_out", config.out_channels))
+    modulation = ("norm_out.linear", 2 * hidden)
+    yield FusedLinear.of("final_layer.adaLN_modulation.1", hidden, modulation, swap_halves=True, per_picture=True)
 
 
 def _double_block(config: Flux1Config, index: int) -> Iterator[FusedLinear]:
@@ -63,20 +57,20 @@ def _double_block(config: Flux1Config, index: int) -> Iterator[FusedLinear]:
         ("txt", "norm1_context", ("add_q_proj", "add_k_proj", "add_v_proj"), "to_add_out", "ff_context"),
     )
     for stream, norm, qkv, out, feed_forward in streams:
-        yield _linear(f"{old}.{stream}_mod.lin", hidden, (f"{new}.{norm}.linear", 6 * hidden))
-        yield _linear(f"{old}.{stream}_attn.qkv", hidden, *((f"{new}.attn.{module}", hidden) for module in qkv))
-        yield _linear(f"{old}.{stream}_attn.proj", hidden, (f"{new}.attn.{out}", hidden))
-        yield _linear(f"{old}.{stream}_mlp.0", hidden, (f"{new}.{feed_forward}.net.0.proj", mlp))
-        yield _linear(f"{old}.{stream}_mlp.2", mlp, (f"{new}.{feed_forward}.net.2", hidden))
+        yield FusedLinear.of(f"{old}.{stream}_mod.lin", hidden, (f"{new}.{norm}.linear", 6 * hidden), per_picture=True)
+        yield FusedLinear.of(f"{old}.{stream}_attn.qkv", hidden, *((f"{new}.attn.{module}", hidden) for module in qkv))
+        yield FusedLinear.of(f"{old}.{stream}_attn.proj", hidden, (f"{new}.attn.{out}", hidden))
+        yield FusedLinear.of(f"{old}.{stream}_mlp.0", hidden, (f"{new}.{feed_forward}.net.0.proj", mlp))
+        yield FusedLinear.of(f"{old}.{stream}_mlp.2", mlp, (f"{new}.{feed_forward}.net.2", hidden))
 
 
 def _single_block(config: Flux1Config, index: int) -> Iterator[FusedLinear]:
     hidden, mlp = config.hidden_size, config.mlp_dim
     old, new = f"single_blocks.{index}", f"single_transformer_blocks.{index}"
-    yield _linear(f"{old}.modulation.lin", hidden, (f"{new}.norm.linear", 3 * hidden))
+    yield FusedLinear.of(f"{old}.modulation.lin", hidden, (f"{new}.norm.linear", 3 * hidden), per_picture=True)
     parts = [(f"{new}.attn.{module}", hidden) for module in ("to_q", "to_k", "to_v")]
-    yield _linear(f"{old}.linear1", hidden, *parts, (f"{new}.proj_mlp", mlp))
-    yield _linear(f"{old}.linear2", hidden + mlp, (f"{new}.proj_out", hidden))
+    yield FusedLinear.of(f"{old}.linear1", hidden, *parts, (f"{new}.proj_mlp", mlp))
+    yield FusedLinear.of(f"{old}.linear2", hidden + mlp, (f"{new}.proj_out", hidden))
 
 
 def _double_norms(index: int) -> Iterator[VectorWeight]:

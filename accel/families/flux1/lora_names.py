@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
+from ..base import KnownKeys, LoraNames
 from ..layout import FusedLinear, Layout, LinearPart, LoraTarget, VectorWeight
 from .config import DEPTH, DEPTH_SINGLE, Flux1Config
 from .layout import checkpoint_layout
@@ -36,6 +37,28 @@ FUSED_DIFFUSERS = {
     ".linear2": ".attn.to_out",
 }
 
+# No name that a LoRA of FLUX.1 is read by has one of these.
+RELATIVES = (
+    KnownKeys(r"^oft_unet_", "FLUX.1, sd-scripts' OFT, which no loader reads"),
+    KnownKeys(r"\.mlp_(context_)?fc[12]\.", "FLUX.1, converted for Nunchaku: get the file that it was made of"),
+    KnownKeys(r"processor\.q_loras\.", "FLUX.1, EasyControl"),
+    KnownKeys(r"distilled_guidance_layer", "Chroma"),
+    KnownKeys(r"double_stream_modulation_", "FLUX.2"),
+    KnownKeys(r"transformer_blocks[._]\d+[._](img|txt)_mod[._]1", "Qwen-Image"),
+    KnownKeys(
+        r"_mlp[._]fc[12]\b|\.(img|txt)_attn_(qkv|proj)\b|_mod[._]linear\b|modulation[._]linear\b", "HunyuanVideo"
+    ),
+    KnownKeys(
+        r"(double_blocks[._]19|single_(transformer_)?blocks[._]3[89])[._]", "a model of more blocks, as HunyuanVideo"
+    ),
+)
+
+
+def lora_names(config: Flux1Config) -> LoraNames:
+    """Every name that a model of these sizes is known by in LoRA files."""
+    layout = checkpoint_layout(config)
+    return LoraNames(lora_linears(layout), lora_norms(layout), lora_absent(config))
+
 
 def lora_linears(layout: Layout) -> dict[str, LoraTarget]:
     """Module name -> the linears that it means.
@@ -59,9 +82,8 @@ def lora_linears(layout: Layout) -> dict[str, LoraTarget]:
         names |= dict.fromkeys(_renamed(_diffusers_block(linear.name), FUSED_DIFFUSERS), whole)
         for index, part in enumerate(linear.parts):
             # A LoRA in diffusers' names already stands in diffusers' row order: nothing to swap.
-            alone = LoraTarget(
-                (LinearPart(part.module, 0, part.rows),), linear.in_features, part.rows, False, linear.narrow
-            )
+            rows = (LinearPart(part.module, 0, part.rows),)
+            alone = LoraTarget(rows, linear.in_features, part.rows, False, linear.narrow)
             names[part.module] = alone
             names |= dict.fromkeys(_renamed(part.module, LYCORIS), alone)
             if len(linear.parts) > 1:

@@ -1,5 +1,7 @@
 """Where tokens stand: latent patches, reference images, and the rotary tables that encode both.
 
+Shapes: b batch, c channels of the latent, n tokens, p = 2, the side of a patch.
+
 Source: black-forest-labs/flux sampling.py `prepare`, math.py `rope`; the placement of reference latents and the scaling
 of positions follow ComfyUI's comfy/ldm/flux/model.py.
 """
@@ -54,7 +56,7 @@ class Placement:
 
 
 def pad_to_patches(latent: Tensor) -> Tensor:
-    """Extend (B, C, h, w) circularly to even h and w, as FLUX's 2×2 patches need."""
+    """Extend ``b c height width`` circularly to even height and width, as FLUX's 2×2 patches need."""
     pad_bottom, pad_right = -latent.shape[2] % PATCH_SIZE, -latent.shape[3] % PATCH_SIZE
     if not pad_bottom and not pad_right:
         return latent
@@ -62,16 +64,16 @@ def pad_to_patches(latent: Tensor) -> Tensor:
 
 
 def pack(latent: Tensor) -> Tensor:
-    """Fold 2×2 latent patches into FLUX tokens.
+    """Fold 2×2 latent patches into FLUX tokens: ``b c (rows p) (columns q) -> b (rows columns) (c p q)``, p = q = 2.
 
     Args:
-        latent: (B, C, h, w), any float dtype; h and w even.
+        latent: ``b c height width``, any float dtype; height and width even.
 
     Returns:
-        (B, h/2 · w/2, 4 C), same dtype; row-major, channels outermost.
+        Same dtype.
 
     Raises:
-        ValueError: h or w is odd.
+        ValueError: height or width is odd.
 
     Source: black-forest-labs/flux sampling.py, prepare().
     """
@@ -84,7 +86,10 @@ def pack(latent: Tensor) -> Tensor:
 
 
 def unpack(tokens: Tensor, rows: int, columns: int) -> Tensor:
-    """Undo `pack`: (B, rows · columns, 4 C) -> (B, C, 2 rows, 2 columns)."""
+    """Undo `pack`: ``b (rows columns) (c p q) -> b c (rows p) (columns q)``, p = q = 2.
+
+    Source: black-forest-labs/flux sampling.py, unpack().
+    """
     batch = tokens.shape[0]
     patches = tokens.reshape(batch, rows, columns, -1, PATCH_SIZE, PATCH_SIZE)
     return patches.permute(0, 3, 1, 4, 2, 5).reshape(batch, -1, rows * PATCH_SIZE, columns * PATCH_SIZE)
@@ -96,8 +101,9 @@ def place(
     """Give every image its place.
 
     Args:
-        latent: (B, C, h, w), unpadded.
-        references: reference latents (B, 16, h_i, w_i), unpadded; Kontext and other editing models read them.
+        latent: ``b c height width``, unpadded.
+        references: reference latents, ``b 16 height width`` of each its own, unpadded; Kontext and other editing models
+            read them.
         method: "offset" (all with index 1, side by side), "index" (one index each), "uxo" (diagonally behind the
             image).
         text_tokens: length of the text stream.
@@ -140,7 +146,7 @@ def _patches(latent: Tensor) -> tuple[int, int]:
 
 
 def image_ids(placement: Placement, device: torch.device) -> Tensor:
-    """Positions of all image tokens, (I, 3) float32: index, y, x."""
+    """Positions of all image tokens, ``n 3`` float32: index, y, x."""
     return torch.cat([_grid_ids(grid, placement.rope, device) for grid in placement.grids])
 
 
@@ -158,10 +164,12 @@ def rotary_table(ids: Tensor) -> Tensor:
     """Cosines and sines of the rotary embedding.
 
     Args:
-        ids: (N, 3) or (B, N, 3) float32 positions, text first.
+        ids: ``n 3`` or ``b n 3`` float32 positions, text first.
 
     Returns:
-        (2, 1 or B, 1, N, 64) float32, computed in float64.
+        ``2 b 1 n 64`` float32, cosines first, computed in float64; b = 1 for positions without a batch.
+
+    Source: black-forest-labs/flux math.py, rope().
     """
     # Devices without float64 (MPS) get a table computed on the CPU: float32 angles are wrong beyond position 1000.
     device = ids.device
@@ -194,7 +202,3 @@ class RotaryTables:
                 self._tables.popitem(last=False)
         self._tables.move_to_end(key)
         return self._tables[key]
-
-    def clear(self) -> None:
-        """Forget all tables."""
-        self._tables.clear()

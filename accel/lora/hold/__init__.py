@@ -1,1 +1,1 @@
-"""LoRAs in memory, on the host and on the device, and their binding."""
+"""LoRAs in memory: on the host, on the device, and bound to a model."""

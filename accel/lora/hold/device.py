@@ -13,12 +13,31 @@ from ..pack.flat import FlatLora
 from .slots import Bindings, LoraSlots
 
 
+@dataclass
+class Prepared:
+    """A stack in a flat buffer.
+
+    Attributes:
+        flat: the buffer.
+        strengths: that its lora_B has now; None: not known, as after writing them was interrupted.
+        error: relative error of a stack that was cut to a lower rank.
+    """
+
+    flat: FlatLora
+    strengths: tuple[float, ...] | None = None
+    error: float = 0.0
+
+
 @dataclass(frozen=True)
 class _Resident:
     """A stack in a device buffer, which may be larger than the stack, and what is bound of it."""
 
-    flat: FlatLora
+    prepared: Prepared
     bindings: Bindings
+
+    @property
+    def flat(self) -> FlatLora:
+        return self.prepared.flat
 
     @property
     def bytes(self) -> int:
@@ -54,7 +73,7 @@ class DeviceLoras:
         self._slots = slots
         self._budget_bytes = budget_bytes
         self._share_host = device.type == "cpu" if share_host is None else share_host
-        self._upload = upload or (lambda tensor: tensor.to(device, non_blocking=True, copy=True))
+        self._copy = upload or (lambda tensor: tensor.to(device, non_blocking=True, copy=True))
         self._residents: OrderedDict[Hashable, _Resident] = OrderedDict()
         self._bound: Hashable | None = None
 
@@ -71,16 +90,30 @@ class DeviceLoras:
     def __contains__(self, key: Hashable) -> bool:
         return key in self._residents
 
-    def put(self, key: Hashable, flat: FlatLora) -> None:
-        """Bring a stack to the device; the least recently used ones make room."""
+    def __len__(self) -> int:
+        """How many stacks there are."""
+        return len(self._residents)
+
+    def get(self, key: Hashable) -> Prepared | None:
+        """A stack as it lies on the device; None: it is not there."""
+        resident = self._residents.get(key)
+        return None if resident is None else resident.prepared
+
+    def upload(self, key: Hashable, prepared: Prepared) -> Prepared:
+        """Copy a stack to the device; the least recently used ones leave where there is no room.
+
+        Returns:
+            The stack as it lies there: with `share_host` the same object, for its buffer is the same, too.
+        """
+        flat = prepared.flat
         victim = self._make_room(flat)
         if self._share_host:
-            self._residents[key] = _Resident(flat, self._slots.bindings(flat))
-            return
+            self._residents[key] = _Resident(prepared, self._slots.bindings(flat))
+            return prepared
         with torch.inference_mode(False), torch.no_grad():
             # On a GPU the copy runs while the views are made; what binds them runs behind it in the stream.
             if victim is None:
-                buffer = self._upload(flat.buffer)
+                buffer = self._copy(flat.buffer)
             else:
                 buffer = victim.flat.buffer
                 buffer[: flat.buffer.numel()].copy_(flat.buffer, non_blocking=True)
@@ -90,13 +123,15 @@ class DeviceLoras:
             and victim.flat.kroneckers == flat.kroneckers
             and not any((flat.mixing, flat.vectors, victim.flat.mixing, victim.flat.vectors))
         )
-        mixing, vectors = self._moved(flat.mixing), self._moved(flat.vectors)
+        mixing, vectors = self._copies(flat.mixing), self._copies(flat.vectors)
         on_device = replace(flat, buffer=buffer, mixing=mixing, vectors=vectors)
         bindings = victim.bindings if same_layout else self._slots.bindings(on_device)
-        self._residents[key] = _Resident(on_device, bindings)
+        uploaded = replace(prepared, flat=on_device)
+        self._residents[key] = _Resident(uploaded, bindings)
+        return uploaded
 
     def bind(self, key: Hashable) -> None:
-        """Make the model compute with a stack that `put` brought here."""
+        """Make the model compute with a stack that `upload` copied here."""
         resident = self._residents[key]
         self._residents.move_to_end(key)
         self._bound = key
@@ -107,17 +142,13 @@ class DeviceLoras:
         self._bound = None
         self._slots.bind(self._slots.empty)
 
-    def flat(self, key: Hashable) -> FlatLora:
-        """One stack as it lies on the device; with `share_host` the very object that `put` got."""
-        return self._residents[key].flat
-
     def fits(self, size: int) -> bool:
-        """Whether a stack of `size` bytes would come to the device without another one having to go."""
+        """Whether a stack of `size` bytes fits on the device beside all that are there."""
         return self.bytes + size <= self._budget_bytes
 
-    def _moved(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _copies(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         with torch.inference_mode(False), torch.no_grad():
-            return {name: self._upload(tensor) for name, tensor in tensors.items()}
+            return {name: self._copy(tensor) for name, tensor in tensors.items()}
 
     def _make_room(self, flat: FlatLora) -> _Resident | None:
         """Drop what is over the budget; return the dropped buffer that fits best, to be reused."""

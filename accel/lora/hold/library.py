@@ -14,13 +14,13 @@ from ...memory.buffers import HostBuffers
 from ...memory.device import DeviceMemory, memory_of
 from ...spec import ModelSpec
 from ...store.lru import ByteLru
-from ..adapter import LoraWeights
+from ..adapter import Adapter
 from ..pack.flat import FlatLora, flatten
-from ..pack.strength import UnscaledB, rescalable
+from ..pack.strength import UnscaledB
 from ..pack.truncate import truncate
 from ..read.file import read_lora
 from ..stack import LoraStack
-from .device import DeviceLoras
+from .device import DeviceLoras, Prepared
 from .slots import LoraSlots
 
 BUFFERS_BYTES = 512 * 2**20
@@ -40,47 +40,37 @@ class StackKey:
     max_rank: int
     strengths: tuple[float, ...] | None
 
-
-@dataclass
-class Prepared:
-    """A stack in a flat buffer.
-
-    Attributes:
-        flat: the buffer.
-        strengths: that its lora_B has now; None: writing them was interrupted.
-        error: relative error of a stack that was cut to a lower rank.
-    """
-
-    flat: FlatLora
-    strengths: tuple[float, ...] | None
-    error: float = 0.0
+    @classmethod
+    def of(cls, stack: LoraStack) -> StackKey:
+        """The key of a stack."""
+        return cls(stack.identities, stack.max_rank, None if stack.rescalable else stack.strengths)
 
 
 @dataclass(frozen=True)
-class Brought:
+class ResidentStack:
     """A stack that lies on the device.
 
     Attributes:
         source: "hot", "strength" (there, with another lora_B), "warm" or "cold", see `engine.SwapReport`.
         stack: with the strengths that are wanted.
         key: what it is found by.
-        resident: the buffer; None: nothing of the stack is active.
+        prepared: the buffer there; None: nothing of the stack is active.
         unscaled: what lora_B is to be multiplied from; None: it has the right strengths.
     """
 
     source: str
     stack: LoraStack
     key: StackKey | None = None
-    resident: Prepared | None = None
+    prepared: Prepared | None = None
     unscaled: UnscaledB | None = None
 
     @property
     def error(self) -> float:
         """How far it was cut: relative error; 0 for an exact one."""
-        return 0.0 if self.resident is None else self.resident.error
+        return 0.0 if self.prepared is None else self.prepared.error
 
 
-NOTHING_BROUGHT = Brought("hot", LoraStack())
+NOTHING_ACTIVE = ResidentStack("hot", LoraStack())
 
 
 class LoraLibrary:
@@ -110,19 +100,17 @@ class LoraLibrary:
         """
         self._spec = spec
         self._cache_dir = cache_dir
-        self._order = spec.family.layout(spec.config).modules
+        self._order = spec.layout.modules
         # For what the next LoRA is read into: one of usual size. Page-locked memory has its own cache in torch.
         self._buffers = HostBuffers(BUFFERS_BYTES)
         self._slots: LoraSlots | None = None
         self._dtype = dtype
         self._memory = memory or memory_of(device)
         self._pin = self._memory.pin
-        self._files: ByteLru[LoraWeights] = ByteLru(budgets.files_bytes, lambda weights: weights.bytes)
+        self._files: ByteLru[Adapter] = ByteLru(budgets.files_bytes, lambda adapter: adapter.bytes)
         self._host: ByteLru[Prepared] = ByteLru(budgets.host_bytes, self._host_bytes)
         self._unscaled: ByteLru[UnscaledB] = ByteLru(budgets.device_bytes // 2, lambda values: values.bytes)
         self._loras: DeviceLoras | None = None
-        self._on_device: dict[StackKey, Prepared] = {}
-        self._fixed: set[tuple[tuple[FileIdentity, ...], int]] = set()
         self._generation = 0
 
     @property
@@ -155,7 +143,7 @@ class LoraLibrary:
         return self._loras.bytes + self._unscaled.bytes
 
     def attach(self, slots: LoraSlots, budgets: PoolBudgets) -> None:
-        """Begin to bring LoRAs to a model's slots, within budgets of the memory that is free now."""
+        """Begin to serve a model's slots, within budgets of the memory that is free now."""
         self._files.budget_bytes, self._host.budget_bytes = budgets.files_bytes, budgets.host_bytes
         self._unscaled.budget_bytes = budgets.device_bytes // 2
         self._slots = slots
@@ -167,7 +155,6 @@ class LoraLibrary:
     def detach(self) -> None:
         """Forget what is on the device."""
         self._loras = self._slots = None
-        self._on_device = {}
         self._unscaled.clear()
 
     def clear(self) -> None:
@@ -176,22 +163,21 @@ class LoraLibrary:
         self.detach()
         self._host.clear()
         self._files.clear()
-        self._fixed.clear()
         self._buffers.clear()
         if self._pin and hasattr(torch.accelerator, "empty_host_cache"):
             torch.accelerator.empty_host_cache()  # torch keeps freed page-locked memory for itself otherwise
 
-    def read(self, path: str) -> LoraWeights:
+    def read(self, path: str) -> Adapter:
         """Read and check a file; from memory while the file is unchanged. See `read.file.read_lora` for the errors."""
         identity = FileIdentity.of(path)
-        weights = self._files.get(identity)
-        if weights is None:
+        adapter = self._files.get(identity)
+        if adapter is None:
             generation = self._generation
-            weights = read_lora(path, self._spec, self._cache_dir, buffers=self._buffers)
+            adapter = read_lora(path, self._spec, self._cache_dir, buffers=self._buffers)
             if generation == self._generation:
-                self._files.put(weights.identity, weights)
-                self._drop_older(weights.identity)
-        return weights
+                self._files.put(adapter.identity, adapter)
+                self._drop_older(adapter.identity)
+        return adapter
 
     def prepare(self, stack: LoraStack, *, background: bool = False) -> tuple[Prepared, bool]:
         """Flatten a stack into host memory, unless it is there, at whatever strengths.
@@ -206,7 +192,8 @@ class LoraLibrary:
         Raises:
             LoraError: see `pack.flat.flatten`.
         """
-        prepared = self._host.get(self._key(stack))
+        key = StackKey.of(stack)
+        prepared = self._host.get(key)
         if prepared is not None:
             return prepared, True
         generation = self._generation
@@ -214,23 +201,21 @@ class LoraLibrary:
         if stack.max_rank:
             cut = truncate(flat, stack.max_rank)
             flat, error = cut.flat, cut.overall_error
-        if stack.max_rank or not rescalable(stack.active):
-            self._fixed.add((stack.identities, stack.max_rank))
         prepared = Prepared(flat, stack.strengths, error)
         if generation == self._generation:
-            self._host.put(self._key(stack), prepared)
+            self._host.put(key, prepared)
         return prepared, False
 
     def prepared(self, stack: LoraStack) -> bool:
         """Whether `prepare` would find a stack."""
-        return self._key(stack) in self._host
+        return StackKey.of(stack) in self._host
 
-    def bring(self, stack: LoraStack, *, make_room: bool = True) -> Brought | None:
-        """Bring a stack to the device, and make sure that its strengths can be had. Changes nothing bound.
+    def make_resident(self, stack: LoraStack, *, evict: bool = True) -> ResidentStack | None:
+        """Have a stack on the device, and make sure that its strengths can be had there. Changes nothing bound.
 
         Args:
             stack: at any strengths.
-            make_room: whether others may have to leave; otherwise it stays in host memory when there is no room.
+            evict: whether others may have to leave; otherwise it stays in host memory when there is no room.
 
         Returns:
             What `bind` takes, at once; None: there was no room.
@@ -239,44 +224,38 @@ class LoraLibrary:
             LoraError: see `pack.flat.flatten`.
         """
         if not stack.active:
-            return NOTHING_BROUGHT
-        key, loras = self._key(stack), self._loras
-        resident = self._on_device.get(key) if key in loras else None
-        source = "hot"
+            return NOTHING_ACTIVE
+        key, loras, source = StackKey.of(stack), self._loras, "hot"
+        resident = loras.get(key)
         if resident is None:
             prepared, warm = self.prepare(stack)
-            key, source = self._key(stack), "warm" if warm else "cold"
-            if not make_room and not loras.fits(prepared.flat.bytes):
+            source = "warm" if warm else "cold"
+            if not evict and not loras.fits(prepared.flat.bytes):
                 return None
-            self._on_device.pop(key, None)  # what an interrupt leaves is then unknown, not wrong
-            loras.put(key, prepared.flat)
-            flat = loras.flat(key)
-            resident = prepared if flat is prepared.flat else Prepared(flat, prepared.strengths, prepared.error)
-            self._on_device = {known: value for known, value in self._on_device.items() if known in loras}
-            self._on_device[key] = resident
+            resident = loras.upload(key, prepared)
         unscaled = None
         if resident.strengths != stack.strengths:
             unscaled = self._unscaled_of(key, stack, resident)
             unscaled.check(stack.active, self._dtype)
             source = "strength" if source == "hot" else source
-        return Brought(source, stack, key, resident, unscaled)
+        return ResidentStack(source, stack, key, resident, unscaled)
 
-    def bind(self, brought: Brought) -> int:
+    def bind(self, resident: ResidentStack) -> int:
         """Bind a stack, at its strengths.
 
         Returns:
             Its size on the device in bytes.
         """
-        resident, stack = brought.resident, brought.stack
-        if resident is None:
+        prepared, stack = resident.prepared, resident.stack
+        if prepared is None:
             self._loras.bind_empty()
             return 0
-        if brought.unscaled is not None:
-            resident.strengths = None
-            brought.unscaled.multiply(stack.active, resident.flat)
-            resident.strengths = stack.strengths
-        self._loras.bind(brought.key)
-        return resident.flat.bytes
+        if resident.unscaled is not None:
+            prepared.strengths = None  # an interrupt may come while they are written
+            resident.unscaled.multiply(stack.active, prepared.flat)
+            prepared.strengths = stack.strengths
+        self._loras.bind(resident.key)
+        return prepared.flat.bytes
 
     def _flatten(self, stack: LoraStack, background: bool) -> FlatLora:
         return flatten(
@@ -288,11 +267,6 @@ class LoraLibrary:
             order=self._order,
             background=background,
         )
-
-    def _key(self, stack: LoraStack) -> StackKey:
-        identities, max_rank = stack.identities, stack.max_rank
-        fixed = (identities, max_rank) in self._fixed
-        return StackKey(identities, max_rank, stack.strengths if fixed else None)
 
     def _unscaled_of(self, key: StackKey, stack: LoraStack, resident: Prepared) -> UnscaledB:
         unscaled = self._unscaled.get(key)

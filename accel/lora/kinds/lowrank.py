@@ -6,6 +6,8 @@ sides leaves a small core with the same singular values (Golub and Van Loan, Mat
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -98,7 +100,7 @@ def sketch(matrix: Tensor, error: float, max_rank: int) -> Factors:
     """A matrix at the smallest rank that keeps the error, or at `max_rank`: then with a larger error.
 
     By randomized subspace iteration (Halko, Martinsson and Tropp, SIAM Review 53, 2011, algorithms 4.4 and 5.1): a
-    decomposition of a weight of FLUX.1 would take half a minute. The error is that of what is returned.
+    full decomposition of a weight with ten thousand rows takes half a minute. The error is that of what is returned.
 
     Args:
         matrix: (out_features, in_features) float32.
@@ -116,6 +118,13 @@ def sketch(matrix: Tensor, error: float, max_rank: int) -> Factors:
     root, norm = values[:kept].sqrt().float(), energy**0.5
     rest = max(0.0, energy - float(values[:kept].square().sum())) ** 0.5 / norm if norm else 0.0
     return Factors((v[:kept] @ basis.T) * root[:, None], u[:, :kept] * root, rest, norm)
+
+
+def overall_error(errors: Mapping[str, tuple[float, float]]) -> tuple[float, float]:
+    """The largest and the overall relative error of changes given as name -> (relative error, norm)."""
+    total = math.fsum(norm**2 for _, norm in errors.values())
+    lost = math.fsum((error * norm) ** 2 for error, norm in errors.values())
+    return max((error for error, _ in errors.values()), default=0.0), math.sqrt(lost / total) if total else 0.0
 
 
 def _svd(factors: Factors) -> tuple[Tensor, Tensor, Tensor]:

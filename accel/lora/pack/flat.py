@@ -2,13 +2,12 @@
 
 Stacks are exact: the ranks of all LoRAs on a linear are concatenated, A = [A₁; A₂; …], B = [s₁ B₁, s₂ B₂, …], with
 strength · alpha / rank folded into B in float32 (in float16 partly into A, see `LoraLayer.factors`). Kronecker products
-stay side by side, with it folded into the left matrix. Where DoRA, OFT or GLoRA is among them, see `compose`.
+stay side by side, with it folded into the left matrix. What does not only add to a weight is composed, see
+`kinds.composed`.
 """
 
 from __future__ import annotations
 
-import math
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -16,28 +15,15 @@ import torch
 from torch import Tensor
 
 from ...linear.kronecker import Term
-from ...memory.buffers import BYTES_ALIGNMENT, HostBuffers
+from ...memory.buffers import HostBuffers
 from ...memory.garbage import collected_later
-from ...tensors import all_finite
-from ..adapter import InputLayer, KroneckerLayer, Layer, LoraLayer, VectorLayer, reads_weight, to_float
+from ...tensors import all_finite, to_float
+from ..kinds.composed import BaseWeights, KroneckerTerm
+from ..kinds.layers import VectorLayer
 from ..stack import StackEntry, overflow
-from .compose import BaseWeights, Composed, KroneckerTerm, compose, is_plain
+from .compose import parts_by_module
+from .layout import BufferLayout, LowRanks, Placed, place_kroneckers, place_low_rank
 from .write import Scaled, Writer
-
-# GEMMs on a GPU want sizes in multiples of 16 bytes; 16 columns serve every dtype down to float8.
-RANK_ALIGNMENT = 16
-# What every buffer begins with, zeros: a stack of biases alone has no matrix, and not every memory gives 0 bytes.
-HEAD_BYTES = BYTES_ALIGNMENT
-
-
-@dataclass(frozen=True)
-class Placed:
-    """Where one linear's matrices lie in the flat buffer, in elements."""
-
-    a_start: int
-    a_shape: tuple[int, int]
-    b_start: int
-    b_shape: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -66,31 +52,6 @@ class FlatLora:
         return sum(tensor.nbytes for tensor in (self.buffer, *self.mixing.values(), *self.vectors.values()))
 
 
-Layers = list[tuple[Layer, float]]
-
-
-class Room:
-    """Hands out aligned places in a buffer, one behind the other.
-
-    Attributes:
-        end: elements that the buffer must have so far.
-        gaps: (first, behind the last) of elements that belong to nothing.
-    """
-
-    def __init__(self, dtype: torch.dtype, start: int | None = None) -> None:
-        """Begin at an element, by default behind the buffer's head."""
-        self._step = BYTES_ALIGNMENT // dtype.itemsize
-        self.end = HEAD_BYTES // dtype.itemsize if start is None else start
-        self.gaps = [(0, self.end)]
-
-    def take(self, elements: int) -> int:
-        """The first element of a new place."""
-        start, self.end = self.end, self.end + -(-elements // self._step) * self._step
-        if start + elements < self.end:
-            self.gaps.append((start + elements, self.end))
-        return start
-
-
 def flatten(
     entries: Sequence[StackEntry],
     dtype: torch.dtype,
@@ -107,65 +68,53 @@ def flatten(
         entries: at least one; strengths are not 0.
         dtype: the transformer's dtype.
         pin: whether to use page-locked memory, from which a copy to a CUDA device is asynchronous and twice as fast.
-        base: the model's weights, for DoRA and for changes of biases and norms.
+        base: the model's weights, for changes that depend on them, and of biases and norms.
         buffers: where memory comes from that is not page-locked; None takes it from the system, which is slower.
         order: modules in the order in which they run. lora_A of linears that read the same input then adjoin, and one
-            product serves them all, see `operators`.
+            product serves them all, see `linear.operators`.
         background: see `write.Writer`.
 
     Returns:
         The buffer on the CPU; ranks are rounded up to `RANK_ALIGNMENT` with zeros.
 
     Raises:
-        LoraError: a strength makes a matrix overflow the dtype, or see `compose.compose`.
+        LoraError: a strength makes a matrix overflow the dtype, or see `kinds.layers.Layer.apply`.
         ValueError: an entry needs `base`, and there is none.
     """
     with torch.inference_mode(False), torch.no_grad(), collected_later():
-        by_module: dict[str, Layers] = defaultdict(list)
-        for entry in entries:
-            for layer in entry.weights.layers:
-                by_module[layer.module].append((layer, entry.strength))
-        ordered = [module for module in order if module in by_module] or list(by_module)
-        mixing: dict[str, Tensor] = {}
-        composed: dict[str, Layers] = {}
-        terms: dict[str, Sequence[KroneckerTerm]] = {}
-        for module in ordered:
-            low_rank, products, mixed = _divide(module, by_module[module], base)
-            if low_rank:
-                composed[module] = low_rank
-            if products:
-                terms[module] = products
-            if mixed is not None:
-                mixing[module] = _store(mixed, dtype, pin)
-        room = Room(dtype)
-        kroneckers = _place_kroneckers(terms, room)
-        buffer, placed = flat_buffer(composed, dtype, pin, buffers, room, background=background)
+        parts = parts_by_module(entries, base, order)
+        low_rank = {module: part.low_rank for module, part in parts.items() if part.low_rank}
+        terms = {module: part.kroneckers for module, part in parts.items() if part.kroneckers}
+        mixing = {
+            module: _store(part.mixing, dtype, pin) for module, part in parts.items() if part.mixing is not None
+        }
+        layout = BufferLayout(dtype)
+        kroneckers = place_kroneckers(terms, layout)
+        buffer, placed = flat_buffer(low_rank, dtype, pin, buffers, layout, background=background)
         _write_kroneckers(Writer(buffer, background=background), kroneckers, terms)
         vectors = {name: _store(value, dtype, pin) for name, value in _vectors(entries, base).items()}
-        if not (
-            ((not mixing and _fits(entries, dtype)) or all_finite(buffer))
-            and all(all_finite(tensor) for tensor in (*mixing.values(), *vectors.values()))
-        ):
+        flat = FlatLora(buffer, placed, mixing, vectors, kroneckers)
+        if not _is_finite(flat, entries):
             raise overflow(entries, dtype)
-    return FlatLora(buffer, placed, mixing, vectors, kroneckers)
+    return flat
 
 
 def flat_buffer(
-    by_module: Mapping[str, Layers],
+    by_module: Mapping[str, LowRanks],
     dtype: torch.dtype,
     pin: bool,
     buffers: HostBuffers | None,
-    room: Room,
+    layout: BufferLayout,
     *,
     background: bool = False,
 ) -> tuple[Tensor, dict[str, Placed]]:
-    """Write low-rank layers, module by module, into one buffer, behind what `room` has handed out; see `flatten`."""
-    placed = _place(by_module, dtype, room)
+    """Write low-rank layers, module by module, into one buffer, behind what is reserved already; see `flatten`."""
+    placed = place_low_rank(by_module, dtype, layout)
     if pin or buffers is None:
-        buffer = torch.empty(room.end, dtype=dtype, pin_memory=pin)
+        buffer = torch.empty(layout.end, dtype=dtype, pin_memory=pin)
     else:
-        buffer = buffers.take(room.end * dtype.itemsize).view(dtype)
-    for start, end in room.gaps:
+        buffer = buffers.take(layout.end * dtype.itemsize).view(dtype)
+    for start, end in layout.gaps:
         buffer[start:end].zero_()
     writer, filled = Writer(buffer, background=background), set()
     for module, layers in by_module.items():
@@ -182,27 +131,6 @@ def flat_buffer(
     return buffer, placed
 
 
-def _place_kroneckers(terms: Mapping[str, Sequence[KroneckerTerm]], room: Room) -> dict[str, tuple[Term, ...]]:
-    """Right matrices and mixings, then every left matrix: another strength is then one product over these."""
-    rights: dict[int, int] = {}
-    mixings: list[int] = []
-    for term in (term for of_module in terms.values() for term in of_module):
-        right = term.layer.right
-        if id(right) not in rights:
-            rights[id(right)] = room.take(right.numel())
-        mixings.append(0 if term.mixing is None else room.take(term.mixing.numel()))
-    mixing = iter(mixings)
-    placed: dict[str, tuple[Term, ...]] = {}
-    for module, of_module in terms.items():
-        found = []
-        for term in of_module:
-            layer, width = term.layer, 0 if term.mixing is None else term.mixing.shape[1]
-            sides = (room.take(layer.left.numel()), *layer.left.shape, rights[id(layer.right)], *layer.right.shape)
-            found.append(Term(*sides, layer.first, next(mixing), width))
-        placed[module] = tuple(found)
-    return placed
-
-
 def _write_kroneckers(
     writer: Writer, placed: Mapping[str, Sequence[Term]], terms: Mapping[str, Sequence[KroneckerTerm]]
 ) -> None:
@@ -210,51 +138,20 @@ def _write_kroneckers(
     filled = set()
     for module, places in placed.items():
         for place, term in zip(places, terms[module], strict=True):
-            layer = term.layer
-            writer.write(place.left, layer.left.shape, [Scaled(layer.left, term.factor)])
+            writer.write(place.left, term.left.shape, [Scaled(term.left, term.factor)])
             if place.right not in filled:
                 filled.add(place.right)
-                writer.write(place.right, layer.right.shape, [Scaled(layer.right, 1.0)])
+                writer.write(place.right, term.right.shape, [Scaled(term.right, 1.0)])
             if term.mixing is not None:
-                place.blocks(writer.buffer, layer.rows).copy_(term.mixing.flatten())
+                place.blocks(writer.buffer, term.rows).copy_(term.mixing.flatten())
     writer.finish()
-
-
-def _divide(
-    module: str, layers: Layers, base: BaseWeights | None
-) -> tuple[Layers, Sequence[KroneckerTerm], Tensor | None]:
-    """What layers become: low-rank ones, Kronecker products, and what the base's output is mixed with."""
-    if is_plain(layers):
-        low_rank = [(layer, strength) for layer, strength in layers if isinstance(layer, LoraLayer)]
-        kroneckers = [
-            KroneckerTerm(layer, strength * layer.scale)
-            for layer, strength in layers
-            if isinstance(layer, KroneckerLayer)
-        ]
-        return low_rank, kroneckers, None
-    result = _compose(module, layers, base)
-    before = [layer for layer, _ in layers if isinstance(layer, (LoraLayer, InputLayer))]
-    # lora_A is what it was, so that the linears of a fused layer go on sharing it.
-    columns = result.lora_B.split([layer.rank for layer in before], dim=1) if before else ()
-    low_rank = [
-        (LoraLayer(module, layer.lora_A, lora_B, 1.0), 1.0) for layer, lora_B in zip(before, columns, strict=True)
-    ]
-    return low_rank, result.kroneckers, result.mixing
-
-
-def _compose(module: str, layers: Layers, base: BaseWeights | None) -> Composed:
-    if base is None and any(reads_weight(layer) for layer, _ in layers):
-        raise ValueError(f"'{module}' has a DoRA or GLoRA, which needs the base weights.")
-    low_rank = [layer for layer, _ in layers if isinstance(layer, (LoraLayer, InputLayer))]
-    shape = layers[0][0].rows, low_rank[0].lora_A.shape[1] if low_rank else 0
-    return compose(module, layers, base, shape)
 
 
 def _vectors(entries: Sequence[StackEntry], base: BaseWeights | None) -> dict[str, Tensor]:
     """Parameter -> its value under the stack, float32."""
     values: dict[str, Tensor] = {}
     for entry in entries:
-        for vector in entry.weights.vectors:
+        for vector in entry.adapter.vectors:
             values[vector.parameter] = _changed(values.get(vector.parameter), vector, entry.strength, base)
     return values
 
@@ -274,38 +171,19 @@ def _store(value: Tensor, dtype: torch.dtype, pin: bool) -> Tensor:
     return stored.copy_(value)
 
 
+def _is_finite(flat: FlatLora, entries: Sequence[StackEntry]) -> bool:
+    """Whether no number of a stack overflowed its dtype."""
+    surely = not flat.mixing and _fits(entries, flat.buffer.dtype)
+    return (surely or all_finite(flat.buffer)) and all(map(all_finite, (*flat.mixing.values(), *flat.vectors.values())))
+
+
 def _fits(entries: Sequence[StackEntry], dtype: torch.dtype) -> bool:
     """Whether no element can overflow, from what is known without looking at it."""
     largest = torch.finfo(dtype).max
     for entry in entries:
-        scales = {layer.factors(dtype)[1] for layer in entry.weights.layers if isinstance(layer, LoraLayer)}
-        bounds = [entry.weights.peak * factor for factor in (1.0, *(abs(entry.strength * scale) for scale in scales))]
+        low_ranks = (layer.low_rank for layer in entry.adapter.layers)
+        scales = {layer.factors(dtype)[1] for layer in low_ranks if layer is not None}
+        bounds = [entry.adapter.peak * factor for factor in (1.0, *(abs(entry.strength * scale) for scale in scales))]
         if not all(bound <= largest for bound in bounds):  # nor where one is NaN
             return False
     return True
-
-
-def aligned_rank(rank: int) -> int:
-    """The rank that a matrix of this rank is stored with."""
-    return -(-rank // RANK_ALIGNMENT) * RANK_ALIGNMENT
-
-
-def _place(by_module: Mapping[str, Layers], dtype: torch.dtype, room: Room) -> dict[str, Placed]:
-    """Where the low-rank matrices lie."""
-    downs: dict[str, tuple[int, tuple[int, int]]] = {}
-    shared: dict[tuple[tuple[int, float], ...], int] = {}
-    for module, layers in by_module.items():
-        rank = aligned_rank(sum(layer.rank for layer, _ in layers))
-        first = layers[0][0]
-        # q, k and v of a fused file have the same lora_A: stored once, copied once, read from the cache.
-        same = tuple((id(layer.lora_A), layer.factors(dtype)[0]) for layer, _ in layers)
-        a_shape = (rank, first.lora_A.shape[1])
-        if same not in shared:
-            shared[same] = room.take(math.prod(a_shape))
-        downs[module] = shared[same], a_shape
-    # Every lora_B behind every lora_A: another strength is one product over one stretch of memory, see rescale.py.
-    placed: dict[str, Placed] = {}
-    for module, (a_start, a_shape) in downs.items():
-        b_shape = by_module[module][0][0].lora_B.shape[0], a_shape[0]
-        placed[module] = Placed(a_start, a_shape, room.take(math.prod(b_shape)), b_shape)
-    return placed

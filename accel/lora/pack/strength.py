@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from ...memory.buffers import HostBuffers
-from ..adapter import KroneckerLayer, only_adds
 from ..stack import StackEntry, overflow
 from .flat import FlatLora
 from .write import Scaled, Writer
@@ -53,11 +52,6 @@ class _Run:
         return self.rows * self.rank
 
 
-def rescalable(entries: Sequence[StackEntry]) -> bool:
-    """Whether strengths only multiply lora_B and left matrices."""
-    return all(not entry.weights.vectors and all(map(only_adds, entry.weights.layers)) for entry in entries)
-
-
 class UnscaledB:
     """The lora_B and left matrices of a stack before strength and alpha, in their places in its flat buffers."""
 
@@ -73,7 +67,7 @@ class UnscaledB:
         Args:
             entries: the active entries that `flat` was made of, or the same files at other strengths.
             flat: on the device where the products are wanted.
-            upload: brings a host tensor there.
+            upload: copies a host tensor there.
             buffers: where host memory comes from; None takes it from the system, which is slower.
         """
         with torch.inference_mode(False), torch.no_grad():
@@ -161,15 +155,15 @@ def _matrices(entries: Sequence[StackEntry], flat: FlatLora) -> list[_Matrix]:
     lefts: list[_Matrix] = []
     seen: dict[str, int] = defaultdict(int)
     for index, entry in enumerate(entries):
-        for layer in entry.weights.layers:
-            if isinstance(layer, KroneckerLayer):
+        for layer in entry.adapter.layers:
+            if layer.kronecker is not None:
                 term = flat.kroneckers[layer.module][seen[layer.module]]
                 seen[layer.module] += 1
                 lefts.append(_Matrix(term.left, term.a, term.b))
-                lefts[-1].append(_Strip(index, layer.scale, term.b), layer.left)
-            else:
-                scale = layer.factors(flat.buffer.dtype)[1]
-                found[layer.module].append(_Strip(index, scale, layer.rank), layer.lora_B)
+                lefts[-1].append(_Strip(index, layer.kronecker.scale, term.b), layer.kronecker.left)
+            if layer.low_rank is not None:
+                scale = layer.low_rank.factors(flat.buffer.dtype)[1]
+                found[layer.module].append(_Strip(index, scale, layer.rank), layer.low_rank.lora_B)
     return sorted([*found.values(), *lefts], key=lambda matrix: matrix.start)
 
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..adapter import LoraLayer
-from ..kinds.lowrank import Factors, compress
-from ..read.report import overall_error
-from .flat import FlatLora, Layers, Room, flat_buffer
+from ..kinds.layers import LoraLayer
+from ..kinds.lowrank import Factors, compress, overall_error
+from .flat import FlatLora, flat_buffer
+from .layout import BufferLayout, LowRanks
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def truncate(flat: FlatLora, max_rank: int) -> Truncated:
     groups: dict[int, list[str]] = defaultdict(list)
     for module, place in flat.placed.items():
         groups[place.a_start].append(module)
-    layers: dict[str, Layers] = {}
+    layers: dict[str, LowRanks] = {}
     errors: dict[str, tuple[float, float]] = {}
     with torch.inference_mode(False), torch.no_grad():
         for modules in groups.values():
@@ -55,7 +55,7 @@ def truncate(flat: FlatLora, max_rank: int) -> Truncated:
             lora_A = _matrix(flat.buffer, places[0].a_start, places[0].a_shape)
             sides = [_matrix(flat.buffer, place.b_start, place.b_shape) for place in places]
             factors = Factors(lora_A, torch.cat(sides))
-            # Rows of zeros fill the rank up, see `stack.RANK_ALIGNMENT`.
+            # Rows of zeros fill the rank up, see `layout.RANK_ALIGNMENT`.
             if int(lora_A.any(dim=1).sum()) <= max_rank:
                 errors[modules[0]] = (0.0, _norm(factors))
             else:
@@ -66,8 +66,8 @@ def truncate(flat: FlatLora, max_rank: int) -> Truncated:
                 layers[module] = [(LoraLayer(module, lora_A, lora_B, 1.0), 1.0)]
         # Where Kronecker products lie, before every lora_A.
         start = min((place.a_start for place in flat.placed.values()), default=len(flat.buffer))
-        room = Room(flat.buffer.dtype, start)
-        buffer, placed = flat_buffer(layers, flat.buffer.dtype, flat.buffer.is_pinned(), None, room)
+        layout = BufferLayout(flat.buffer.dtype, start)
+        buffer, placed = flat_buffer(layers, flat.buffer.dtype, flat.buffer.is_pinned(), None, layout)
         buffer[:start] = flat.buffer[:start]
     return Truncated(replace(flat, buffer=buffer, placed=placed), *overall_error(errors))
 

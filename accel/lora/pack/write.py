@@ -62,18 +62,18 @@ class Writer:
     def finish(self) -> None:
         """Write what is still to be written."""
         if self._run is not None:
-            self._put(*self._run.columns(self.buffer), self._run.factor)
+            self._write_scaled(*self._run.columns(self.buffer), self._run.factor)
             self._run = None
 
     def _fill(self, place: Tensor, terms: Sequence[Scaled], axis: int) -> None:
         end = 0
         for matrix, factor in terms:
-            self._put(place.narrow(axis, end, matrix.shape[axis]), matrix, factor)
+            self._write_scaled(place.narrow(axis, end, matrix.shape[axis]), matrix, factor)
             end += matrix.shape[axis]
         if end < place.shape[axis]:
             place.narrow(axis, end, place.shape[axis] - end).zero_()
 
-    def _put(self, place: Tensor, matrix: Tensor, factor: float) -> None:
+    def _write_scaled(self, place: Tensor, matrix: Tensor, factor: float) -> None:
         """Write factor · matrix, rounded once."""
         # Of two small dtypes torch would round to the matrix's before the place's.
         widen = matrix.dtype not in (place.dtype, torch.float32)

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ...files import FileIdentity
-from ..kinds.convert import Change, product_factors
+from ..kinds.base import Change, product_factors
 from ..kinds.lowrank import Factors, Tolerance
 
 # Part of every file's name: another way to compute or to store the matrices is another version.
@@ -127,9 +127,9 @@ class Products:
             tensors: role -> values; only needed if the change is not `known`.
 
         Raises:
-            LoraError: see `kinds.product_factors`.
+            LoraError: see `kinds.base.product_factors`.
         """
-        if not change.is_product:
+        if not change.kind.is_product:
             return None
         if change.name in self._factors:
             return self._factors[change.name]

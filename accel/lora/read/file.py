@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import math
 import os
-from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
-from torch import Tensor
 
 from ...files import TensorFile, read_header
 from ...memory.buffers import HostBuffers
 from ...memory.garbage import collected_later
 from ...spec import ModelSpec
-from ..adapter import Layer, LoraLayer, LoraWeights, VectorLayer, check_finite, own_vector, to_float
-from ..kinds.convert import Change, convert
+from ..adapter import Adapter
+from ..kinds.base import ALPHA, Change
 from ..kinds.lowrank import Tolerance
+from .assemble import convert_all, make_report
 from .factor_cache import Products
-from .keys import FileKeys, VectorChange, account
+from .keys import FileKeys, account
 from .origins import name_format
 from .peft_config import adapter_config
-from .report import LoraReport, overall_error
 from .stream import BulkReader
+from .values import FiniteValues
 
 # Role -> where its tensors stand among the wanted ones; all others behind.
 _ROLE_ORDER = {"A": 0, "B": 1}
@@ -34,7 +33,7 @@ def read_lora(
     cache_dir: str | os.PathLike[str] | None = None,
     tolerance: Tolerance = Tolerance(),
     buffers: HostBuffers | None = None,
-) -> LoraWeights:
+) -> Adapter:
     """Read a LoRA for a model. Nothing is returned unless every key, shape, rank and value is right.
 
     Args:
@@ -45,7 +44,7 @@ def read_lora(
         buffers: where memory comes from; None takes it from the system, which is slower.
 
     Returns:
-        Weights on the CPU, unscaled; ordinary matrices in the file's dtype.
+        The adapter on the CPU, unscaled; ordinary matrices in the file's dtype.
 
     Raises:
         FileError: see `files.read_header`.
@@ -55,78 +54,36 @@ def read_lora(
     with torch.inference_mode(False), torch.no_grad(), collected_later(), BulkReader(path, buffers) as reader:
         file = read_header(path)
         keys = account(file, spec)
-        config = adapter_config(file)
+        scale = _scale(file)
         products = Products(keys.changes, file.identity, tolerance, cache_dir)
-        wanted = _wanted(keys, products.known, spec.family.layout(spec.config).modules)
+        wanted = _wanted(keys, products.known, spec.layout.modules)
         reader.expect(file, wanted)
-        format_name = name_format(file)
-        values = _Values(file, keys, wanted, reader)
-        vectors = [
-            VectorLayer(vector.parameter, own_vector(values.of_norm(vector)), 1.0, vector.replaces)
-            for vector in keys.vectors
-        ]
-        layers: list[Layer] = []
-        # Each as soon as it is read, while the next ones come.
-        for change in keys.changes:
-            tensors = values.of(change)
-            scale = None
-            if config is not None and change.kind == "LoRA" and "alpha" not in change.pieces:
-                scale = config.scale(change.name, change.rank)
-            converted = convert(change, tensors, scale, products.of(change, tensors), tolerance)
-            layers += converted.layers
-            vectors += converted.vectors
+        values = FiniteValues(file, keys, wanted, reader)
+        norms = values.of_norms(keys)
+        converted = convert_all(keys.changes, values.of, scale, products, tolerance)
         reader.finish()
         products.store()
+    layers, vectors = converted.layers, (*norms, *converted.vectors)
     # What was computed may be larger than what was read.
-    computed = any(change.kind != "LoRA" or "mid" in change.pieces for change in keys.changes)
-    report = make_report(format_name, keys, layers, vectors, products.errors)
-    return LoraWeights(
-        file.identity, tuple(layers), keys.text_encoder, tuple(vectors), math.inf if computed else reader.peak, report
-    )
+    stored = all(change.kind.is_stored(change.headers) for change in keys.changes)
+    report = make_report(name_format(file, spec), keys, layers, vectors, products.errors)
+    return Adapter(file.identity, layers, keys.text_encoder, vectors, reader.peak if stored else math.inf, report)
 
 
-def make_report(
-    format_name: str,
-    keys: FileKeys,
-    layers: Iterable[Layer],
-    vectors: Iterable[VectorLayer],
-    errors: Mapping[str, tuple[float, float]],
-) -> LoraReport:
-    """Count what became of the keys.
+def _scale(file: TensorFile) -> Callable[[Change], float | None]:
+    """What scales a change by PEFT's configuration in a file, in place of alpha / rank.
 
-    Args:
-        format_name: as a person knows it.
-        keys: all of them.
-        layers: what changes of linears became.
-        vectors: what those of biases and norms became.
-        errors: name of a change that was cut -> its relative error and its norm.
+    Raises:
+        LoraError: see `peft_config.adapter_config`; what is returned raises it where the ranks differ.
     """
-    kinds: Counter[str] = Counter()
-    applied = approximated = biases = 0
-    for change in keys.changes:
-        if change.kind != "bias":
-            kinds[change.label] += 1
-        biases += bool({"diff_b", "up_bias"} & change.pieces.keys())
-        cut = errors.get(change.name, (0.0, 0.0))[0] > 0.0
-        exact = len({"diff_b"} & change.pieces.keys()) if cut else len(change.pieces)
-        applied += exact
-        approximated += len(change.pieces) - exact
-    norms = sum(not vector.parameter.endswith(".bias") for vector in vectors)
-    kinds.update({kind: count for kind, count in (("bias", biases), ("norm", norms)) if count})
-    ranks = [layer.rank for layer in layers if isinstance(layer, LoraLayer)]
-    largest, overall = overall_error(errors)
-    return LoraReport(
-        format_name,
-        dict(kinds),
-        (min(ranks, default=0), max(ranks, default=0)),
-        len({layer.module for layer in layers}),
-        applied + norms,
-        approximated,
-        largest,
-        overall,
-        len(keys.text_encoder),
-        keys.unused,
-    )
+    config = adapter_config(file)
+
+    def scale(change: Change) -> float | None:
+        if config is None or not change.kind.scaled_by_config or ALPHA in change.headers:
+            return None
+        return config.scale(change.name, change.rank)
+
+    return scale
 
 
 def _wanted(keys: FileKeys, known: Collection[str], modules: Sequence[str]) -> list[str]:
@@ -136,50 +93,9 @@ def _wanted(keys: FileKeys, known: Collection[str], modules: Sequence[str]) -> l
     """
     position = {module: index for index, module in enumerate(modules)}
     wanted = [
-        (_ROLE_ORDER.get(role, len(_ROLE_ORDER)), position[change.target.parts[0].module], piece.key)
+        (_ROLE_ORDER.get(role, len(_ROLE_ORDER)), position[change.target.parts[0].module], header.key)
         for change in keys.changes
-        for role, piece in change.pieces.items()
-        if change.name not in known or role in ("alpha", "dora_scale", "diff_b")
+        for role, header in change.headers.items()
+        if change.name not in known or role not in change.kind.roles
     ]
-    return [key for *_, key in sorted(wanted)] + [vector.key for vector in keys.vectors]
-
-
-class _Values:
-    """The values of a file's tensors as they come, all of them finite.
-
-    Its methods raise LoraError where a tensor holds NaN or infinity, and what `BulkReader.tensor` raises.
-    """
-
-    def __init__(self, file: TensorFile, keys: FileKeys, wanted: Collection[str], reader: BulkReader) -> None:
-        self._file = file
-        self._wanted = dict.fromkeys(wanted)  # in order, and found at once
-        self._ignored = frozenset().union(*(change.ignored for change in keys.changes))
-        self._reader = reader
-        self._checked = False
-
-    def of(self, change: Change) -> dict[str, Tensor]:
-        """Role -> values, of those that are wanted."""
-        tensors = {
-            role: self._tensor(piece.key) for role, piece in change.pieces.items() if piece.key in self._wanted
-        }
-        self._check()
-        return tensors
-
-    def of_norm(self, vector: VectorChange) -> Tensor:
-        """The scale of a norm, or its difference."""
-        tensor = self._tensor(vector.key)
-        self._check()
-        return tensor
-
-    def _tensor(self, key: str) -> Tensor:
-        tensor = self._reader.tensor(key)
-        return to_float(tensor) if tensor.dtype == torch.float64 else tensor
-
-    def _check(self) -> None:
-        if self._checked or math.isfinite(self._reader.peak):
-            return
-        for key in self._wanted:
-            tensor = self._tensor(key)
-            if tensor.dtype.is_floating_point and key not in self._ignored:
-                check_finite(f"LoRA '{self._file.name}': '{key}'", tensor)
-        self._checked = True
+    return [key for *_, key in sorted(wanted)] + [norm.key for norm in keys.norms]

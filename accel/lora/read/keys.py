@@ -12,9 +12,10 @@ from ...errors import LoraError
 from ...families.layout import LoraTarget, VectorWeight
 from ...files import FLOAT_DTYPES, TensorFile
 from ...spec import ModelSpec
-from ..kinds.convert import Change, check_change
-from ..kinds.shapes import INSTEAD, OTHER, Piece
-from .names import ModuleNames, Target, cuts, role_of
+from .. import kinds
+from ..kinds.base import Change
+from ..kinds.shapes import INSTEAD, OTHER, TensorHeader
+from .names import ModuleNames, Target, cuts, known_names
 from .origins import origin
 from .text_encoders import split_encoder
 
@@ -39,7 +40,7 @@ CONFIG = "which ask for an attention kernel; choose it in Accelerated Flux Loade
 
 
 @dataclass(frozen=True)
-class VectorChange:
+class NormChange:
     """A key that changes the scale of a norm.
 
     Attributes:
@@ -59,13 +60,13 @@ class FileKeys:
 
     Attributes:
         changes: of linears and their biases, in the file's order.
-        vectors: of norms.
+        norms: changes of norms.
         text_encoder: keys for CLIP or T5.
         unused: what nothing can use -> how many keys that is.
     """
 
     changes: tuple[Change, ...]
-    vectors: tuple[VectorChange, ...]
+    norms: tuple[NormChange, ...]
     text_encoder: tuple[str, ...]
     unused: Mapping[str, int]
 
@@ -76,14 +77,14 @@ class _Sorted:
 
     Attributes:
         modules: name in the file -> its linears, and role -> tensor.
-        vectors: changes of norms.
+        norms: changes of norms.
         text_encoder: keys for text encoders.
         unused: what nothing can use -> how many keys that is.
         unknown: keys without a place.
     """
 
-    modules: dict[str, tuple[LoraTarget, dict[str, Piece]]] = field(default_factory=dict)
-    vectors: list[VectorChange] = field(default_factory=list)
+    modules: dict[str, tuple[LoraTarget, dict[str, TensorHeader]]] = field(default_factory=dict)
+    norms: list[NormChange] = field(default_factory=list)
     text_encoder: list[str] = field(default_factory=list)
     unused: Counter[str] = field(default_factory=Counter)
     unknown: list[str] = field(default_factory=list)
@@ -91,7 +92,7 @@ class _Sorted:
     @property
     def fits(self) -> bool:
         """Whether anything is for the transformer."""
-        return bool(self.modules or self.vectors)
+        return bool(self.modules or self.norms)
 
 
 def account(file: TensorFile, spec: ModelSpec) -> FileKeys:
@@ -106,42 +107,41 @@ def account(file: TensorFile, spec: ModelSpec) -> FileKeys:
     if keys.unknown or not (keys.fits or keys.text_encoder):
         raise LoraError(_unknown_message(file, spec, keys))
     _check_double(source, [(target.parts, name) for name, (target, _) in keys.modules.items()])
-    _check_double(source, [(vector.parameter, vector.key) for vector in keys.vectors])
-    changes = tuple(check_change(source, name, target, pieces) for name, (target, pieces) in keys.modules.items())
+    _check_double(source, [(norm.parameter, norm.key) for norm in keys.norms])
+    changes = tuple(kinds.check_change(source, name, *module) for name, module in keys.modules.items())
     for change in changes:
-        for role, piece in change.pieces.items():
-            dtype = file.tensors[piece.key].dtype
+        for role, header in change.headers.items():
+            dtype = file.tensors[header.key].dtype
             if role != "alpha" and dtype not in (*FLOAT_DTYPES, torch.float64):
                 raise LoraError(
-                    f"{source}: '{piece.key}' is stored as {dtype}, expected a float type. Get the file in float16 or "
+                    f"{source}: '{header.key}' is stored as {dtype}, expected a float type. Get the file in float16 or "
                     "bfloat16."
                 )
-    return FileKeys(changes, tuple(keys.vectors), tuple(keys.text_encoder), keys.unused)
+    return FileKeys(changes, tuple(keys.norms), tuple(keys.text_encoder), keys.unused)
 
 
 def _sort(file: TensorFile, spec: ModelSpec, source: str) -> _Sorted:
-    linears, norms = spec.family.lora_linears(spec.config), spec.family.lora_norms(spec.config)
-    absent = spec.family.lora_absent(spec.config)
+    names = known_names(spec.family, spec.config)
     keys = _Sorted()
     for key, info in file.tensors.items():
-        if found := _find(key, linears):
+        if found := _find(key, names.linears):
             module, role, target = found
-            _, pieces = keys.modules.setdefault(module, (target, {}))
-            if role in pieces:
+            _, headers = keys.modules.setdefault(module, (target, {}))
+            if role in headers:
                 raise LoraError(
-                    f"{source}: '{key}' and '{pieces[role].key}' say the same thing twice, expected one of them. Get a "
-                    "file that holds one LoRA, or save it without the other key."
+                    f"{source}: '{key}' and '{headers[role].key}' say the same thing twice, expected one of them. Get "
+                    "a file that holds one LoRA, or save it without the other key."
                 )
-            pieces[role] = Piece(key, info.shape)
-        elif vector := _norm(file, key, norms):
-            keys.vectors.append(vector)
+            headers[role] = TensorHeader(key, info.shape)
+        elif norm := _norm(file, key, names.norms):
+            keys.norms.append(norm)
         elif split_encoder(key) is not None:
             keys.text_encoder.append(key)
         elif aside := next((what for prefix, what in ASIDE.items() if key.startswith(prefix)), None):
             keys.unused[aside] += 1
         elif key.endswith(CONFIG_END):
             keys.unused[CONFIG] += 1
-        elif lacking := _absent(key, absent):
+        elif lacking := _absent(key, names.absent):
             keys.unused[lacking] += 1
         else:
             keys.unknown.append(key)
@@ -151,18 +151,18 @@ def _sort(file: TensorFile, spec: ModelSpec, source: str) -> _Sorted:
 def _find(key: str, names: ModuleNames[Target]) -> tuple[str, str, Target] | None:
     """A key's module as the file spells it, its role, and what the module means."""
     for module, end in cuts(key):
-        if (role := role_of(end)) and (target := names.find(module)):
+        if (role := kinds.role_of(end)) and (target := names.find(module)):
             return module, role, target
     return None
 
 
 def _absent(key: str, absent: ModuleNames[str]) -> str | None:
     """What to say of a key for a layer that the model lacks; None: no model of its family has such a layer."""
-    found = (absent.find(module) for module, end in cuts(key) if end in NORM_ENDS or role_of(end))
+    found = (absent.find(module) for module, end in cuts(key) if end in NORM_ENDS or kinds.role_of(end))
     return next(filter(None, found), None)
 
 
-def _norm(file: TensorFile, key: str, norms: ModuleNames[VectorWeight]) -> VectorChange | None:
+def _norm(file: TensorFile, key: str, norms: ModuleNames[VectorWeight]) -> NormChange | None:
     for module, end in cuts(key):
         if end in NORM_ENDS and (vector := norms.find(module)):
             info = file.tensors[key]
@@ -171,7 +171,7 @@ def _norm(file: TensorFile, key: str, norms: ModuleNames[VectorWeight]) -> Vecto
                     f"LoRA '{file.name}': '{key}' is {info.shape} of {info.dtype}, expected ({vector.size},) of a "
                     f"float type: {OTHER}"
                 )
-            return VectorChange(key, vector.parameter, NORM_ENDS[end])
+            return NormChange(key, vector.parameter, NORM_ENDS[end])
     return None
 
 
@@ -189,18 +189,18 @@ def _check_double(source: str, named: Sequence[tuple[Hashable, str]]) -> None:
 
 def _check_inputs(file: TensorFile, spec: ModelSpec, keys: _Sorted) -> None:
     """Say which model a LoRA is for that reads more than this one, before its width is called a wrong shape."""
-    for target, pieces in keys.modules.values():
-        shape = pieces["A"].shape if "A" in pieces else ()
+    for target, headers in keys.modules.values():
+        shape = headers["A"].shape if "A" in headers else ()
         if target.parts[0].module != spec.family.image_embedder or len(shape) != 2:
             continue
-        found = spec.family.inputs(shape[1])
-        if found is not None and shape[1] not in (target.in_features, target.narrow):
-            model, runs = found
-            instead = "Choose that model in Accelerated Flux Loader. " if runs else ""
+        reads = spec.family.inputs.get(shape[1])
+        if reads is not None and shape[1] not in (target.in_features, target.narrow):
+            instead = "Choose that model in Accelerated Flux Loader. " if reads.runs else ""
             raise LoraError(
-                f"LoRA '{file.name}': '{pieces['A'].key}' is {shape}, expected (rank, {target.in_features}): it is for "
-                f"{model}, trained on that model or made to turn another into it. That reads {shape[1]} channels; "
-                f"this model reads {target.in_features}, and a compiled model keeps its shape. {instead}{INSTEAD}"
+                f"LoRA '{file.name}': '{headers['A'].key}' is {shape}, expected (rank, {target.in_features}): it is "
+                f"for {reads.models}, trained on that model or made to turn another into it. That reads {shape[1]} "
+                f"channels; this model reads {target.in_features}, and a compiled model keeps its shape. {instead}"
+                f"{INSTEAD}"
             )
 
 
@@ -211,14 +211,13 @@ def _unknown_message(file: TensorFile, spec: ModelSpec, keys: _Sorted) -> str:
         return (
             f"LoRA '{file.name}' holds nothing for the {model} transformer: {found}. Choose a file with a LoRA for it."
         )
-    layout = spec.family.layout(spec.config)
-    for whole in (layout, layout.separate()):
+    for whole in (spec.layout, spec.layout.separate()):
         if len(whole.expected_shapes().keys() & file.tensors.keys()) > len(file.tensors) // 2:
             return (
                 f"LoRA '{file.name}' is a whole {model} checkpoint, with '{unknown[0]}' for example. Put it into the "
                 "folder 'diffusion_models', and choose it in Accelerated Flux Loader; choose a LoRA here."
             )
-    found = origin(unknown)
+    found = origin(unknown, spec.family)
     hint = f" (by its names: {found})" if found else ""
     if keys.fits and 2 * len(unknown) > len(file.tensors):
         return (
@@ -231,10 +230,8 @@ def _unknown_message(file: TensorFile, spec: ModelSpec, keys: _Sorted) -> str:
             f"LoRA '{file.name}': {len(unknown)} of {len(file.tensors)} keys have no place in this {model} model, such "
             f"as '{unknown[0]}'{hint}. Applying only the rest would not be this LoRA: choose a file without them."
         )
+    *examples, last = spec.family.wording.lora_keys
     return (
         f"LoRA '{file.name}' does not fit {model}{hint}: none of its {len(file.tensors)} keys has a place in "
-        f"the model, such as '{unknown[0]}'. Expected names like "
-        "lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight, "
-        "transformer.transformer_blocks.0.attn.to_q.lora_A.weight or "
-        "diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight."
+        f"the model, such as '{unknown[0]}'. Expected names like {', '.join(examples)} or {last}."
     )

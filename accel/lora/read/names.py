@@ -4,14 +4,19 @@ Three small tables that combine, so that a spelling which no program had when th
 
     transformer.  base_model.model.  transformer_blocks.0.attn.to_q  .lora_A.weight
     lora_         unet_              double_blocks_0_img_attn_qkv    .lora_down.weight
-    words, any number of them        a module's name, `ModuleNames`  a role, `ROLES`
+    words, any number of them        a module's name, `ModuleNames`  a role, `kinds.role_of`
 """
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Generic, TypeVar
+
+from ...families.base import Config, Family
+from ...families.layout import LoraTarget, VectorWeight
 
 # Words that may stand before a module's name, in any order and number.
 WORDS = (
@@ -28,47 +33,6 @@ WORDS = (
     "orig_mod",  # torch.compile
 )
 WORD = re.compile(rf"_*(?:{'|'.join(WORDS)})[._]+")
-
-# The end of a key, from one of its last dots on -> role, see `kinds`.
-ROLES: Mapping[str, str] = {
-    ".lora_down.weight": "A",  # sd-scripts, LyCORIS, OneTrainer, ComfyUI
-    ".lora_up.weight": "B",
-    ".lora_A.weight": "A",  # PEFT, diffusers, ai-toolkit, SimpleTuner
-    ".lora_B.weight": "B",
-    ".lora_A": "A",  # the matrices themselves as parameters
-    ".lora_B": "B",
-    ".lora.down.weight": "A",  # diffusers before PEFT
-    ".lora.up.weight": "B",
-    "_lora.down.weight": "A",
-    "_lora.up.weight": "B",
-    ".lora_linear_layer.down.weight": "A",
-    ".lora_linear_layer.up.weight": "B",
-    ".down.weight": "A",  # XLabs
-    ".up.weight": "B",
-    ".lora_mid.weight": "mid",
-    ".alpha": "alpha",
-    ".dora_scale": "dora_scale",
-    ".lora_magnitude_vector": "magnitude",  # PEFT's DoRA
-    ".lora_magnitude_vector.weight": "magnitude",
-    ".lora_B.bias": "up_bias",  # PEFT with lora_bias, BFL
-    **{f".hada_{part}": f"hada_{part}" for part in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
-    **{f".lokr_{part}": f"lokr_{part}" for part in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
-    ".oft_blocks": "oft_blocks",
-    ".rescale": "rescale",
-    ".diff_b": "diff_b",
-    ".diff": "diff",
-    ".set_weight": "set_weight",
-    ".reshape_weight": "reshape_weight",
-    **{f".{part}.weight": part for part in ("a1", "a2", "b1", "b2")},
-    **{f".oft_R{end}": "oft_R" for end in (".weight", ".scaled_oft")},
-    ".on_input": "ia3",
-    ".w_norm": "w_norm",
-    ".b_norm": "b_norm",
-    ".weight": "weight",
-}
-# PEFT's own names of what it adds to a layer, with the adapter's name in the middle ("default" if nobody gave it one).
-ADAPTED = (".lora_A.", ".lora_B.", ".lora_magnitude_vector.", ".oft_R.")
-ADAPTER_NAME = re.compile(r"^(\.[^.]+)\.[^.]+(\.weight|\.bias|)$")
 
 Target = TypeVar("Target")
 
@@ -101,6 +65,22 @@ class ModuleNames(Generic[Target]):
         return target
 
 
+@dataclass(frozen=True)
+class KnownModules:
+    """See `families.base.LoraNames`, however a file spells them."""
+
+    linears: ModuleNames[LoraTarget]
+    norms: ModuleNames[VectorWeight]
+    absent: ModuleNames[str]
+
+
+@functools.lru_cache(maxsize=4)
+def known_names(family: Family[Config], config: Config) -> KnownModules:
+    """The names of a model's layers; thousands, wanted for every LoRA that is read."""
+    names = family.lora_names(config)
+    return KnownModules(ModuleNames(names.linears), ModuleNames(names.norms), ModuleNames(names.absent))
+
+
 def cuts(key: str) -> Iterator[tuple[str, str]]:
     """The ways to cut a key into a module's name and an end: at its last four dots, and before a final `_lora.…`.
 
@@ -117,11 +97,3 @@ def cuts(key: str) -> Iterator[tuple[str, str]]:
     module, found, end = key.rpartition("_lora.")
     if found:
         yield module, found + end
-
-
-def role_of(end: str) -> str | None:
-    """The role that an end of a key means; None: none."""
-    role = ROLES.get(end)
-    if role is None and end.startswith(ADAPTED):
-        role = ROLES.get(ADAPTER_NAME.sub(r"\1\2", end))
-    return role

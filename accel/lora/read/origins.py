@@ -5,58 +5,65 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
+from ...families.base import Family, KnownKeys
+from ...families.layout import Layout
 from ...files import TensorFile
+from ...spec import ModelSpec
 
 # Signs in a file's metadata that a trainer wrote it.
 TRAINERS = (("ai-toolkit", '"ai-toolkit"'), ("OneTrainer", "OneTrainer"), ("SimpleTuner", "SimpleTuner"))
-# How a key begins -> the format as a person knows it. A trainer is named where no other spells names so.
-FORMATS: Sequence[tuple[str, str]] = (
-    (r"lycoris_", "LyCORIS"),
-    (r"lora_transformer_", "OneTrainer"),
-    (r"lora_unet_(single_)?transformer_blocks_", "diffusers' names in sd-scripts' spelling"),
-    (r"lora_unet_", "Kohya sd-scripts"),
-    (r"(.*\.)?processor\.(qkv|proj)_lora", "XLabs"),
-    (r"(.*\.)?base_model\.model\.", "PEFT"),
-    (r"diffusion_model\.(single_)?transformer_blocks\.", "diffusers' names behind ComfyUI's prefix"),
-    (r"diffusion_model\.", "ComfyUI"),
-    (r"transformer\.(double|single)_blocks\..*\.\d\.(lora_down|lora_up|alpha)", "OneTrainer"),
-    (r"transformer\.(double|single)_blocks\.", "Black Forest Labs' names behind diffusers' prefix"),
-    (r"transformer\.", "diffusers / PEFT"),
-    (r"(double|single)_blocks\.", "Black Forest Labs"),
-    (r"(single_)?transformer_blocks\..*\.lora_[AB]\.default\.", "DiffSynth"),
-    (r"(single_)?transformer_blocks\.", "diffusers without a prefix"),
-)
-# Parts of names that LoRAs for other models or in other programs' own formats carry -> what that is. No name that a
-# LoRA of FLUX.1 is read by has one of them.
-ORIGINS: Sequence[tuple[str, str]] = (
-    (r"^oft_unet_", "FLUX.1, sd-scripts' OFT, which no loader reads"),
-    (r"\.mlp_(context_)?fc[12]\.", "FLUX.1, converted for Nunchaku: get the file that it was made of"),
-    (r"processor\.q_loras\.", "FLUX.1, EasyControl"),
-    (r"distilled_guidance_layer", "Chroma"),
-    (r"double_stream_modulation_", "FLUX.2"),
-    (r"transformer_blocks[._]\d+[._](img|txt)_mod[._]1", "Qwen-Image"),
-    (r"_mlp[._]fc[12]\b|\.(img|txt)_attn_(qkv|proj)\b|_mod[._]linear\b|modulation[._]linear\b", "HunyuanVideo"),
-    (r"lora_unet_(input|middle|output)_blocks?_", "Stable Diffusion XL"),
-    (r"lora_unet_(down|mid|up)_blocks?_|^unet\.(down|mid|up)_blocks?\.", "Stable Diffusion 1.5 or XL"),
-    (r"joint_blocks[._]\d", "Stable Diffusion 3"),
-    (r"diffusion_model\.blocks\.|lora_unet_+blocks_", "Wan"),
-    (r"diffusion_model\.layers\.|lora_unet_layers_", "Z-Image or Lumina"),
-    (r"(double_blocks[._]19|single_(transformer_)?blocks[._]3[89])[._]", "a model of more blocks, as HunyuanVideo"),
+# Parts of keys that LoRAs for other models carry; what is easily taken for a family's is in its `lora_relatives`.
+OTHERS: Sequence[KnownKeys] = (
+    KnownKeys(r"lora_unet_(input|middle|output)_blocks?_", "Stable Diffusion XL"),
+    KnownKeys(r"lora_unet_(down|mid|up)_blocks?_|^unet\.(down|mid|up)_blocks?\.", "Stable Diffusion 1.5 or XL"),
+    KnownKeys(r"joint_blocks[._]\d", "Stable Diffusion 3"),
+    KnownKeys(r"diffusion_model\.blocks\.|lora_unet_+blocks_", "Wan"),
+    KnownKeys(r"diffusion_model\.layers\.|lora_unet_layers_", "Z-Image or Lumina"),
 )
 
 
-def name_format(file: TensorFile) -> str:
+def name_format(file: TensorFile, spec: ModelSpec) -> str:
     """The format of a file as a person knows it, from the trainer's own note in it or from its names."""
     for trainer, sign in TRAINERS:
         if any(sign in value for value in file.metadata.values()):
             return trainer
-    return next((name for start, name in FORMATS if _any(re.compile(start).match, file.tensors)), "other names")
+    formats = _formats(spec.layout, spec.family.wording.author)
+    return next((name for start, name in formats if _any(re.compile(start).match, file.tensors)), "other names")
 
 
-def origin(keys: Iterable[str]) -> str | None:
-    """What other model or program's format keys belong to; None: not known."""
+def origin(keys: Iterable[str], family: Family) -> str | None:
+    """What other model or program's format keys belong to that are not this family's; None: not known."""
     keys = tuple(keys)
-    return next((what for part, what in ORIGINS if _any(re.compile(part).search, keys)), None)
+    known = (*family.lora_relatives, *OTHERS)
+    return next((what for part, what in known if _any(re.compile(part).search, keys)), None)
+
+
+def _formats(layout: Layout, author: str) -> Sequence[tuple[str, str]]:
+    """How a key begins -> the format as a person knows it. A trainer is named where no other spells names so."""
+    inside = (linear.name for linear in layout.linears if layout.block_of(linear.parts[0].module) is not None)
+    original, diffusers = _alternatives(inside), _alternatives(layout.blocks)
+    return (
+        (r"lycoris_", "LyCORIS"),
+        (r"lora_transformer_", "OneTrainer"),
+        (rf"lora_unet_{diffusers}_", "diffusers' names in sd-scripts' spelling"),
+        (r"lora_unet_", "Kohya sd-scripts"),
+        (r"(.*\.)?processor\.(qkv|proj)_lora", "XLabs"),
+        (r"(.*\.)?base_model\.model\.", "PEFT"),
+        (rf"diffusion_model\.{diffusers}\.", "diffusers' names behind ComfyUI's prefix"),
+        (r"diffusion_model\.", "ComfyUI"),
+        (rf"transformer\.{original}\..*\.\d\.(lora_down|lora_up|alpha)", "OneTrainer"),
+        (rf"transformer\.{original}\.", f"{author}' names behind diffusers' prefix"),
+        (r"transformer\.", "diffusers / PEFT"),
+        (rf"{original}\.", author),
+        (rf"{diffusers}\..*\.lora_[AB]\.default\.", "DiffSynth"),
+        (rf"{diffusers}\.", "diffusers without a prefix"),
+    )
+
+
+def _alternatives(names: Iterable[str]) -> str:
+    """A pattern for what stands before a block's number in any of the names: `(double_blocks|single_blocks)`."""
+    kinds = dict.fromkeys(re.split(r"\.\d", name)[0] for name in names)
+    return f"({'|'.join(map(re.escape, kinds))})"
 
 
 def _any(finds, keys: Iterable[str]) -> bool:

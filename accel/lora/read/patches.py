@@ -14,13 +14,17 @@ from torch import Tensor
 from ...errors import LoraError
 from ...families.layout import LoraTarget, VectorWeight
 from ...files import FLOAT_DTYPES, FileIdentity
-from ..adapter import Layer, LoraWeights, VectorLayer, check_finite, own_vector, to_float
-from ..kinds.convert import Change, check_change, convert
+from ...tensors import own_vector, to_float
+from ..adapter import Adapter
+from ..kinds import check_change
+from ..kinds.base import ALPHA, Change
+from ..kinds.layers import VectorLayer
 from ..kinds.lowrank import Tolerance
-from ..kinds.shapes import INSTEAD, Piece
+from ..kinds.shapes import INSTEAD, TensorHeader
+from .assemble import convert_all, make_report
 from .factor_cache import Products
-from .file import make_report
 from .keys import FileKeys
+from .values import check_finite
 
 SOURCE = "LoRA"
 
@@ -32,7 +36,7 @@ class LinearPatch:
     Attributes:
         name: what messages call it.
         target: the linears that it means.
-        values: role, see `kinds.COMPANIONS` -> tensor; alpha is a number.
+        values: role, see `kinds` -> tensor; alpha is a number.
     """
 
     name: str
@@ -62,11 +66,11 @@ def from_patches(
     digest: Callable[[str, Tensor], str],
     tolerance: Tolerance = Tolerance(),
     cache_dir: str | os.PathLike[str] | None = None,
-) -> LoraWeights:
-    """Make weights of tensors in memory, identified by their content.
+) -> Adapter:
+    """Make an adapter of tensors in memory, identified by their content.
 
     Args:
-        patches: as one LoRA brings them.
+        patches: of one LoRA.
         digest: `tensor_digest`, or something that remembers its answers.
         tolerance: how far a product of high rank may be cut.
         cache_dir: where matrices that are slow to compute are kept; None computes them each time.
@@ -74,45 +78,30 @@ def from_patches(
     Raises:
         LoraError: a wrong shape, NaN, or a kind that cannot be carried.
     """
-    layers: list[Layer] = []
-    vectors: list[VectorLayer] = []
+    content = _Content(digest)
+    norms: list[VectorLayer] = []
     changes: list[Change] = []
-    values: list[dict[str, Tensor]] = []
-    content = hashlib.blake2b(digest_size=8)
-    size = 0
+    values: dict[str, dict[str, Tensor]] = {}
     with torch.inference_mode(False), torch.no_grad():
         for patch in patches:
             if isinstance(patch, NormPatch):
-                vectors.append(_norm(patch))
-                size += patch.value.nbytes
-                content.update(f"{patch.name} {patch.replaces} {digest(patch.name, patch.value)}".encode())
-                continue
-            tensors = {role: _tensor(value) for role, value in patch.values.items()}
-            pieces = {role: Piece(f"{patch.name} {role}", tuple(tensor.shape)) for role, tensor in tensors.items()}
-            change = check_change(SOURCE, patch.name, patch.target, pieces)
-            alpha = float(tensors["alpha"]) if "alpha" in tensors else 1.0
-            if not math.isfinite(alpha) and not change.ignored:
-                raise LoraError(f"{SOURCE}: '{patch.name}' has alpha {alpha}, expected a finite number. {INSTEAD}")
-            content.update(f"{patch.name} {patch.target}".encode())
-            for role, tensor in sorted(tensors.items()):
-                if role != "alpha" and tensor.dtype not in FLOAT_DTYPES:
-                    raise LoraError(f"{SOURCE}: '{patch.name}' has a {role} of {tensor.dtype}, expected a float type.")
-                # Made anew each time, an alpha has no place in a memory of digests.
-                said = float(tensor) if role == "alpha" else digest(patch.name, patch.values[role])
-                content.update(f" {role} {said}".encode())
-                size += tensor.nbytes
-            changes.append(change)
-            values.append(tensors)
-        identity = FileIdentity(f"LoRA {content.hexdigest()}", 0, size)
+                norms.append(_norm(patch))
+                content.add_norm(patch)
+            else:
+                tensors = {role: _tensor(value) for role, value in patch.values.items()}
+                # Rows of one fused linear come as patches of one name.
+                name = patch.name if patch.name not in values else f"{patch.name} for {patch.target.parts[0].module}"
+                changes.append(_change(name, patch.target, tensors))
+                content.add_linear(patch, tensors)
+                values[name] = tensors
+        identity = content.identity()
         products = Products(changes, identity, tolerance, cache_dir)
-        for change, tensors in zip(changes, values, strict=True):
-            converted = convert(change, tensors, None, products.of(change, tensors), tolerance)
-            layers += converted.layers
-            vectors += converted.vectors
+        converted = convert_all(changes, lambda change: values[change.name], lambda change: None, products, tolerance)
         products.store()
+    layers, vectors = converted.layers, (*norms, *converted.vectors)
     keys = FileKeys(tuple(changes), (), (), {})
     report = make_report("patches of another node", keys, layers, vectors, products.errors)
-    return LoraWeights(identity, tuple(layers), (), tuple(vectors), math.inf, report)
+    return Adapter(identity, layers, (), vectors, math.inf, report)
 
 
 def tensor_digest(source: str, tensor: Tensor) -> str:
@@ -125,6 +114,44 @@ def tensor_digest(source: str, tensor: Tensor) -> str:
     content = hashlib.blake2b(f"{tensor.dtype} {tuple(tensor.shape)}".encode(), digest_size=16)
     content.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
     return content.hexdigest()
+
+
+class _Content:
+    """Digests what patches change and by what, so that the same LoRA is known when it comes again."""
+
+    def __init__(self, digest: Callable[[str, Tensor], str]) -> None:
+        self._digest = digest
+        self._content = hashlib.blake2b(digest_size=8)
+        self._size = 0
+
+    def add_norm(self, patch: NormPatch) -> None:
+        digest = self._digest(patch.name, patch.value)
+        self._size += patch.value.nbytes
+        self._content.update(f"{patch.name} {patch.replaces} {digest}".encode())
+
+    def add_linear(self, patch: LinearPatch, tensors: Mapping[str, Tensor]) -> None:
+        """Raises LoraError: a tensor is no float type, or not finite."""
+        self._content.update(f"{patch.name} {patch.target}".encode())
+        for role, tensor in sorted(tensors.items()):
+            if role != ALPHA and tensor.dtype not in FLOAT_DTYPES:
+                raise LoraError(f"{SOURCE}: '{patch.name}' has a {role} of {tensor.dtype}, expected a float type.")
+            # Made anew each time, an alpha has no place in a memory of digests.
+            said = float(tensor) if role == ALPHA else self._digest(patch.name, patch.values[role])
+            self._content.update(f" {role} {said}".encode())
+            self._size += tensor.nbytes
+
+    def identity(self) -> FileIdentity:
+        """What stands for a file's."""
+        return FileIdentity(f"LoRA {self._content.hexdigest()}", 0, self._size)
+
+
+def _change(name: str, target: LoraTarget, tensors: Mapping[str, Tensor]) -> Change:
+    headers = {role: TensorHeader(f"{name} {role}", tuple(tensor.shape)) for role, tensor in tensors.items()}
+    change = check_change(SOURCE, name, target, headers)
+    alpha = float(tensors[ALPHA]) if ALPHA in tensors else 1.0
+    if not math.isfinite(alpha) and not change.ignored:
+        raise LoraError(f"{SOURCE}: '{name}' has alpha {alpha}, expected a finite number. {INSTEAD}")
+    return change
 
 
 def _tensor(value: Tensor | float) -> Tensor:

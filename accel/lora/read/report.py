@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -71,10 +70,3 @@ def together(reports: Sequence[LoraReport]) -> LoraReport:
         unused=unused,
         **{name: sum(getattr(report, name) for report in reports) for name in counted},
     )
-
-
-def overall_error(errors: Mapping[str, tuple[float, float]]) -> tuple[float, float]:
-    """The largest and the overall relative error of changes given as name -> (relative error, norm)."""
-    total = math.fsum(norm**2 for _, norm in errors.values())
-    lost = math.fsum((error * norm) ** 2 for error, norm in errors.values())
-    return max((error for error, _ in errors.values()), default=0.0), math.sqrt(lost / total) if total else 0.0

@@ -10,21 +10,17 @@ from dataclasses import dataclass, field
 from ...errors import LoraError
 from ...families.layout import LoraTarget
 from ...files import TensorInfo
-from ..kinds.convert import COMPANIONS
-from ..kinds.shapes import CHECKS, Piece, Shapes
-from .names import WORDS, ModuleNames, cuts, role_of
+from .. import kinds
+from ..kinds.shapes import Shapes, TensorHeader
+from .names import WORDS, ModuleNames, cuts
 
-# Encoder, as ComfyUI's CLIP calls it -> what files call it. As FLUX has them: CLIP-L first, T5 second; sd-scripts and
-# SD3's trainers count T5 as the third, behind a CLIP-G that FLUX does not have.
+# Encoder, as ComfyUI's CLIP calls it -> what files call it. CLIP-L comes first and T5 second; sd-scripts and SD3's
+# trainers count T5 as the third, behind a CLIP-G.
 ENCODERS: Mapping[str, tuple[str, ...]] = {
     "clip_l": ("clip_l", "text_encoder", "text_encoder_1", "te", "te1"),
     "t5xxl": ("t5xxl", "t5", "text_encoder_2", "text_encoder_3", "te2", "te3"),
 }
-# Roles that ComfyUI does not read: applying only the rest of a layer would not be this LoRA.
-UNREAD = ("magnitude", "up_bias", "oft_R", "ia3", "weight")
-# Kinds whose sizes are told by a linear's; ComfyUI says nothing where they differ, and leaves the layer as it was.
-SIZED = ("LoRA", "LoHa", "LoKr", "GLoRA", "difference")
-# For none of FLUX's encoders, and for no transformer.
+# For neither of these encoders, and for no transformer.
 OTHERS = ("clip_g", "clip_h", "te4", "text_encoder_4")
 _NAMES = {name: encoder for encoder, names in ENCODERS.items() for name in names} | dict.fromkeys(OTHERS, "")
 _BEFORE = rf"(?:(?:text_encoders|{'|'.join(WORDS)})[._]+)*"
@@ -34,7 +30,7 @@ _BARE = re.compile(rf"{_BEFORE}(?P<rest>(?:(?P<clip_l>text_model)|(?P<t5xxl>enco
 
 
 def split_encoder(spelled: str) -> tuple[str, str] | None:
-    """The encoder that a key or module name is for ("" for one that FLUX lacks), and what follows; None: for none."""
+    """The encoder that a key or module name is for ("" for another than these), and what follows; None: for none."""
     named = _NAMED.match(spelled)
     if named is not None:
         return _NAMES[named["name"]], named["rest"]
@@ -66,7 +62,7 @@ class EncoderNames:
         """Why `find` finds nothing."""
         encoder, rest = split_encoder(spelled) or ("", spelled)
         if not encoder or (encoder == "t5xxl" and rest.startswith("text_model")):
-            return "for a text encoder that FLUX.1 does not have, such as SDXL's CLIP-G"
+            return "for a text encoder that this model does not have, such as SDXL's CLIP-G"
         if encoder not in self._layers:
             return f"for {encoder}, which the connected CLIP does not have"
         return f"for layers that the {encoder} does not have"
@@ -124,7 +120,7 @@ def sort_encoder_keys(
     spelled: dict[str, str] = {}
     left: dict[str, list[str]] = defaultdict(list)
     for key in keys:
-        ends = [(module, role) for module, end in cuts(key) if (role := role_of(end))]
+        ends = [(module, role) for module, end in cuts(key) if (role := kinds.role_of(end))]
         found = ((module, role, known.get(module) or names.find(module)) for module, role in ends)
         module, role, weight = next((each for each in found if each[2]), ("", "", None))
         if weight is None:
@@ -134,21 +130,22 @@ def sort_encoder_keys(
         else:
             layers[weight][role] = key
     result = EncoderKeys(layers, {why: tuple(found) for why, found in left.items()})
-    unread = [weight for weight, roles in layers.items() if not roles.keys().isdisjoint(UNREAD)]
+    unread = [weight for weight, roles in layers.items() if not kinds.KINDS.unread_by_comfyui.isdisjoint(roles)]
     result = result.without(unread, "of a kind that ComfyUI does not read for text encoders")
     wrong = [weight for weight, roles in result.layers.items() if not _fits(tensors, roles, sizes(weight))]
     return result.without(wrong, "incomplete, or of another size than the layer")
 
 
 def _fits(tensors: Mapping[str, TensorInfo], roles: Mapping[str, str], size: tuple[int, int] | None) -> bool:
+    """Whether matrices fit a linear; ComfyUI says nothing where they do not, and leaves the layer as it was."""
     if size is None:
         return True
-    pieces = {role: Piece(key, tensors[key].shape) for role, key in roles.items()}
-    shapes = Shapes("", "", LoraTarget((), size[1], size[0], False), pieces)
+    headers = {role: TensorHeader(key, tensors[key].shape) for role, key in roles.items()}
+    shapes = Shapes("", "", LoraTarget((), size[1], size[0], False), headers)
     try:
-        for kind in SIZED:
-            if not pieces.keys().isdisjoint(set(COMPANIONS[kind]) - {"alpha", "dora_scale"}):
-                CHECKS[kind](shapes)
+        for kind in kinds.KINDS.found(headers):
+            if kind.sized_by_linear:
+                kind.check(shapes)
     except LoraError:
         return False
     return True

@@ -1,4 +1,4 @@
-"""Products of float8 matrices whose rows have a scale each, in whichever way this device computes them.
+"""Products of float8 matrices whose rows have a scale each, in whichever way this device computes them best.
 
 `torch._scaled_mm` with a scale for each row is the shortest way, but not everywhere: its CUTLASS kernels are not built
 on Windows (pytorch aten/src/ATen/native/cuda/RowwiseScaledMM.cu: not for _WIN32; pytorch PR #194606), cuBLAS refused it
@@ -8,6 +8,8 @@ scales of one, then scales rows and columns, which is the same arithmetic in ano
 kernel takes its place where that is faster: it scales before it writes.
 
 Which way a device takes is decided once: by what proved itself there, and among those by time.
+
+Shapes: m rows, k columns (in_features), n columns of the result (out_features).
 """
 
 from __future__ import annotations
@@ -24,13 +26,14 @@ from ..errors import SettingsError
 from ..hardware import dtype_name
 from ..prove import Verdict, judge, proofs, random
 from . import kernels
+from .autotune import autotuner
 
 # What the result's rounding to bfloat16 leaves is 0.0017; the float8 values themselves are given.
 ERROR = 5e-3
 # An unscaled product reaches 448 · 448 · in_features, beyond float16, and bfloat16 would round it twice. So it is
 # float32, for that many elements at a time: 64 MB.
 RUN_ELEMENTS = 2**24
-# Small, with no multiple of any kernel's tile among the rows; and one of FLUX's sizes to take the time.
+# (m, k, n): small, with no multiple of any kernel's tile among the rows; and a large transformer's to take the time.
 PROOF_SHAPE = (134, 512, 384)
 TIMED_SHAPE = (4_096, 3_072, 3_072)
 REPEATS = 5
@@ -43,13 +46,13 @@ class Operands:
     """What is multiplied: (rows ∘ row_scales) · (weight ∘ weight_scales)ᵀ + bias.
 
     Attributes:
-        rows: (N, K) float8_e4m3fn, contiguous.
-        weight: (M, K) float8_e4m3fn, contiguous.
-        row_scales: (N, 1) float32.
-        weight_scales: (M, 1) float32.
-        bias: (M,) of `dtype`, or None.
+        rows: ``m k`` float8_e4m3fn, contiguous.
+        weight: ``n k`` float8_e4m3fn, contiguous.
+        row_scales: ``m 1`` float32.
+        weight_scales: ``n 1`` float32.
+        bias: ``n`` of `dtype`, or None.
         dtype: of the result, bfloat16, float16 or float32.
-        out: contiguous (N, M) to write to; None for a new one.
+        out: contiguous ``m n`` to write to; None for a new one.
     """
 
     rows: Tensor
@@ -64,7 +67,7 @@ class Operands:
 Multiply = Callable[[Operands], Tensor]
 
 
-def by_rows(x: Operands) -> Tensor:
+def scaled_by_row(x: Operands) -> Tensor:
     """Let PyTorch scale while it multiplies."""
     scales = {"scale_a": x.row_scales, "scale_b": x.weight_scales.t()}
     return torch._scaled_mm(
@@ -72,7 +75,7 @@ def by_rows(x: Operands) -> Tensor:
     )
 
 
-def afterwards(x: Operands) -> Tensor:
+def scaled_afterwards(x: Operands) -> Tensor:
     """Multiply with scales of one, then scale rows and columns."""
     output = x.rows.new_empty((len(x.rows), len(x.weight)), dtype=x.dtype) if x.out is None else x.out
     one, columns = _one(x.rows.device), x.weight_scales.t()
@@ -87,7 +90,7 @@ def afterwards(x: Operands) -> Tensor:
     return output
 
 
-WAYS: Mapping[str, Multiply] = {"scaled by row": by_rows, "scaled afterwards": afterwards}
+WAYS: Mapping[str, Multiply] = {"scaled by row": scaled_by_row, "scaled afterwards": scaled_afterwards}
 
 
 @dataclass(frozen=True)
@@ -129,24 +132,23 @@ def way_on(device: torch.device, dtype: torch.dtype) -> Way:
 
 
 def multiply(x: Operands) -> Tensor:
-    """The product, (N, M), as this device computes it best.
+    """The product, ``m n``, as this device computes it best.
 
     Raises:
         SettingsError: the device cannot; `way_on` says so before anything is loaded.
     """
     way = way_on(x.rows.device, x.dtype)
-    if way.multiply is not afterwards or not x.rows.is_cuda or x.dtype == torch.float32:
+    if way.multiply is not scaled_afterwards or not x.rows.is_cuda or x.dtype == torch.float32:
         return way.multiply(x)
     # The kernel without a LoRA: of rank 0, at an address all the same.
     hidden, lora_B = (matrix.new_empty((len(matrix), 1), dtype=x.dtype)[:, :0] for matrix in (x.rows, x.weight))
-    added = hidden.new_zeros(len(x.weight)) if x.bias is None else x.bias
     scales = x.row_scales, x.weight_scales
 
     def fused(config: kernels.Config) -> Tensor:
-        return kernels.fused_linear(x.rows, x.weight, added, hidden, lora_B, scales, config, out=x.out)
+        return kernels.fused_linear(x.rows, x.weight, x.bias, hidden, lora_B, scales, config, out=x.out)
 
     shape = (x.rows.shape[1], *lora_B.shape, x.bias is None)
-    return kernels.fastest(x.rows, shape, fused, lambda: afterwards(x))
+    return autotuner().fastest(x.rows, shape, fused, lambda: scaled_afterwards(x))
 
 
 def _compare(multiply: Multiply, device: torch.device, dtype: torch.dtype) -> Verdict:
@@ -176,7 +178,7 @@ def fastest(seconds: Mapping[str, float]) -> str:
 
 
 def _measure(proven: Mapping[str, Multiply], device: torch.device, dtype: torch.dtype) -> Mapping[str, float]:
-    """Seconds of one product of FLUX's size; where there is no choice, or no GPU to do it in a moment, of the first."""
+    """Seconds of one large product; where there is no choice, or no GPU to do it in a moment, 0 of the first."""
     if len(proven) == 1 or device.type != "cuda":
         return dict.fromkeys(list(proven)[:1], 0.0)
     rows, columns, outputs = TIMED_SHAPE

@@ -1,4 +1,4 @@
-"""ComfyUI's own FLUX model without data: its names and shapes, by which other nodes match LoRAs and read sizes."""
+"""ComfyUI's own FLUX.1 model without data: its names and shapes, by which other nodes match LoRAs and read sizes."""
 
 from __future__ import annotations
 
@@ -6,26 +6,11 @@ import dataclasses
 from typing import Any
 
 import comfy.ldm.flux.model
-import comfy.ops
 import torch
 from torch import nn
 
-from ..accel.families.flux1 import AXES_DIM, PATCH_SIZE, Flux1, Flux1Config
-
-
-class EagerOperations(comfy.ops.disable_weight_init):
-    """ComfyUI's layers, with their parameters from the beginning.
-
-    With dynamic VRAM a `disable_weight_init.Linear` has none until a state dict is loaded, and no state dict ever is:
-    the model would have no names. ComfyUI leaves subclasses alone that load state dicts by themselves
-    (comfy/ops.py, 0.18.2 to 0.46).
-    """
-
-    class Linear(comfy.ops.disable_weight_init.Linear):
-        """A linear that ComfyUI does not make empty."""
-
-        def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-            super()._load_from_state_dict(*args, **kwargs)
+from ....accel.families.flux1 import AXES_DIM, PATCH_SIZE, Flux1, Flux1Config
+from ...operations import EagerOperations
 
 
 def unet_config(config: Flux1Config) -> dict[str, Any]:

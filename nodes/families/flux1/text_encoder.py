@@ -7,15 +7,15 @@ import folder_paths
 import torch
 from comfy_api.latest import io
 
-from ..accel.checkpoint import read_file
-from ..accel.hardware import hardware_of
-from ..accel.quantize.bitsandbytes_modes import NF4
-from ..accel.registry import TEXT_ENCODERS
-from ..accel.text_encoder.modes import MODES, check_mode, choose_mode
-from ..accel.text_encoder.spec import EncoderSpec, check_not_swapped, clip_spec, t5_spec
+from ....accel.checkpoint import read_file
+from ....accel.hardware import hardware_of
+from ....accel.quantize.bitsandbytes_modes import NF4
+from ....accel.registry import TEXT_ENCODERS
+from ....accel.text_encoder.modes import MODES, check_mode, choose_mode
+from ....accel.text_encoder.spec import EncoderSpec, check_not_swapped, clip_spec, t5_spec
+from ...files import CATEGORY, find_file, fingerprint
+from ...progress import say
 from .clip import FluxClip
-from .files import CATEGORY, find_file, fingerprint
-from .progress import say
 
 FOLDER = "text_encoders"
 NONE = "none"
@@ -66,26 +66,35 @@ class FluxTextEncoderLoader(io.ComfyNode):
     @classmethod
     def execute(cls, t5_name: str, clip_l_name: str, quantization: str) -> io.NodeOutput:
         """Read the headers, and hand out a clone of the CLIP that lives in the registry."""
-        load_device = comfy.model_management.text_encoder_device()
-        check_mode(quantization, load_device)
-        paths = [None if name == NONE else find_file(FOLDER, name) for name in (t5_name, clip_l_name)]
-        t5_file, clip_file = (path and read_file(path) for path in paths)
-        check_not_swapped(t5_file, clip_file)
-        t5, clip = t5_spec(t5_file), clip_file and clip_spec(clip_file)
+        device = comfy.model_management.text_encoder_device()
+        check_mode(quantization, device)
+        t5, clip = _specs(t5_name, clip_l_name)
+        key = t5.file.identity, clip and clip.file.identity, quantization, str(device)
+        return io.NodeOutput(TEXT_ENCODERS.get_or_build(key, lambda: _clip(t5, clip, quantization, device)).clone())
 
-        def build() -> FluxClip:
-            return FluxClip(
-                t5,
-                clip,
-                _mode(quantization, t5, load_device),
-                load_device,
-                comfy.model_management.text_encoder_offload_device(),
-                folder_paths.get_folder_paths("embeddings"),
-            )
 
-        identities = (t5_file.identity, clip_file and clip_file.identity)
-        root = TEXT_ENCODERS.get_or_build((identities, quantization, str(load_device)), build)
-        return io.NodeOutput(root.clone())
+def _specs(t5_name: str, clip_l_name: str) -> tuple[EncoderSpec, EncoderSpec | None]:
+    """Recognise both files by their headers.
+
+    Raises:
+        FileError: one is not there.
+        CheckpointError: one is another model, or they are in each other's place.
+    """
+    paths = [None if name == NONE else find_file(FOLDER, name) for name in (t5_name, clip_l_name)]
+    t5_file, clip_file = (path and read_file(path) for path in paths)
+    check_not_swapped(t5_file, clip_file)
+    return t5_spec(t5_file), clip_file and clip_spec(clip_file)
+
+
+def _clip(t5: EncoderSpec, clip: EncoderSpec | None, quantization: str, device: torch.device) -> FluxClip:
+    return FluxClip(
+        t5,
+        clip,
+        _mode(quantization, t5, device),
+        device,
+        comfy.model_management.text_encoder_offload_device(),
+        folder_paths.get_folder_paths("embeddings"),
+    )
 
 
 def _mode(quantization: str, t5: EncoderSpec, device: torch.device) -> str:

@@ -1,0 +1,38 @@
+"""What is compiled of FLUX.1: one function for each kind of block, or one for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from ...attention import Attention
+from .blocks import double_block, single_block
+
+
+def block_regions(attention: Attention) -> tuple[Callable, Callable]:
+    """The functions that run a double and a single block."""
+
+    def double(block, hidden_states, encoder_hidden_states, temb, rotary, mask):
+        return double_block(block, hidden_states, encoder_hidden_states, temb, rotary, mask, attention)
+
+    def single(block, hidden_states, temb, rotary, mask):
+        return single_block(block, hidden_states, temb, rotary, mask, attention)
+
+    return double, single
+
+
+def whole_region(attention: Attention) -> Callable:
+    """The function that runs all blocks."""
+
+    def whole(model, hidden_states, encoder_hidden_states, temb, rotary, mask):
+        for block in model.transformer_blocks:
+            hidden_states, encoder_hidden_states = double_block(
+                block, hidden_states, encoder_hidden_states, temb, rotary, mask, attention
+            )
+        hidden_states = torch.cat([encoder_hidden_states, hidden_states], dim=1)
+        for block in model.single_transformer_blocks:
+            hidden_states = single_block(block, hidden_states, temb, rotary, mask, attention)
+        return hidden_states
+
+    return whole

@@ -1,0 +1,83 @@
+"""Patches between blocks, as other nodes write them for ComfyUI's FLUX.1, as hooks of the engine's forward."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from ....accel.families.flux1 import Flux1Config
+from ....accel.families.flux1.inputs import BlockHook, BlockState, EmbeddingHook, Hooks
+
+
+def hooks_of(options: dict[str, Any], config: Flux1Config) -> Hooks:
+    """What `patches["post_input"]` and `patches_replace["dit"]` ask for.
+
+    Args:
+        options: ComfyUI's transformer options.
+        config: of the model: a block's patch is told how many blocks of its kind there are.
+    """
+    after_embedding = [_embedding_hook(patch, options) for patch in options.get("patches", {}).get("post_input", ())]
+    around_block = {}
+    totals = {"double_block": config.depth, "single_block": config.depth_single}
+    for (name, index), patch in options.get("patches_replace", {}).get("dit", {}).items():
+        if name in totals:
+            kind = name.removesuffix("_block")
+            known = {**options, "block_type": kind, "block_index": index, "total_blocks": totals[name]}
+            around_block[kind, index] = _block_hook(patch, known)
+    return Hooks(after_embedding, around_block)
+
+
+def _embedding_hook(patch: Callable, options: dict[str, Any]) -> EmbeddingHook:
+    def hook(image: Tensor, text: Tensor, image_ids: Tensor, text_ids: Tensor) -> tuple[Tensor, ...]:
+        out = patch(
+            {"img": image, "txt": text, "img_ids": image_ids, "txt_ids": text_ids, "transformer_options": options}
+        )
+        return out["img"], out["txt"], out["img_ids"], out["txt_ids"]
+
+    return hook
+
+
+def _block_hook(patch: Callable, options: dict[str, Any]) -> BlockHook:
+    """Let a `patches_replace["dit"]` function run around one block, with the arguments of ComfyUI's model."""
+
+    def hook(state: BlockState, run: Callable[[BlockState], BlockState]) -> BlockState:
+        def original_block(args: dict[str, Any]) -> dict[str, Tensor]:
+            return _as_output(run(_with(state, args)))
+
+        known = options
+        if state.encoder_hidden_states is None:
+            known = {**options, "img_slice": [state.text_tokens, state.hidden_states.shape[1]]}
+        args = {
+            "img": state.hidden_states,
+            "vec": state.conditioning,
+            "pe": state.rotary,
+            "attn_mask": state.mask,
+            "transformer_options": known,
+        }
+        if state.encoder_hidden_states is not None:
+            args["txt"] = state.encoder_hidden_states
+        out = patch(args, {"original_block": original_block})
+        return _with(state, {**args, **out})
+
+    return hook
+
+
+def _with(state: BlockState, args: dict[str, Any]) -> BlockState:
+    return dataclasses.replace(
+        state,
+        hidden_states=args["img"],
+        encoder_hidden_states=args.get("txt"),
+        conditioning=args["vec"],
+        rotary=args["pe"],
+        mask=args.get("attn_mask"),
+    )
+
+
+def _as_output(state: BlockState) -> dict[str, Tensor]:
+    out = {"img": state.hidden_states}
+    if state.encoder_hidden_states is not None:
+        out["txt"] = state.encoder_hidden_states
+    return out
