@@ -419,16 +419,10 @@ def test_errors_are_for_users(models, capsys, tmp_path):
         assert wrong[0] in capsys.readouterr().err
 
 
-def test_the_command_runs_without_comfyui():
-    code = "import sys, accel.plan; accel.plan.main(['flux1-dev']); sys.exit('comfy' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert "57 of 57" in done.stdout
-
-
 # The benchmark.
 
 
+@pytest.mark.slow
 def test_the_offload_benchmark_writes_its_figures(tmp_path):
     file = tmp_path / "offload.json"
     command = [sys.executable, "-m", "benchmarks", "offload", "--quick", "--json", str(file)]

@@ -412,6 +412,7 @@ def test_a_compiled_region_that_is_wrong_is_not_used(monkeypatch, fault):
     assert "right pictures, but slower" in notices.said[-1]
 
 
+@pytest.mark.slow
 def test_the_tolerance_tells_a_wrong_region_from_another_rounding(monkeypatch):
     x = random((2, 40, 16), CPU, 0)
     verdict = prove_compiling(CPU, BF16).verdict
