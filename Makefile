@@ -19,7 +19,7 @@ endif
 # Types are those of the tested torch; another one's differ.
 CHECK = $(VENV_PYTHON) -m ruff check . $(if $(TORCH),,&& $(VENV_PYTHON) -m mypy)
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test test-fast lint clean
 
 setup: ## install everything that the tests and the demo need
 	$(SETUP) --for test
@@ -32,6 +32,10 @@ test: ## check style and types, then run all tests (PYTEST_ARGS="-k name" narrow
 	$(SETUP) --for test
 	$(CHECK)
 	$(VENV_PYTHON) -m pytest $(PYTEST_ARGS)
+
+test-fast: ## run the tests that start no server and no process and compile nothing: under 3 minutes, while you work
+	$(SETUP) --for test
+	$(VENV_PYTHON) -m pytest -m "not slow" $(PYTEST_ARGS)
 
 lint: ## check style and types only
 	$(SETUP) --for demo

@@ -118,7 +118,7 @@ def load(options: argparse.Namespace) -> dict:
     cached = next(Path(options.cache).glob("*.safetensors"), None) if options.cache else None
     source = cached or file
     spec = inspect_checkpoint(str(file))
-    _import_libraries(options.mode)
+    import_libraries(options.mode)
     notices, result = Notices(), {"from_cache": cached is not None}
     cache = QuantizedCache(str(options.cache), 10**13) if options.cache else None
     # Not "auto": two processes that measure may take different kernels, and their outputs are to be equal.
@@ -150,7 +150,7 @@ def load(options: argparse.Namespace) -> dict:
     return result
 
 
-def _import_libraries(mode: str) -> None:
+def import_libraries(mode: str) -> None:
     """Import what a load imports: that takes seconds, and is not what is measured."""
     import diffusers.models.transformers.transformer_flux  # noqa: F401
 

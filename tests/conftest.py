@@ -14,6 +14,16 @@ from harness.paths import CACHE, REPO
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(CACHE / "inductor"))
 
 PACK_ALIAS = "flux_hotswap_pack"
+# Fixtures that start a server or another process, train or compile: whatever uses one is slow.
+SLOW_FIXTURES = {"compiled", "finished", "interrupted", "server", "straight", "traced"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as slow what needs ComfyUI or a slow fixture; other slow tests carry the mark themselves."""
+    with_comfyui = Path(__file__).parent / "comfy"
+    for item in items:
+        if with_comfyui in item.path.parents or SLOW_FIXTURES.intersection(item.fixturenames):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")

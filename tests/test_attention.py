@@ -716,12 +716,14 @@ SIZES = [(1, 16, 77), (2, 32, 154), (3, 4, 256), (1, 4, 2)]
 FLEX_COMPILES = Version(torch.__version__).release[:2] != (2, 11)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(FLEX_COMPILES, reason="about a torch that cannot compile flex on a CPU, such as 2.11")
 def test_flex_is_refused_where_it_does_not_compile(spec):
     with pytest.raises(SettingsError, match=r"'flex' does not run here \(.*symbols to int.*'sdpa'"):
         Engine(spec, EngineSettings(attention="flex")).load()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not FLEX_COMPILES, reason="this torch cannot compile flex on a CPU, see the test above")
 def test_flex_on_a_cpu_equals_sdpa_and_does_not_recompile(spec, eager):
     listener = Listener()
@@ -737,6 +739,7 @@ def test_flex_on_a_cpu_equals_sdpa_and_does_not_recompile(spec, eager):
     assert (engine.compile_count, engine.recompile_count) == (2, 0)
 
 
+@pytest.mark.slow
 def test_a_library_in_a_compiled_engine(spec, install, on_cpu):
     module = install("flash_4")
     engine = Engine(spec, EngineSettings(attention="flash_4", dtype="bf16"))

@@ -79,7 +79,6 @@ def finished(output, interrupted):
     return done.stdout
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for another process")
 def test_ctrl_c_ends_the_demo_and_its_server(interrupted, output):
     code, out, err = interrupted
@@ -93,7 +92,6 @@ def test_ctrl_c_ends_the_demo_and_its_server(interrupted, output):
     assert not list(output.glob("*.png"))
 
 
-@pytest.mark.slow
 def test_table(finished, output):
     rows = [match.groupdict() for match in ROW.finditer(finished)]
 
@@ -109,7 +107,6 @@ def test_table(finished, output):
     assert "pocket-neon-diffusers (1) + pocket-stripes-comfyui (1)" in finished
 
 
-@pytest.mark.slow
 def test_pictures(finished, output):
     def picture(name):
         return Image.open(output / name).convert("RGB")

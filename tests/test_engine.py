@@ -195,6 +195,7 @@ def test_two_engines_do_not_share_compiled_code(spec, compiled):
     assert compiled.compile_count == 2
 
 
+@pytest.mark.slow
 def test_control_ordinary_peft_recompiles(spec):
     """The same sequence of LoRAs, added the ordinary way to the same model, does recompile."""
     from diffusers import FluxTransformer2DModel
@@ -366,6 +367,7 @@ def test_unknown_settings_are_refused(name):
         dataclasses.replace(EngineSettings(), **{name: "bogus"})
 
 
+@pytest.mark.slow
 def test_a_machine_without_a_compiler_goes_on_eagerly_and_is_told_what_to_do(spec, eager):
     from torch._inductor.utils import fresh_cache
 
@@ -431,6 +433,7 @@ def test_what_can_change_while_sampling_compiles_nothing(eager, compiled, change
     assert compiled.compile_count == count
 
 
+@pytest.mark.slow
 def test_all_blocks_in_one_piece(spec, eager, loras):
     engine = Engine(spec, EngineSettings(compile="full"))
     engine.load()

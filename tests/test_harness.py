@@ -255,6 +255,7 @@ def test_server_ends_with_its_context_even_on_ctrl_c(server):
     client.close()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux ends a child with its parent")
 def test_server_ends_when_its_owner_is_killed(tmp_path):
     """Killed while the server starts: the kernel asks for no more than a child."""
@@ -279,6 +280,7 @@ def test_server_ends_when_its_owner_is_killed(tmp_path):
     assert wait_until_gone(int(owner.stdout))
 
 
+@pytest.mark.slow
 def test_failed_start_shows_the_log():
     server = ComfyServer(include_pack=False, comfy_args=["--no-such-option"])
     with pytest.raises(ServerFailed, match=r"(?s)exit code 2 at its start.*unrecognized arguments: --no-such-option"):
@@ -351,6 +353,7 @@ def test_comfyui_requirements_leave_out_what_is_installed_or_unused():
     assert not names & setup.NOT_FROM_COMFYUI
 
 
+@pytest.mark.slow
 def test_interrupted_setup_goes_on(monkeypatch, tmp_path, capfd):
     venv, requirements = tmp_path / "venv", tmp_path / "requirements.txt"
     monkeypatch.setattr(setup, "VENV", venv)
@@ -377,6 +380,7 @@ def test_interrupted_setup_goes_on(monkeypatch, tmp_path, capfd):
     assert "Requirement already satisfied: pip>=1" in capfd.readouterr().out
 
 
+@pytest.mark.slow
 def test_setup_reports_an_unknown_version_without_a_traceback():
     done = subprocess.run(
         [sys.executable, "-m", "harness.setup", "--for", "demo"],

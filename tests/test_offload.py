@@ -157,6 +157,7 @@ def test_other_modes_streamed_equal_resident(spec, loras, resident, mode):
     assert_equal(outputs_of(engine, loras), resident(mode))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["none", "int8", "fp8"])
 def test_compiled_streams_without_recompiling(spec, loras, resident, mode):
     expected, memory = resident(mode, "regional"), HostMemory(LIMIT, flat=True)

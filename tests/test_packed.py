@@ -156,6 +156,7 @@ def test_weights_that_move_are_not_packed_or_unpacked_first(spec, loras):
     assert torch.equal(engine(make_inputs()), expected[0])
 
 
+@pytest.mark.slow
 @needs_bf16
 def test_compiled_code_takes_packed_weights_and_is_stored(spec, loras, tmp_path):
     counts, found = [], []

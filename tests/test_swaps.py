@@ -100,6 +100,7 @@ def loaded(spec, *, compile="off", device=False, pools=TIGHT):
 # Many swaps.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", [False, True], ids=["on the CPU", "with a device of its own"])
 def test_a_thousand_random_swaps_leave_no_trace(paths, device):
     # A process of its own, whose allocator gives freed tensors back to the system: else they count as resident.
@@ -148,6 +149,7 @@ def main(paths, device):
     print(json.dumps(found))
 
 
+@pytest.mark.slow
 def test_random_swaps_do_not_recompile(spec, paths):
     engine, choose = loaded(spec, compile="regional"), random.Random(8)
     eager = loaded(spec)

@@ -1,4 +1,4 @@
-"""Quantize Transformer in a real ComfyUI: pictures, and refusals at the node. The cache is in test_restart.py."""
+"""Quantize Transformer in a real ComfyUI: pictures, and refusals at the node. The cache is in test_compiled.py."""
 
 from dataclasses import replace
 

@@ -8,8 +8,6 @@ import torch
 from harness.graphs import Picture, relative_distance
 from tests.comfy import test_text_encoder
 
-pytestmark = pytest.mark.slow
-
 DEV = Picture(model="tiny-flux-dev-fp32.safetensors")
 
 

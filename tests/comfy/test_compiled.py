@@ -1,11 +1,18 @@
-"""Fifty queued prompts with random LoRAs, stacks, strengths, sizes and prompts, where a recompile is an error."""
+"""A server that compiled: fifty prompts where a recompile is an error; then it starts again, and compiles nothing."""
 
+import os
 import random
+import re
+import shutil
+from types import SimpleNamespace
 
 import pytest
+import torch
+import torch._dynamo
 
 from harness.graphs import Picture, graph, latents, node, relative_distance
 from harness.lora_files import kind_state_dict
+from tests.comfy.test_quantize import files, quantized_graph
 
 WORDS = "a red circle on a blue square beside two green stars under the yellow moon"
 LORAS = {
@@ -16,6 +23,7 @@ LORAS = {
     "mixed.safetensors": {"format": "diffusers", "rank": lambda module: 4 + len(module) % 9, "seed": 4},
 }
 KRONECKER = "lokr.safetensors"
+COMPILED, EAGER = Picture(compile="regional", steps=2), Picture(steps=2)
 
 
 def random_picture(rng: random.Random, stock: bool = False) -> Picture:
@@ -36,9 +44,18 @@ def random_picture(rng: random.Random, stock: bool = False) -> Picture:
 
 
 @pytest.fixture(scope="module")
-def warm(start_comfy):
-    """A server whose engine has drawn one picture, and in which any further compile is an error from then on."""
-    with start_comfy() as comfy:
+def temporary(tmp_path_factory):
+    """The server's temporary folder."""
+    return tmp_path_factory.mktemp("temporary")
+
+
+@pytest.fixture(scope="module")
+def warm(start_comfy, temporary):
+    """A server whose engine has drawn one picture, and in which any further compile is an error from then on.
+
+    Kernels come from the folder that all tests share, by TORCHINDUCTOR_CACHE_DIR; what is traced is the pack's.
+    """
+    with start_comfy(env=dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(temporary))) as comfy:
         for name, options in LORAS.items():
             comfy.lora(name, **options)
         comfy.tensors("loras", KRONECKER, kind_state_dict("LoKr full"))
@@ -75,3 +92,55 @@ def test_a_random_picture_of_that_kind_equals_stock(warm, seed):
     assert comparison.distance < 1e-4
     if picture.loras:
         assert relative_distance(warm.sample(Picture(**{**vars(picture), "loras": ()})), comparison.ours) > 0.01
+
+
+# A restart.
+
+
+@pytest.fixture(scope="module")
+def lives(warm, temporary):
+    """The same two pictures before and after the server starts again, with an empty temporary folder; its two logs."""
+    before = draw_both(warm)
+    shutil.rmtree(temporary)
+    temporary.mkdir()
+    warm.restart()
+    return before, draw_both(warm)
+
+
+def draw_both(comfy):
+    compiled = comfy.sample(COMPILED)
+    quantized = latents(comfy.client, comfy.run(quantized_graph(EAGER, "int8_weight_only")))
+    return SimpleNamespace(compiled=compiled, quantized=quantized, log=comfy.server.log)
+
+
+@pytest.mark.skipif(
+    not getattr(torch._dynamo.config, "enable_aot_compile", False), reason="torch 2.9 and 2.11 do not store traces"
+)
+def test_a_restarted_server_compiles_nothing(warm, lives):
+    first, second = lives
+    kept = warm.server.models / "flux_hotswap_cache" / "compiled"
+    assert len(list(kept.iterdir())) == 1
+    compiled = [re.findall(r"compiled the (\w+) blocks in", life.log) for life in lives]
+    assert compiled == [["double", "single"], []]
+    assert "| compiled 0 | recompiles 0 |" in second.log
+    assert torch.equal(first.compiled, second.compiled)
+
+
+def test_a_restarted_server_reads_the_quantized_weights(warm, lives):
+    """Damaged, they are made again, the same to the byte."""
+    first, second = lives
+    (file,) = files(warm)
+    assert file.name.startswith("tiny-flux-dev-fp32-int8_weight_only-")
+    said = f"from the cache, {file.name}"
+    assert [said in life.log for life in lives] == [False, True]
+    assert torch.equal(first.quantized, second.quantized)
+
+    data = file.read_bytes()
+    warm.free(unload_models=True, free_memory=True)
+    os.unlink(file)
+    file.write_bytes(data[: len(data) // 2])
+    mark = warm.server.mark()
+    again = warm.run(quantized_graph(EAGER, "int8_weight_only"))
+    assert torch.equal(latents(warm.client, again), first.quantized)
+    assert "made again" in warm.server.log_since(mark)
+    assert file.read_bytes() == data
