@@ -43,14 +43,14 @@ def test_an_extension_of_torchaudio_that_refuses_the_torch_is_removed(monkeypatc
     monkeypatch.setattr(setup, "VENV", tmp_path)
     monkeypatch.setattr(setup, "VENV_PYTHON", python)
 
-    assert not setup._imports("torchaudio")
-    setup._drop_extension_of_torchaudio()
+    assert not setup.imports("torchaudio")
+    setup.drop_extension_of_torchaudio()
 
-    assert setup._imports("torchaudio")
+    assert setup.imports("torchaudio")
     assert "removed _torchaudio.so of torchaudio" in capsys.readouterr().out
     (package / "__init__.py").write_text("raise RuntimeError\n")
     with pytest.raises(setup.SetupError, match="torchaudio does not load"):
-        setup._drop_extension_of_torchaudio()
+        setup.drop_extension_of_torchaudio()
 
 
 @pytest.mark.skipif(os.name == "nt", reason="the paths are those of other systems")
