@@ -24,7 +24,7 @@ from .lora.adapter import Adapter
 from .lora.hold.library import LoraLibrary
 from .lora.hold.slots import LoraSlots
 from .lora.stack import LoraStack
-from .memory.budgets import PoolBudgets
+from .memory.budgets import PoolBudgets, without_strengths
 from .memory.device import DeviceMemory, memory_of
 from .offload.plan import OffloadPlan
 from .offload.prove import restrict
@@ -316,7 +316,7 @@ class Engine:
         budgets = PoolBudgets.of_free_memory(self.device, reserved_bytes)
         if plan is None or not plan.lora_bytes or not self._memory.separate:
             return budgets
-        return replace(budgets, device_bytes=plan.lora_bytes * 2 // 3)  # half as much again is for strengths
+        return replace(budgets, device_bytes=without_strengths(plan.lora_bytes))
 
     def _current_plan(self) -> OffloadPlan:
         if self._plan is None:

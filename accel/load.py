@@ -22,10 +22,11 @@ from .build import (
 )
 from .hardware import dtype_name
 from .quantize import Mode
-from .quantize.cache import CachedModel, CacheKey, CacheWriter, DamagedCacheError, open_cached
+from .quantize.cache import CachedModel, CacheKey, CacheWriter, open_cached
 from .quantize.codec import CodecError, make_module, unflatten
 from .settings import QuantizedCache
 from .spec import ModelSpec
+from .store.disk import DamagedError
 
 Notice = Callable[[str, bool], None]
 
@@ -66,9 +67,9 @@ def load_quantized(
         cached = open_cached(cache, key, _scaled(on_progress, count_parts(spec)))
         if cached is not None:
             model = _restore(spec, cached, placement or OnDevice(device))
-            notice(f"{mode.name}: {cached.bytes / 1e9:.2f} GB from the cache, {key.file_name}", False)
+            notice(f"{mode.name}: {cached.bytes / 1e9:.2f} GB from the cache, {cached.name}", False)
             return model
-    except (DamagedCacheError, CodecError, KeyError) as exc:
+    except (DamagedError, CodecError, KeyError) as exc:
         notice(f"the quantized weights are made again: {exc}", True)
     writer = CacheWriter(
         cache, key, model_bytes(spec, dtype, mode), 4 * count_parts(spec), lambda sentence: notice(sentence, True)

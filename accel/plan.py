@@ -20,7 +20,8 @@ from .families import registry
 from .families.base import Family, FamilyConfig
 from .files import FileIdentity, TensorFile, TensorInfo
 from .hardware import DTYPES, dtype_name
-from .offload.plan import GB, Demand, Room, demand_of, gb, make_plan
+from .memory.budgets import GB
+from .offload.plan import Demand, Room, demand_of, gb, make_plan
 from .offload.sizes import Workload
 from .settings import OFFLOAD_MODES, QUANTIZATION_MODES, Offload
 from .spec import ModelSpec

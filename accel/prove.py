@@ -10,26 +10,24 @@ been mended by then without any version having changed. Which of several ways is
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 import os
 import threading
 import time
-import uuid
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .compile.cache import machine
 from .errors import first_line
+from .store.disk import DamagedError, DiskStore
+from .store.entry import Key
+from .store.machine import machine
 
-# Only files of this name are ever deleted; none is larger than a few kilobytes.
 SUFFIX = ".flux-hotswap-proofs"
-KEPT_FILES = 20
+# Of some twenty machines, or states of one.
+LIMIT_BYTES = 500_000
 # How far the product of a result with its reference may be from the square of the reference. Rounding is hardly ever
 # in proportion to what is rounded, so this tells a scale that is wrong by 10 % from 4-bit weights, which the distance
 # does not.
@@ -96,14 +94,14 @@ class Proofs:
         """Know nothing, and remember nothing for the next process."""
         self._found: dict[tuple[str, str], Proof] = {}
         self._seconds: dict[tuple[str, str], Mapping[str, float]] = {}
-        self._machines: dict[str, str] = {}
-        self._folder: Path | None = None
+        self._keys: dict[str, Key] = {}
+        self._store: DiskStore | None = None
         self._lock = threading.RLock()
 
     def remember_in(self, folder: str | os.PathLike[str]) -> None:
         """Read what earlier processes found there, and write to it. It is made when it is first written to."""
         with self._lock:
-            self._folder = Path(folder)
+            self._store = DiskStore(os.fspath(folder), SUFFIX, LIMIT_BYTES)
 
     def of(self, name: str, device: torch.device, compare: Callable[[], Verdict]) -> Proof:
         """The proof of a thing on a device.
@@ -164,36 +162,25 @@ class Proofs:
         return Proof(name, place, Verdict(None, stored["deviation"]), stored["ms"], remembered=True)
 
     def _read(self, device: torch.device) -> dict[str, dict[str, float]]:
-        if self._folder is None:
+        if self._store is None:
             return {}
         try:
-            found = json.loads(self._path(device).read_text(encoding="utf-8"))
-            return {name: {what: float(value) for what, value in each.items()} for name, each in found.items()}
-        except (OSError, ValueError, TypeError, AttributeError):  # none yet, or damaged: proved again
+            entry = self._store.open(self._key(device))
+        except DamagedError:  # proved again in milliseconds, which is not worth a message
             return {}
+        return {} if entry is None else entry.content
 
     def _write(self, name: str, figures: Mapping[str, float], device: torch.device) -> None:
-        if self._folder is None:
-            return
-        path = self._path(device)
-        content = {**self._read(device), name: dict(figures)}
-        temporary = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
-        # A disk that is full or read-only costs the next process these milliseconds again, nothing else.
-        with suppress(OSError):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                temporary.write_text(json.dumps(content, indent=1, sort_keys=True), encoding="utf-8")
-                os.replace(temporary, path)
-            finally:
-                temporary.unlink(missing_ok=True)
-            _delete_oldest(path.parent)
+        if self._store is not None:
+            # A disk that is full or read-only costs the next process these milliseconds again, nothing else.
+            with suppress(OSError):
+                self._store.put(self._key(device), {}, {**self._read(device), name: dict(figures)})
 
-    def _path(self, device: torch.device) -> Path:
+    def _key(self, device: torch.device) -> Key:
         name = str(device)
-        if name not in self._machines:  # asking for it looks up a dozen packages
-            facts = json.dumps(machine(name), sort_keys=True, default=str)
-            self._machines[name] = hashlib.sha256(facts.encode()).hexdigest()[:24]
-        return self._folder / f"{self._machines[name]}{SUFFIX}"
+        if name not in self._keys:  # asking for it looks up a dozen packages
+            self._keys[name] = Key.of(machine(name))
+        return self._keys[name]
 
 
 @functools.cache
@@ -246,10 +233,3 @@ def random(shape: tuple[int, ...], device: torch.device, seed: int, scale: float
     """Normal values: float32, the same on every device and each time."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=generator).mul_(scale).to(device)
-
-
-def _delete_oldest(folder: Path) -> None:
-    files = sorted(folder.glob(f"*{SUFFIX}"), key=lambda path: path.stat().st_mtime_ns)
-    for path in files[:-KEPT_FILES]:
-        path.unlink(missing_ok=True)
-

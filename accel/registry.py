@@ -33,7 +33,11 @@ class EngineKey:
 
 
 class Registry(Generic[Held]):
-    """A thread-safe LRU that keeps whatever carries an engine alive."""
+    """A thread-safe LRU that keeps whatever carries an engine alive.
+
+    No `ByteLru`: it counts engines, whose sizes change while they are held, and builds under its lock, so that two
+    nodes do not load one model twice.
+    """
 
     def __init__(self, capacity: int = 1) -> None:
         """Keep up to `capacity` engines: FLUX fills a card, so one is the default."""

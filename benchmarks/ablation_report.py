@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 
+from accel.memory.budgets import GB
+
 from .ablation_rows import ALL, BASELINE, PUBLISHED_S, Configuration
 from .report import BenchmarkError, Goal, Report, Row, figure
 
 # The system itself takes a percent or two.
 QUIET_SHARE = 0.05
-GB = 1e9
 # Relative L2 between what two ways made of the same noise: rounding to bfloat16 or to 8 bits, through all steps.
 SAME = {"none": 0.05, "int8": 0.15, "fp8": 0.3}
 PUBLISHED_STEPS = 28

@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from accel.lora.stack import LoraStack
-from accel.offload.plan import GB, demand_of
+from accel.memory.budgets import GB
+from accel.offload.plan import demand_of
 from accel.quantize.modes import MODES, refusal
 from harness.comfyui import source_path
 

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from accel.families.flux1 import Flux1, Flux1Config
+from accel.memory.budgets import GB
 
 from .flux_loras import DEV, KEY_PREFIX, QUICK, random_lora
 from .random_checkpoint import write_checkpoint
@@ -25,7 +26,6 @@ PEER_SCALE = 0.1
 ALLOWANCE_BYTES = 1.5e9
 CACHED_FACTOR = 1.5
 LATENT = 32
-GB = 1e9
 
 
 def run(quick: bool, scale: float = 1.0) -> Report:

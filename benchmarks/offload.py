@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from accel.engine import Engine
 from accel.families.flux1 import Flux1Config, Flux1Inputs
-from accel.memory.budgets import available_host_bytes
+from accel.memory.budgets import GB, available_host_bytes
 from accel.memory.device import DeviceMemory, HostMemory, memory_of
-from accel.offload.plan import GB, OffloadPlan, Room, demand_of, lora_share, make_plan
+from accel.offload.plan import OffloadPlan, Room, demand_of, lora_share, make_plan
 from accel.quantize import find_mode, refusal
 from accel.settings import EngineSettings, Offload, Quantization
 

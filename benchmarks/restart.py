@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from accel.families.flux1 import Flux1Config
+from accel.memory.budgets import GB
 
 from .flux_loras import DEV, QUICK
 from .random_checkpoint import write_checkpoint
@@ -22,7 +23,6 @@ FEW = replace(DEV, depth=2, depth_single=4)
 FACTOR = 1.3
 STEPS, QUICK_STEPS = 8, 2
 LATENT, QUICK_LATENT = 64, 16
-GB = 1e9
 
 
 def run(quick: bool) -> Report:

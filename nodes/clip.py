@@ -13,11 +13,12 @@ import comfy.sd
 import torch
 from torch import Tensor
 
+from ..accel.memory.budgets import MIB
 from ..accel.store.lru import ByteLru
 from .encoders import Encoders, EncodersPatcher, host_memory_is_scarce
 
 # Some sixty prompts: what a large encoder gives for one is about 4 MB.
-CACHE_BYTES = 256 * 1024**2
+CACHE_BYTES = 256 * MIB
 
 
 class RememberingClip(comfy.sd.CLIP):

@@ -14,15 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from ..accel.errors import SettingsError
+from ..accel.memory.budgets import GIB, give_back_freed
 from ..accel.text_encoder.linear import WeightOnlyLinear
-from ..accel.text_encoder.load import EncoderWeights, trim_heap
+from ..accel.text_encoder.load import EncoderWeights
 from ..accel.text_encoder.spec import EncoderSpec
 from .progress import NodeObserver
 
 log = logging.getLogger(__name__)
 
 # Give weights back when less host memory than this is free.
-SCARCE_BYTES = 2 * 1024**3
+SCARCE_BYTES = 2 * GIB
 
 
 class Encoders(nn.Module):
@@ -103,13 +104,13 @@ class Encoders(nn.Module):
                 report.bytes / 1e9,
                 self.mode if weights.quantized else "none",
             )
-        trim_heap()
+        give_back_freed()
 
     def clear(self) -> None:
         """Give the memory back. The next `fill` reads the files again."""
         for weights in self.weights.values():
             weights.clear()
-        trim_heap()
+        give_back_freed()
 
     def set_clip_options(self, options: dict[str, Any]) -> None:
         """As ComfyUI's text encoders have it."""

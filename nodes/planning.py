@@ -9,7 +9,8 @@ import torch
 
 from ..accel.engine import Engine
 from ..accel.errors import DeviceMemoryError
-from ..accel.offload.plan import GB, Room, check_device, demand_of, gb
+from ..accel.memory.budgets import GB
+from ..accel.offload.plan import Room, check_device, demand_of, gb
 from ..accel.offload.planner import SPARE_BYTES, Planner
 from ..accel.settings import Offload
 from .progress import say

@@ -7,12 +7,12 @@ import logging
 import comfy.model_management
 from comfy_api.latest import io
 
+from ..accel.memory.budgets import GB
 from ..accel.quantize import choose
 from ..accel.settings import QUANTIZATION_MODES, Quantization, QuantizedCache
 from .files import CATEGORY, cache_folder
 from .progress import show_text
 
-GB = 10**9
 FluxQuantization = io.Custom("FLUX_QUANTIZATION")
 log = logging.getLogger(__name__)
 

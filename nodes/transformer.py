@@ -33,13 +33,11 @@ class EngineTransformer(nn.Module):
         skeleton: ComfyUI's own transformer of these sizes without data.
         dtype: what the engine computes in.
         patch_size: how many rows, and columns, of the latent are one token; ComfyUI reads it, too.
-        pixels_per_latent: how many rows, and columns, of the picture are one of the latent.
         inside_blocks: `transformer_options["patches"]` that ComfyUI's model runs inside its blocks, where a compiled
             region has no place for them.
     """
 
     patch_size: ClassVar[int]
-    pixels_per_latent: ClassVar[int]
     inside_blocks: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, engine: Engine, planner: Planner, skeleton: nn.Module) -> None:
@@ -86,7 +84,8 @@ class EngineTransformer(nn.Module):
             return self.engine(inputs)
         except torch.OutOfMemoryError as exc:
             exc.__traceback__ = None  # its frames hold the tensors of the step
-            width, height = (self.pixels_per_latent * x.shape[axis] for axis in (-1, -2))
+            pixels = self.engine.spec.family.pixels_per_token // self.patch_size
+            width, height = pixels * x.shape[-1], pixels * x.shape[-2]
             during = f"a step of {width}×{height}, batch {x.shape[0]}"
             raise out_of_memory(self.engine, self.planner, during) from exc
 

@@ -1,23 +1,21 @@
 """Compiling one region: what is kept for the next start, and what happens when it cannot be compiled."""
 
 import errno
-import io
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import threading
-import zipfile
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
-import accel.compile.cache
-from accel.compile.cache import DIGEST_BYTES, KERNELS, MAGIC, SUFFIX, CompileCache, chosen_by_user, make_room
+from accel.compile.cache import KERNELS, SUFFIX, CompileCache, chosen_by_user
 from accel.compile.compiler import INDUCTOR_OPTIONS, RegionCompiler
 from accel.compile.region import Precompiled
 from accel.linear.layers import LoraLinear, linears
@@ -162,8 +160,8 @@ def test_what_cannot_be_stored_is_said_once_and_keeps_its_kernels(tmp_path, monk
     (warning,) = region.listener.warnings
     assert "small blocks cannot be stored with this PyTorch (TypeError: no): every start compiles them again" in warning
     assert region.compiler.failure is None
-    with zipfile.ZipFile(io.BytesIO(file_of(tmp_path).read_bytes()[len(MAGIC) + DIGEST_BYTES :])) as archive:
-        assert any(name.startswith(KERNELS) for name in archive.namelist())
+    with safe_open(file_of(tmp_path), framework="pt") as handle:
+        assert any(name.startswith(KERNELS) for name in handle.keys())  # noqa: SIM118 - a handle is no mapping
     region(block, make_input(2, 7))
     assert len(region.listener.warnings) == 1
 
@@ -194,27 +192,18 @@ def test_other_kinds_of_inputs_compile_one_more_variant_which_is_kept_too(tmp_pa
 
 
 @stores_traces
-@pytest.mark.parametrize("damage", ["a flipped bit", "cut off", "empty", "another file"])
-def test_a_damaged_file_is_dropped_with_one_notice_and_made_again(tmp_path, damage):
+def test_a_damaged_file_is_dropped_with_one_notice_and_made_again(tmp_path):
     block, x = make_block(), make_input(1, 5)
     Region(tmp_path)(block, x)
     path = file_of(tmp_path)
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes({
-        "a flipped bit": bytes(data),
-        "cut off": path.read_bytes()[:-100],
-        "empty": b"",
-        "another file": b"PK\x03\x04 something else" * 100,
-    }[damage])
+    path.write_bytes(path.read_bytes()[:-100])
 
     region = Region(tmp_path)
     assert close(region(block, x), small(block, x, None))
     assert region.compiler.count == 1
     assert region.compiler.failure is None
     (warning,) = region.listener.warnings
-    assert "not used" in warning
-    assert "compiled again" in warning
+    assert warning == "stored compiled code is not used (it is cut off); it is compiled again, once."
     again = Region(tmp_path)
     assert close(again(block, x), small(block, x, None))
     assert (again.compiler.count, again.listener.warnings) == (0, [])
@@ -251,34 +240,11 @@ def test_two_processes_that_compile_at_once_both_keep_theirs(tmp_path):
     assert not list(tmp_path.glob(".*.tmp"))
 
 
-def test_files_of_other_engines_machines_and_sources_are_others(tmp_path, monkeypatch):
-    def name(**engine):
-        return CompileCache(str(tmp_path)).files({"device": "cpu", **engine}, Listener().notice)._path.name
+def test_files_of_other_engines_are_others(tmp_path):
+    def key(**engine):
+        return CompileCache(str(tmp_path)).files({"device": "cpu", **engine}, Listener().notice)._key
 
-    base = name(dtype="bf16")
-    assert name(dtype="bf16") == base
-    assert name(dtype="fp16") != base
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "get_num_threads", lambda: 77)
-        assert name(dtype="bf16") != base
-    for target in ("_sources_digest", "_cpu"):
-        with monkeypatch.context() as patch:
-            patch.setattr(accel.compile.cache, target, lambda: "another")
-            assert name(dtype="bf16") != base
-    monkeypatch.setenv("TORCHINDUCTOR_MAX_AUTOTUNE", "1")
-    assert name(dtype="bf16") != base
-
-
-def test_the_least_recently_used_files_make_room(tmp_path):
-    for age, stem in enumerate(("new", "old", "oldest")):
-        path = tmp_path / f"{stem}{SUFFIX}"
-        path.write_bytes(b"x" * 100)
-        os.utime(path, (1000 - age, 1000 - age))
-    (tmp_path / "not-ours.bin").write_bytes(b"x" * 1000)
-    make_room(tmp_path, 150, keep=tmp_path / f"oldest{SUFFIX}")
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        f"new{SUFFIX}", "not-ours.bin", f"oldest{SUFFIX}"
-    ]
+    assert key(dtype="bf16") == key(dtype="bf16") != key(dtype="fp16")
 
 
 def test_a_folder_that_cannot_be_written_costs_the_next_start_only(tmp_path):

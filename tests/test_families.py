@@ -1,6 +1,7 @@
 """What a family must supply: a toy family goes through the whole pack, and nothing outside the families names one."""
 
 import ast
+import importlib
 import re
 
 import pytest
@@ -125,6 +126,14 @@ def test_every_family_supplies_everything():
             layout = family.layout(config)
             assert {linear.block for linear in layout.by_module.values()} == {None, *range(len(layout.blocks))}
             assert family.text_encoders(config)
+
+
+def test_comfyuis_side_has_every_family(pack):
+    """With a line in its own registry and a folder beside it; the toy has none."""
+    sides = importlib.import_module(f"{pack.__name__}.nodes.families.registry")
+    assert set(sides.FOLDERS) == {family.name for family in registry.FAMILIES[:-1]}
+    for folder in sides.FOLDERS.values():
+        assert (REPO / "nodes" / "families" / folder / "family.py").is_file()
 
 
 def test_every_mode_says_what_its_linears_hold():

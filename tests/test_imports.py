@@ -18,7 +18,7 @@ import accel
 note("accel")
 accel.inspect_checkpoint(sys.argv[1]).layout
 note("header")
-accel.EngineSettings, accel.LoraStack
+accel.EngineSettings, accel.LoraStack, accel.read_lora
 note("stack")
 import torch
 operators = hasattr(torch.ops.flux_hotswap, "linears")

@@ -14,8 +14,9 @@ from accel.checkpoint import inspect_checkpoint
 from accel.engine import Engine
 from accel.errors import SettingsError
 from accel.families.flux1 import Flux1Inputs
+from accel.memory.budgets import GB
 from accel.memory.device import HostMemory
-from accel.offload.plan import GB, Demand, Room, check_device, demand_of, lora_share, make_plan
+from accel.offload.plan import Demand, Room, check_device, demand_of, lora_share, make_plan
 from accel.offload.planner import SPARE_BYTES, Planner
 from accel.offload.sizes import WeightSizes, Workload, weight_sizes
 from accel.plan import CARDS_GB, main, published

@@ -6,7 +6,6 @@ CPU; stand-ins compute what their formats' formulas say.
 
 import contextlib
 import dataclasses
-import json
 import re
 import threading
 
@@ -491,10 +490,7 @@ def test_another_driver_or_library_proves_everything_again(tmp_path, monkeypatch
         assert len(calls) == expected
 
 
-@pytest.mark.parametrize(
-    "content", ["", "{", "[]", "null", '{"a thing": 3}', '{"a thing": {"ms": "x", "deviation": 0}}', "\x00\xff"]
-)
-def test_a_damaged_file_is_no_proof(tmp_path, content):
+def test_a_damaged_file_is_no_proof(tmp_path):
     calls, compare = counting(Verdict(None))
     for number in (1, 2):
         known = Proofs()
@@ -502,8 +498,7 @@ def test_a_damaged_file_is_no_proof(tmp_path, content):
         known.of("a thing", CPU, compare)
         assert len(calls) == number
         (path,) = tmp_path.iterdir()
-        assert json.loads(path.read_text(encoding="utf-8")).keys() == {"a thing"}
-        path.write_text(content, encoding="latin-1")
+        path.write_bytes(path.read_bytes()[:-1])
 
 
 def test_a_folder_that_cannot_be_written_costs_only_the_next_start(tmp_path):
@@ -513,18 +508,6 @@ def test_a_folder_that_cannot_be_written_costs_only_the_next_start(tmp_path):
     calls, compare = counting(Verdict(None))
     assert known.of("a thing", CPU, compare).refusal is None
     assert calls == [1]
-
-
-def test_old_files_are_deleted_and_others_left(tmp_path, monkeypatch):
-    (tmp_path / "a user's file.json").write_text("{}")
-    for number in range(accel.prove.KEPT_FILES + 5):
-        monkeypatch.setattr(accel.prove, "machine", lambda device, number=number: {"driver": number})
-        known = Proofs()
-        known.remember_in(tmp_path)
-        known.of("a thing", CPU, lambda: Verdict(None))
-    names = [path.name for path in tmp_path.iterdir()]
-    assert len(names) == accel.prove.KEPT_FILES + 1
-    assert "a user's file.json" in names
 
 
 def test_threads_that_ask_at_once_run_it_once():

@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
+from packaging.version import Version
 
 from ..errors import first_line
 
@@ -57,7 +58,7 @@ def find(library: Library) -> Callable[..., Any] | str:
         installed = version(name)
     except PackageNotFoundError:
         installed = ""  # a build that was not installed by pip: only importing it tells
-    if installed and library.oldest and _is_older(installed, library.oldest):
+    if installed and library.oldest and Version(installed) < Version(library.oldest):
         return f"needs {name} {library.oldest} or newer, installed is {installed}: {install}"
     try:
         return getattr(import_module(library.module), library.function)
@@ -91,9 +92,3 @@ def has_operator(namespace: str, name: str, arguments: tuple[str, ...], keywords
         and {argument.name for argument in rest} >= set(keywords)
         and all(argument.has_default_value() or argument.name in keywords for argument in rest)
     )
-
-
-def _is_older(found: str, oldest: str) -> bool:
-    from packaging.version import Version
-
-    return Version(found) < Version(oldest)

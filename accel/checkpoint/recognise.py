@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from . import wording
 from .attention_requests import find_requests
 from .gguf_file import ARCHITECTURE
 from .headers import read_headers
-from .locate import Located, locate, read_json
+from .locate import locate, read_json
 from .other_models import OTHERS, first_match, foreign_quantization, is_lora
 from .scales import find_scales
 from .source import Checkpoint
@@ -47,7 +48,7 @@ def inspect_checkpoint(path: str | os.PathLike[str]) -> ModelSpec:
     """
     located = locate(path)
     if located.config is not None:
-        _check_class(located)
+        _check_class(located.name, located.config)
     file = read_headers(located)
     _check_architecture(file)
     relatives = _refuse_others(file)
@@ -58,7 +59,7 @@ def inspect_checkpoint(path: str | os.PathLike[str]) -> ModelSpec:
             if found is not None:
                 config, layout = found
                 if located.config is not None:
-                    _check_config(located, family.diffusers_config(config))
+                    _check_config(located.name, located.config, family.diffusers_config(config))
                 return _spec(file, prefix, {family.canonical(name): name for name in names}, family, config, layout)
     raise _relative(file, relatives) if relatives else _unknown(file)
 
@@ -188,23 +189,23 @@ def _spec(
     return ModelSpec(file, family, config, bytes_of.most_common(1)[0][0], layout, stored, kernels)
 
 
-def _check_class(located: Located) -> None:
-    found = read_json(located.config).get("_class_name")
+def _check_class(name: str, config: Path) -> None:
+    found = read_json(config).get("_class_name")
     known = {family.diffusers_class for family in registry.FAMILIES}
     if found is not None and found not in known:
         raise CheckpointError(
-            f"'{located.name}': its config.json is of a {found}, expected {' or '.join(sorted(known))}: this is "
+            f"'{name}': its config.json is of a {found}, expected {' or '.join(sorted(known))}: this is "
             f"another model. Choose the folder of a {wording.names()} model."
         )
 
 
-def _check_config(located: Located, derived: Mapping[str, Any]) -> None:
-    written = read_json(located.config)
-    for name, value in derived.items():
-        found = written.get(name)
+def _check_config(name: str, config: Path, derived: Mapping[str, Any]) -> None:
+    written = read_json(config)
+    for field, value in derived.items():
+        found = written.get(field)
         if found is not None and _plain(found) != _plain(value):
             raise CheckpointError(
-                f"'{located.name}': config.json says {name} = {found}, but the tensors say {value}. They are of "
+                f"'{name}': config.json says {field} = {found}, but the tensors say {value}. They are of "
                 "different models: get the complete folder again."
             )
 

@@ -1,52 +1,41 @@
 """Compiled code on disk, so that the next start neither traces nor compiles.
 
-One file per kind of engine and machine. It holds inductor's own folder for that engine (kernels, and the code that
-calls them) and the traced regions. An engine works in a private copy of that folder, which is unpacked from the file
-before and packed into it after each compile. So a file is either whole or absent: it is replaced, never changed; its
-checksum is compared before anything in it is used; two processes cannot write into each other's folder; and neither a
-killed compiler nor a cleaned temporary folder leaves half a library behind. Like every cache of torch's it holds code
-that is run: whoever can write there can run programs.
+One entry of a disk store per kind of engine and machine. It holds inductor's own folder for that engine (kernels, and
+the code that calls them) and the traced regions. An engine works in a private copy of that folder, which is unpacked
+from the entry before and packed into it after each compile. So two processes cannot write into each other's folder, and
+neither a killed compiler nor a cleaned temporary folder leaves half a library behind. Like every cache of torch's it
+holds code that is run: whoever can write there can run programs.
+
+`torch.compiler.save_cache_artifacts` gives the kernels alone, of all engines of the process together, and the next
+start would trace again, which takes most of its time.
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import importlib.metadata
-import io
-import json
 import os
-import platform
-import sys
 import tempfile
-import time
-import uuid
-import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import torch
+from torch import Tensor
+
+from ..errors import first_line
+from ..store.disk import DamagedError, DiskStore
+from ..store.entry import Key
+from ..store.machine import FOLDER_VARIABLES, machine
 
 # Raise it when the same key would give files of another kind.
-FORMAT = 1
-MAGIC = b"flux-hotswap-compiled\n"
-# Only files of this name are ever deleted: a user may point the cache at a folder that holds others.
+FORMAT = 2
 SUFFIX = ".flux-hotswap-compiled"
 LIMIT_BYTES = 2 * 10**9
-DIGEST_BYTES = 32
-ABANDONED_S = 3600
 # In inductor's folder, but only of use while a compiler runs.
 NOT_KEPT = ("locks",)
 KERNELS, REGIONS = "kernels/", "regions/"
-FOLDER_VARIABLES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
-# Environment variables that change what compilers make of the same source.
-COMPILER_VARIABLES = ("TORCHINDUCTOR_", "TORCHDYNAMO_", "TRITON_", "CUDA_HOME", "CXX", "CC", "CFLAGS", "CXXFLAGS")
-LIBRARIES = (
-    "torch", "triton", "triton-windows", "torchao", "mslk", "bitsandbytes", "diffusers", "transformers",
-    "flash-attn", "flash_attn_3", "flash-attn-4", "sageattention", "xformers", "kernels",
-)  # fmt: skip
 
 Notice = Callable[[str, bool], None]
 
@@ -70,18 +59,18 @@ class CompileCache:
             engine: what of the engine its code depends on.
             notice: gets (sentence for the user, whether it is a warning) when the disk is full or a file damaged.
         """
-        key = json.dumps({"format": FORMAT, **machine(engine.get("device", "cpu")), **engine}, sort_keys=True)
-        return CompiledFiles(self, key, notice)
+        key = Key.of({"format": FORMAT, **machine(engine.get("device", "cpu")), **engine})
+        return CompiledFiles(DiskStore(self.folder, SUFFIX, self.limit_bytes), key, notice)
 
 
 class CompiledFiles:
     """What is stored for one kind of engine, and the folder that inductor works in."""
 
-    def __init__(self, cache: CompileCache, key: str, notice: Notice) -> None:
-        """Name the file; nothing is read."""
-        self._cache = cache
+    def __init__(self, store: DiskStore, key: Key, notice: Notice) -> None:
+        """Name the entry; nothing is read."""
+        self._store = store
+        self._key = key
         self._notice = notice
-        self._path = Path(cache.folder) / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}{SUFFIX}"
         self._work: tempfile.TemporaryDirectory | None = None
         self._regions: dict[str, bytes] = {}
         self._dropped: set[str] = set()
@@ -136,13 +125,12 @@ class CompiledFiles:
         """Forget the stored variants of a region, which did not load."""
         self._dropped |= {name for name in self._regions if _region_of(name) == region}
         self._regions = {name: data for name, data in self._regions.items() if name not in self._dropped}
-        self._tell_damaged(f"the {region} blocks in it do not load: {_first_line(reason)}")
+        self._tell_damaged(f"the {region} blocks in it do not load: {first_line(reason)}")
 
     def start_afresh(self) -> None:
         """Forget all that is stored, and give inductor an empty folder."""
         self._regions = {}
-        with suppress(OSError):
-            self._path.unlink()
+        self._store.remove(self._key)
         if self._work is not None:
             self._work.cleanup()
             self._work = _private_folder()
@@ -174,42 +162,27 @@ class CompiledFiles:
             target.write_bytes(data)
 
     def _read(self) -> dict[str, bytes]:
-        """The file's content by name; empty when there is none, or when it is damaged."""
+        """The entry's content by name; empty when there is none, or when it is damaged."""
         try:
-            data = self._path.read_bytes()
-        except OSError:  # none, or out of reach: then writing will say so
+            entry = self._store.open(self._key)
+        except DamagedError as exc:
+            self._tell_damaged(exc.reason)
             return {}
-        digest, body = data[len(MAGIC) : len(MAGIC) + DIGEST_BYTES], data[len(MAGIC) + DIGEST_BYTES :]
-        if not data.startswith(MAGIC) or hashlib.sha256(body).digest() != digest:
-            with suppress(OSError):
-                self._path.unlink()
-            self._tell_damaged("its content was changed or cut off")
+        if entry is None:
             return {}
-        with suppress(OSError):
-            os.utime(self._path)  # used now: others are older
-        with zipfile.ZipFile(io.BytesIO(body)) as archive:
-            return {name: archive.read(name) for name in archive.namelist() if _is_plain(name)}
+        return {name: zlib.decompress(data.numpy()) for name, data in entry.tensors.items() if _is_plain(name)}
 
     def _write(self) -> None:
-        temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
+        # What another process stored meanwhile stays; of two that write at once, one is the last.
+        kept = {name: data for name, data in self._read().items() if name not in self._dropped}
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            # What another process stored meanwhile stays; of two that write at once, one is the last.
-            kept = {name: data for name, data in self._read().items() if name not in self._dropped}
             content = {**kept, **self._kernels(), **self._regions}
-            body = _packed(content)
-            if len(body) > self._cache.limit_bytes:
-                return
-            make_room(Path(self._cache.folder), self._cache.limit_bytes - len(body), self._path)
-            temporary.write_bytes(MAGIC + hashlib.sha256(body).digest() + body)
-            os.replace(temporary, self._path)
+            self._store.put(self._key, {name: _packed(data) for name, data in sorted(content.items())})
         except OSError as exc:
             self._usable = False
-            with suppress(OSError):
-                temporary.unlink()
             self._notice(
-                f"compiled code could not be stored in '{self._path.parent}' ({exc.strerror or exc}); the model works, "
-                "and the next start compiles again. Free space there, or make the folder writable.",
+                f"compiled code could not be stored in '{self._store.folder}' ({exc.strerror or exc}); the model "
+                "works, and the next start compiles again. Free space there, or make the folder writable.",
                 True,
             )
 
@@ -225,27 +198,6 @@ class CompiledFiles:
         self._notice(f"stored compiled code is not used ({why}); it is compiled again, once.", True)
 
 
-def make_room(folder: Path, limit_bytes: int, keep: Path) -> None:
-    """Delete the least recently used files until all but `keep` fit, and what broken-off writes left behind."""
-    for temporary in folder.glob(f".*{SUFFIX}.*.tmp"):
-        with suppress(OSError):
-            if time.time() - temporary.stat().st_mtime >= ABANDONED_S:
-                temporary.unlink()
-    files = []
-    for path in folder.glob(f"*{SUFFIX}"):
-        with suppress(OSError):  # another process deleted it
-            stat = path.stat()
-            if path != keep:
-                files.append((stat.st_mtime_ns, stat.st_size, path))
-    total = sum(size for _, size, _ in files)
-    for _, size, path in sorted(files):
-        if total <= limit_bytes:
-            break
-        with suppress(OSError):
-            path.unlink()
-        total -= size
-
-
 def chosen_by_user(folder: str | None) -> bool:
     """Whether TORCHINDUCTOR_CACHE_DIR is someone's choice: inductor itself sets it to its default on first use."""
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
@@ -258,57 +210,6 @@ def caches_are_off() -> bool:
     from torch._inductor import config
 
     return config.force_disable_caches or not config.fx_graph_cache
-
-
-def machine(device: str) -> dict[str, object]:
-    """Everything outside an engine that compiled code depends on."""
-    versions = {}
-    for name in LIBRARIES:
-        with suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    facts = {
-        "sources": _sources_digest(),
-        "package": __package__,
-        "python": [platform.python_implementation(), *sys.version_info[:3], sys.prefix],
-        "system": [platform.system(), platform.machine()],
-        "libraries": versions,
-        "torch": [torch.version.git_version, torch.version.cuda, torch.version.hip, os.path.dirname(torch.__file__)],
-        "cpu": _cpu(),
-        "threads": torch.get_num_threads(),
-        "variables": {
-            name: value
-            for name, value in sorted(os.environ.items())
-            if name.startswith(COMPILER_VARIABLES) and name not in FOLDER_VARIABLES
-        },
-    }
-    if device.startswith("cuda"):
-        properties = torch.cuda.get_device_properties(device)
-        driver = getattr(torch._C, "_cuda_getDriverVersion", lambda: None)()
-        facts["gpu"] = [properties.name, properties.major, properties.minor, properties.total_memory, driver]
-    elif device.startswith("xpu"):
-        facts["gpu"] = str(torch.xpu.get_device_properties(device))  # with its driver
-    return facts
-
-
-@functools.cache
-def _cpu() -> list[str]:
-    """The processor: kernels are compiled for exactly the instructions that it has."""
-    facts = [torch.backends.cpu.get_cpu_capability(), platform.processor()]
-    with suppress(OSError):  # Linux
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-        for wanted in ("model name", "flags", "Features"):
-            facts += [line.partition(":")[2].strip() for line in lines if line.startswith(wanted)][:1]
-    return facts
-
-
-@functools.cache
-def _sources_digest() -> str:
-    """This package's own sources: what is traced."""
-    digest = hashlib.sha256()
-    root = Path(__file__).parent
-    for path in sorted(root.rglob("*.py")):
-        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()
 
 
 def _no_precompiled_headers() -> AbstractContextManager:
@@ -328,12 +229,8 @@ def _private_folder() -> tempfile.TemporaryDirectory:
     return tempfile.TemporaryDirectory(prefix="flux-hotswap-", ignore_cleanup_errors=True)
 
 
-def _packed(content: Mapping[str, bytes]) -> bytes:
-    stream = io.BytesIO()
-    with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
-        for name, data in sorted(content.items()):
-            archive.writestr(zipfile.ZipInfo(name), data, zipfile.ZIP_DEFLATED)
-    return stream.getvalue()
+def _packed(data: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(zlib.compress(data, level=1)), dtype=torch.uint8)
 
 
 def _is_plain(name: str) -> bool:
@@ -343,7 +240,3 @@ def _is_plain(name: str) -> bool:
 
 def _region_of(name: str) -> str:
     return name.removeprefix(REGIONS).rpartition("-")[0]
-
-
-def _first_line(exc: BaseException) -> str:
-    return next((line.strip() for line in str(exc).splitlines() if line.strip()), type(exc).__name__)

@@ -38,7 +38,7 @@ class FusedLinear:
         name: the checkpoint's name without `.weight`, such as `double_blocks.0.img_attn.qkv`.
         parts: the diffusers linears that it holds, in row order, covering all rows.
         swap_halves: the checkpoint stores (shift, scale), diffusers wants (scale, shift).
-        narrow: in_features of the same linear in models that read less, whose inputs are the first of this one's; 0
+        narrow_in_features: of the same linear in models that read less, whose inputs are the first of this one's; 0
             where there are none.
         bias: whether it has one, (out_features,).
         per_picture: whether it runs once per picture, not on every token, as a modulation does.
@@ -48,7 +48,7 @@ class FusedLinear:
     in_features: int
     parts: tuple[LinearPart, ...]
     swap_halves: bool = False
-    narrow: int = 0
+    narrow_in_features: int = 0
     bias: bool = True
     per_picture: bool = False
 
@@ -104,7 +104,7 @@ class LoraTarget:
         in_features: columns of lora_A.
         out_features: rows of lora_B.
         swap_halves: lora_B's rows stand in the original checkpoint's order, see `FusedLinear`.
-        narrow: columns of lora_A in a LoRA for models that read less, see `FusedLinear`.
+        narrow_in_features: columns of lora_A in a LoRA for models that read less, see `FusedLinear`.
         bias: whether the linears have biases that a LoRA can change.
     """
 
@@ -112,14 +112,19 @@ class LoraTarget:
     in_features: int
     out_features: int
     swap_halves: bool
-    narrow: int = 0
+    narrow_in_features: int = 0
     bias: bool = True
 
     @classmethod
     def whole(cls, linear: FusedLinear) -> LoraTarget:
         """All of a linear, in the checkpoint's order."""
         return cls(
-            linear.parts, linear.in_features, linear.out_features, linear.swap_halves, linear.narrow, linear.bias
+            linear.parts,
+            linear.in_features,
+            linear.out_features,
+            linear.swap_halves,
+            linear.narrow_in_features,
+            linear.bias,
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from ..files import FileIdentity
 from .kinds.layers import Layer, VectorLayer
@@ -52,7 +53,7 @@ class Adapter:
         """Whether applying it takes the model's own weights."""
         return bool(self.vectors) or any(layer.reads_weight for layer in self.layers)
 
-    @property
+    @cached_property
     def only_adds(self) -> bool:
         """Whether its strength is a factor and no more: it only adds to weights, and to them alone."""
         return not self.vectors and all(layer.only_adds for layer in self.layers)

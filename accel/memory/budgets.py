@@ -10,8 +10,10 @@ from pathlib import Path
 
 import torch
 
+# Programs count memory in these; people, disks and the settings of the nodes in GB.
 MIB = 2**20
 GIB = 2**30
+GB = 10**9
 # cgroup v2: what a container may use, which the machine's own figures do not show.
 CGROUP = Path("/sys/fs/cgroup")
 
@@ -23,13 +25,18 @@ class PoolBudgets:
     Attributes:
         files_bytes: contents of LoRA files, in host memory.
         host_bytes: prepared stacks, in host memory; page-locked where the engine runs on CUDA.
-        device_bytes: stacks on the device, ready to bind; and once more half as much for strength changes. On a CPU
-            they are the prepared stacks themselves, and take nothing more.
+        device_bytes: stacks on the device, ready to bind. On a CPU they are the prepared stacks themselves, and take
+            nothing more.
     """
 
     files_bytes: int
     host_bytes: int
     device_bytes: int
+
+    @property
+    def strengths_bytes(self) -> int:
+        """What is kept on the device beside its stacks, so that their strengths change without another copy."""
+        return strengths_bytes(self.device_bytes)
 
     @classmethod
     def of_free_memory(cls, device: torch.device, reserved_bytes: int = 0) -> PoolBudgets:
@@ -52,8 +59,23 @@ class PoolBudgets:
 
 
 def device_pool_bytes(free_bytes: int) -> int:
-    """What LoRAs may keep of a device on which so much is free beside the model."""
+    """What stacks may keep of a device on which so much is free beside the model."""
     return _between(256 * MIB, free_bytes // 8, 2 * GIB)
+
+
+def strengths_bytes(pool_bytes: int) -> int:
+    """What changes of strength may keep beside a pool of stacks: the half of a stack that is its lora_B, unscaled."""
+    return pool_bytes // 2
+
+
+def with_strengths(pool_bytes: int) -> int:
+    """A pool of stacks and what changes of strength may keep beside it."""
+    return pool_bytes + strengths_bytes(pool_bytes)
+
+
+def without_strengths(lora_bytes: int) -> int:
+    """The pool of stacks of which `with_strengths` makes so much."""
+    return lora_bytes * 2 // 3
 
 
 def available_host_bytes() -> int:
@@ -77,7 +99,8 @@ def free_device_bytes(device: torch.device) -> int:
 def give_back_freed() -> None:
     """Give the system the pages that were freed, but lie between others on the C library's heap. Takes milliseconds.
 
-    glibc keeps them for itself otherwise: what a load frees of tensors that it has converted adds up to a GB.
+    glibc keeps them for itself otherwise, of tensors under 32 MB: what a load frees of those that it has converted adds
+    up to a GB.
     """
     trim = _malloc_trim()
     if trim is not None:

@@ -7,9 +7,11 @@ them, are new in an eighth of the time.
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import threading
 import weakref
+from collections.abc import Callable
 from contextlib import suppress
 
 import torch
@@ -49,11 +51,7 @@ class HostBuffers:
                 self._free.remove(block)
         if block is None:
             block = new_block(size)
-        view = memoryview(block)
-        tensor = torch.frombuffer(view, dtype=torch.uint8, count=size)
-        # The storage holds the view, and so do all tensors over it.
-        weakref.finalize(view, self._give_back, block, self._epoch).atexit = False
-        return tensor
+        return tensor_over(block, size, self._give_back, block, self._epoch)
 
     def prepare(self, size: int) -> None:
         """Have a buffer of this size ready: take its pages from the system now. For a background thread."""
@@ -83,3 +81,24 @@ def new_block(size: int) -> mmap.mmap:
         with suppress(OSError):  # a kernel without them
             block.madvise(mmap.MADV_HUGEPAGE)
     return block
+
+
+def address_of(block: mmap.mmap) -> int:
+    """Where a block's first byte is."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(block))
+
+
+def tensor_over(block: mmap.mmap, size: int, gone: Callable[..., None], *arguments: object) -> Tensor:
+    """The first `size` bytes of a block as a uint8 tensor.
+
+    Args:
+        block: of pages.
+        size: of the tensor.
+        gone: called with `arguments` when the last tensor over the block is gone: by any thread, in the middle of
+            anything that may collect garbage; and not at the end of the process.
+    """
+    view = memoryview(block)
+    tensor = torch.frombuffer(view, dtype=torch.uint8, count=size)
+    # The storage holds the view, and so do all tensors over it; the arguments hold the block, if it is among them.
+    weakref.finalize(view, gone, *arguments).atexit = False
+    return tensor

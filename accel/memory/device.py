@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import threading
-import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..hardware import Hardware
-from .buffers import new_block
+from .buffers import address_of, new_block, tensor_over
 from .host import HostPages
 
 # Runs of bytes and where they begin in a flat buffer.
@@ -255,14 +254,12 @@ class HostMemory:
                 raise torch.OutOfMemoryError(
                     f"tried to allocate {size:,} bytes; {self.bytes:,} of {self._limit_bytes:,} are in use"
                 )
-            view = memoryview(new_block(size))
-            tensor = torch.frombuffer(view, dtype=torch.uint8, count=size)
-            address = tensor.data_ptr()
+            block = new_block(size)
+            address = address_of(block)
             self._buffers.add(address)
             self.bytes += size
             self.peak_bytes = max(self.peak_bytes, self.bytes)
-        weakref.finalize(view, self._give_back, address, size).atexit = False
-        return tensor
+        return tensor_over(block, size, self._give_back, address, size)
 
     def _give_back(self, address: int, size: int) -> None:
         with self._lock:

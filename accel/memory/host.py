@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import threading
-import weakref
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
-from .buffers import new_block
+from .buffers import address_of, new_block, tensor_over
 
 Pin = Callable[[int, int], bool]
 Unpin = Callable[[int], None]
@@ -58,17 +56,14 @@ class HostPages:
             block = new_block(size)
         except OSError as exc:
             raise MemoryError(f"{size:,} bytes of host memory: {exc}") from exc
-        view = memoryview(block)
-        tensor = torch.frombuffer(view, dtype=torch.uint8, count=size)
-        address = tensor.data_ptr()
+        address = address_of(block)
         with self._lock:
             pinned = self._pin is not None and self._pinned_bytes + len(block) <= self._pin_limit_bytes
             pinned = pinned and self._pin(address, len(block))
             self._bytes += len(block)
             self._pinned_bytes += len(block) if pinned else 0
-        # The storage holds the view, and so do all tensors over it; this holds the pages until they are unlocked.
-        weakref.finalize(view, self._give_back, block, address, pinned).atexit = False
-        return tensor
+        # The block goes with it, so that its pages stay until they are unlocked.
+        return tensor_over(block, size, self._give_back, block, address, pinned)
 
     def _give_back(self, block: object, address: int, pinned: bool) -> None:
         with self._lock:

@@ -9,13 +9,11 @@ import torch
 
 from ..errors import SettingsError
 from ..hardware import hardware_of
-from ..memory.budgets import device_pool_bytes
+from ..memory.budgets import GB, device_pool_bytes, with_strengths
 from ..quantize.modes import MODES, find_mode
 from ..settings import Offload
 from ..spec import ModelSpec
 from .sizes import WeightSizes, Workload, weight_sizes
-
-GB = 10**9
 
 
 @dataclass(frozen=True)
@@ -153,8 +151,8 @@ def make_plan(demand: Demand, offload: Offload, room: Room) -> OffloadPlan:
 
 
 def lora_share(free_bytes: int) -> int:
-    """What LoRAs take of a device at most: their pool, and half as much for changes of strength."""
-    return device_pool_bytes(free_bytes) * 3 // 2
+    """What LoRAs take of a device at most: their pool, and what is kept for changes of strength."""
+    return with_strengths(device_pool_bytes(free_bytes))
 
 
 def refit(demand: Demand, offload: Offload, weights_bytes: float) -> OffloadPlan:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 
+from ..memory.budgets import GB
 from ..settings import Offload
-from .plan import GB, Demand, OffloadPlan, Room, lora_share, make_plan, refit
+from .plan import Demand, OffloadPlan, Room, lora_share, make_plan, refit
 
 # What the engine leaves free in addition after each time that memory ran out.
 SPARE_BYTES = GB

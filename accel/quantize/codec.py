@@ -2,6 +2,10 @@
 
 torchao's weights are tensor subclasses over plain tensors (`__tensor_flatten__`) with attributes that are constants,
 dtypes, enums, named tuples and dataclasses; those become JSON. Only torchao's own classes are made from it.
+
+Not `torchao.prototype.safetensors` (torchao 0.18): it takes a whole state dict apart at once, and the cache is written
+tensor by tensor; it looks at all tensors for each that it puts together; and it knows a list of torchao's classes, not
+those of a newer one, nor bitsandbytes' linears. As a prototype it may also write another format with every version.
 """
 
 from __future__ import annotations

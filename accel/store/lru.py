@@ -1,4 +1,8 @@
-"""Keep what was read and prepared, least recently used out first, within a budget of bytes."""
+"""Keep what was read and prepared, least recently used out first, within a budget of bytes.
+
+Where what counts is how many, `functools.lru_cache` does. cachetools' `LRUCache` (MIT) counts sizes too, but refuses a
+value that alone is over the budget, and leaves locking to its caller; both would be added around it here.
+"""
 
 from __future__ import annotations
 

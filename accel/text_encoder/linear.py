@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..linear.dynamic import quantize_rows
 from ..quantize import nf4
 
 Parts = dict[str, Tensor]
@@ -60,16 +61,12 @@ class RowScaled:
         """
         if self.per_tensor:
             raise ValueError("a format with one scale is read from files, not made")
-        integer = self.dtype == torch.int8
-        limit = 127.0 if integer else torch.finfo(self.dtype).max
         values = torch.empty(weight.shape, dtype=self.dtype, device=weight.device)
         scale = torch.empty(weight.shape[0], 1, dtype=torch.float32, device=weight.device)
         rows = max(1, CHUNK // weight.shape[1])
         for source, target, factor in zip(weight.split(rows), values.split(rows), scale.split(rows), strict=True):
-            run = source.float()
-            factor.copy_(run.abs().amax(dim=1, keepdim=True) / limit).clamp_min_(torch.finfo(torch.float32).tiny)
-            run = run / factor
-            target.copy_((run.round_() if integer else run).clamp_(-limit, limit))
+            for kept, made in zip((target, factor), quantize_rows(source, self.dtype), strict=True):
+                kept.copy_(made)
         return {"weight": values, "scale": scale}
 
     def dequantize(self, parts: Parts, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:

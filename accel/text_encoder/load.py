@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -132,11 +130,3 @@ class EncoderWeights:
     def _set(self, name: str, value: Tensor) -> None:
         owner, _, parameter = name.rpartition(".")
         setattr(self.module.get_submodule(owner), parameter, nn.Parameter(value, requires_grad=False))
-
-
-def trim_heap() -> None:
-    """Have the C library give freed memory back: glibc keeps tensors of less than 32 MB, which most of nf4's are."""
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
-        if trim is not None:
-            trim(0)

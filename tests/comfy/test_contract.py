@@ -100,6 +100,14 @@ def test_everything_that_the_pack_names_of_comfyui_is_listed(core, contract):
     assert found - listed == set()
 
 
+def test_every_family_has_its_half_for_comfyui(core, contract):
+    registry = core("nodes.families.registry")
+    assert set(registry.FOLDERS) == {family.name for family in core("accel.families.registry").FAMILIES}
+    assert all(family.name == name for name, family in registry.families().items())
+    assert set(registry.reliances()) < set(contract.RELIANCES)
+    assert dict(registry.nameless_weights()) == {name: [] for name in registry.FOLDERS}
+
+
 LACKS = {
     "comfy.model_patcher:ModelPatcher.partially_load": (["left out", "Text Encoder"], TAKES_THE_MODEL | {
         "FluxTextEncoderLoader"}),

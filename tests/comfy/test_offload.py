@@ -7,7 +7,8 @@ import torch
 import torch._dynamo
 
 from accel.checkpoint import inspect_checkpoint
-from accel.offload.plan import GB, demand_of, lora_share
+from accel.memory.budgets import GB
+from accel.offload.plan import demand_of, lora_share
 from accel.settings import DTYPES
 from harness.graphs import Picture, graph, latents, node
 

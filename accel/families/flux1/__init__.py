@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from ...files import TensorInfo
-from ..base import Autoencoder, BlockWeights, Family, LoraNames, TextEncoder, Workspace
+from ..base import Autoencoder, BlockWeights, Family, LoraNames, Region, TextEncoder, Workspace
 from ..layout import Layout
 from .activations import activation_bytes
 from .config import AXES_DIM, DIFFUSERS, HEAD_DIM, INPUTS, PATCH_SIZE, Flux1Config
@@ -93,23 +93,24 @@ class Flux1(Family[Flux1Config]):
         """Heads of 128."""
         return config.num_heads, HEAD_DIM
 
-    def regions(self, attention: Attention) -> tuple[Callable, Callable]:
+    def regions(self, attention: Attention) -> tuple[Region, Region]:
         """The functions that run a double and a single block."""
         from .regions import block_regions
 
         return block_regions(attention)
 
-    def whole(self, attention: Attention) -> Callable:
+    def whole(self, attention: Attention) -> Region:
         """The function that runs all blocks."""
         from .regions import whole_region
 
         return whole_region(attention)
 
     def forward(
-        self, config: Flux1Config, model: nn.Module, regions: Sequence[Callable], weights: BlockWeights | None = None
+        self, config: Flux1Config, model: nn.Module, regions: Sequence[Region], weights: BlockWeights | None = None
     ) -> Flux1Forward:
         """See `forward.Flux1Forward`."""
-        return Flux1Forward(config, model, *regions, weights=weights)
+        double, single, *whole = regions
+        return Flux1Forward(config, model, double, single, whole[0] if whole else None, weights)
 
     def activation_bytes(
         self, config: Flux1Config, tokens: int, dtype: torch.dtype, workspace: Workspace, compiled: bool

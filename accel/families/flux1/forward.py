@@ -23,7 +23,10 @@ from ...step_cache import StepCall
 from ..base import BlockWeights
 from .config import TIMESTEP_DIM, Flux1Config
 from .inputs import BlockState, Flux1Inputs, Hooks, Residuals
-from .positions import Placement, RotaryTables, image_ids, pack, pad_to_patches, place, rotary_table, unpack
+from .positions import Placement, image_ids, pack, pad_to_patches, place, rotary_table, table_of, unpack
+
+# Placements whose rotary tables are kept.
+ROTARY_TABLES = 8
 
 DoubleBlock = Callable[[nn.Module, Tensor, Tensor, Tensor, Tensor, "Tensor | None"], tuple[Tensor, Tensor]]
 SingleBlock = Callable[[nn.Module, Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
@@ -59,7 +62,8 @@ class Flux1Forward:
         self._single = single
         self._whole = whole
         self._weights = weights
-        self._rotary = RotaryTables()
+        # So that a step of the same size computes none.
+        self._rotary = functools.lru_cache(maxsize=ROTARY_TABLES)(table_of)
 
     def __call__(self, inputs: Flux1Inputs) -> Tensor:
         """Predict the velocity, ``b 16 height width`` in the transformer's dtype.
@@ -81,7 +85,7 @@ class Flux1Forward:
                 inputs.hooks, placement, hidden_states, encoder_hidden_states
             )
         else:
-            rotary = self._rotary.get(placement, latent.device)
+            rotary = self._rotary(placement, latent.device)
 
         state = BlockState(
             hidden_states,

@@ -31,7 +31,7 @@ def _embedders(config: Flux1Config) -> Iterator[FusedLinear]:
     hidden = config.hidden_size
     # Fill, Canny and Depth read the noisy latents first, as FLUX.1-dev does, and their pictures behind them.
     narrow = config.out_channels if config.in_channels > config.out_channels else 0
-    yield FusedLinear.of("img_in", config.in_channels, ("x_embedder", hidden), narrow=narrow)
+    yield FusedLinear.of("img_in", config.in_channels, ("x_embedder", hidden), narrow_in_features=narrow)
     yield FusedLinear.of("txt_in", config.context_dim, ("context_embedder", hidden))
     embedders = [("time_in", "timestep_embedder", TIMESTEP_DIM), ("vector_in", "text_embedder", config.pooled_dim)]
     if config.guidance:

@@ -83,7 +83,7 @@ def lora_linears(layout: Layout) -> dict[str, LoraTarget]:
         for index, part in enumerate(linear.parts):
             # A LoRA in diffusers' names already stands in diffusers' row order: nothing to swap.
             rows = (LinearPart(part.module, 0, part.rows),)
-            alone = LoraTarget(rows, linear.in_features, part.rows, False, linear.narrow)
+            alone = LoraTarget(rows, linear.in_features, part.rows, False, linear.narrow_in_features)
             names[part.module] = alone
             names |= dict.fromkeys(_renamed(part.module, LYCORIS), alone)
             if len(linear.parts) > 1:

@@ -8,7 +8,6 @@ of positions follow ComfyUI's comfy/ldm/flux/model.py.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -184,21 +183,7 @@ def rotary_table(ids: Tensor) -> Tensor:
     return torch.stack([table.cos(), table.sin()])[:, :, None].float().to(device)
 
 
-class RotaryTables:
-    """The rotary tables of recent placements, so that a step of the same size computes none."""
-
-    def __init__(self, capacity: int = 8) -> None:
-        """Keep the tables of up to `capacity` placements (about 2 MB each at 1024×1024)."""
-        self._capacity = capacity
-        self._tables: OrderedDict[tuple[Placement, torch.device], Tensor] = OrderedDict()
-
-    def get(self, placement: Placement, device: torch.device) -> Tensor:
-        """The table of a placement, see `rotary_table`; computed the first time."""
-        key = (placement, device)
-        if key not in self._tables:
-            text = torch.zeros(placement.text_tokens, 3, device=device)
-            self._tables[key] = rotary_table(torch.cat([text, image_ids(placement, device)]))
-            if len(self._tables) > self._capacity:
-                self._tables.popitem(last=False)
-        self._tables.move_to_end(key)
-        return self._tables[key]
+def table_of(placement: Placement, device: torch.device) -> Tensor:
+    """The rotary table of a placement, see `rotary_table`: (2, 1, 1, N, 64) float32, about 2 MB at 1024×1024."""
+    text = torch.zeros(placement.text_tokens, 3, device=device)
+    return rotary_table(torch.cat([text, image_ids(placement, device)]))

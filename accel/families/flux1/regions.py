@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
 from ...attention import Attention
+from ..base import Region
 from .blocks import double_block, single_block
 
 
-def block_regions(attention: Attention) -> tuple[Callable, Callable]:
+def block_regions(attention: Attention) -> tuple[Region, Region]:
     """The functions that run a double and a single block."""
 
     def double(block, hidden_states, encoder_hidden_states, temb, rotary, mask):
@@ -22,7 +21,7 @@ def block_regions(attention: Attention) -> tuple[Callable, Callable]:
     return double, single
 
 
-def whole_region(attention: Attention) -> Callable:
+def whole_region(attention: Attention) -> Region:
     """The function that runs all blocks."""
 
     def whole(model, hidden_states, encoder_hidden_states, temb, rotary, mask):

@@ -49,7 +49,8 @@ class DeviceLoras:
 
     Buffers are reused, and so are the views of them when the next stack has the same layout (LoRAs from one
     trainer usually have): then switching costs one copy and no allocation. The buffer that is bound is never
-    overwritten, so a copy that fails leaves the model as it was.
+    overwritten, so a copy that fails leaves the model as it was. No `ByteLru`, which would drop what is bound like
+    any other, and let go of the buffer that is to be used again.
     """
 
     def __init__(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from ...files import FileIdentity
-from ...memory.budgets import PoolBudgets, pinned_bytes
+from ...memory.budgets import MIB, PoolBudgets, pinned_bytes
 from ...memory.buffers import HostBuffers
 from ...memory.device import DeviceMemory, memory_of
 from ...spec import ModelSpec
@@ -23,7 +23,7 @@ from ..stack import LoraStack
 from .device import DeviceLoras, Prepared
 from .slots import LoraSlots
 
-BUFFERS_BYTES = 512 * 2**20
+BUFFERS_BYTES = 512 * MIB
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class LoraLibrary:
         self._pin = self._memory.pin
         self._files: ByteLru[Adapter] = ByteLru(budgets.files_bytes, lambda adapter: adapter.bytes)
         self._host: ByteLru[Prepared] = ByteLru(budgets.host_bytes, self._host_bytes)
-        self._unscaled: ByteLru[UnscaledB] = ByteLru(budgets.device_bytes // 2, lambda values: values.bytes)
+        self._unscaled: ByteLru[UnscaledB] = ByteLru(budgets.strengths_bytes, lambda values: values.bytes)
         self._loras: DeviceLoras | None = None
         self._generation = 0
 
@@ -145,7 +145,7 @@ class LoraLibrary:
     def attach(self, slots: LoraSlots, budgets: PoolBudgets) -> None:
         """Begin to serve a model's slots, within budgets of the memory that is free now."""
         self._files.budget_bytes, self._host.budget_bytes = budgets.files_bytes, budgets.host_bytes
-        self._unscaled.budget_bytes = budgets.device_bytes // 2
+        self._unscaled.budget_bytes = budgets.strengths_bytes
         self._slots = slots
         separate, upload = self._memory.separate, self._memory.upload
         self._loras = DeviceLoras(

@@ -23,11 +23,10 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from ...errors import LoraError
 from ...families.layout import LoraTarget
 from . import dora
 from .base import ALPHA, Change, Converted, Values
-from .bias import Bias
+from .bias import Bias, require_bias
 from .difference import Difference
 from .glora import Glora
 from .loha import Loha
@@ -36,7 +35,7 @@ from .lora import Lora
 from .lowrank import Factors, Tolerance
 from .oft import Oft
 from .refused import refuse
-from .shapes import INSTEAD, Shapes, TensorHeader
+from .shapes import Shapes, TensorHeader
 from .table import KindTable
 
 KINDS = KindTable(
@@ -70,12 +69,8 @@ def check_change(source: str, name: str, target: LoraTarget, headers: Mapping[st
     """
     refuse(source, headers)
     kind = KINDS.recognise(source, name, headers)
-    for role in KINDS.bias_roles & headers.keys():
-        if not target.bias:
-            raise LoraError(
-                f"{source}: '{headers[role].key}' changes a bias of '{name}', which has none in this model. {INSTEAD}"
-            )
     shapes = Shapes(source, name, target, headers)
+    require_bias(shapes, KINDS.bias_roles)
     rank = kind.check(shapes)
     KINDS.bias.check(shapes)
     if ALPHA in shapes:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import ClassVar
 
 from torch import Tensor
 
+from ...errors import LoraError
 from ...families.layout import LoraTarget
 from ...tensors import own_vector
 from .base import Change, Converted, Kind, Values
 from .layers import VectorLayer, split_bias
-from .shapes import Shapes
+from .shapes import INSTEAD, Shapes
 
 
 class Bias(Kind):
@@ -37,3 +38,21 @@ class Bias(Kind):
         if "diff_b" not in tensors:
             return ()
         return split_bias(target, own_vector(tensors["diff_b"]), 1.0)
+
+
+def require_bias(shapes: Shapes, roles: Collection[str]) -> None:
+    """Refuse what changes a bias where the linears have none.
+
+    Args:
+        shapes: of a change of any kind.
+        roles: of all tensors that change a bias.
+
+    Raises:
+        LoraError: there is one.
+    """
+    for role, header in shapes.headers.items():
+        if role in roles and not shapes.target.bias:
+            raise LoraError(
+                f"{shapes.source}: '{header.key}' changes a bias of '{shapes.name}', which has none in this model. "
+                f"{INSTEAD}"
+            )

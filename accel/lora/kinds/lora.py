@@ -52,7 +52,7 @@ class Lora(Kind):
         shapes.need("B", "lora_up / lora_B")
         rank, columns = shapes.matrix("A")
         rows, other = shapes.matrix("B")
-        shapes.expect("A", columns in (target.in_features, target.narrow), f"(rank, {target.in_features})")
+        shapes.expect("A", columns in (target.in_features, target.narrow_in_features), f"(rank, {target.in_features})")
         shapes.expect("B", rows == target.out_features, f"({target.out_features}, rank)")
         if rank != other:
             raise LoraError(
@@ -72,7 +72,7 @@ class Lora(Kind):
         if "mid" in tensors:
             lora_A = to_float(tensors["mid"]).flatten(1) @ to_float(lora_A)
         if lora_A.shape[1] < target.in_features:
-            # For a model that reads less, see `FusedLinear.narrow`: what is read besides does not concern it.
+            # For a model that reads less, see `FusedLinear`: what this one reads besides does not concern it.
             lora_A = nn.functional.pad(to_float(lora_A), (0, target.in_features - lora_A.shape[1]))
         layers = split_low_rank(target, lora_A, lora_B, values.scaling)
         if "up_bias" not in tensors:

@@ -2,71 +2,58 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from contextlib import suppress
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ...files import FileIdentity
+from ...store.disk import DamagedError, DiskStore
+from ...store.entry import Key
 from ..kinds.base import Change, product_factors
 from ..kinds.lowrank import Factors, Tolerance
 
-# Part of every file's name: another way to compute or to store the matrices is another version.
-VERSION = 1
+# Part of every key: another way to compute the matrices is another version.
+VERSION = 2
+SUFFIX = ".flux-hotswap-factors.safetensors"
+LIMIT_BYTES = 10**10
 
 
 class FactorCache:
-    """One safetensors file per LoRA file, written whole or not at all; a damaged one is computed anew."""
+    """One entry of a disk store per LoRA file. What is damaged or cannot be stored costs seconds, and no message."""
 
     def __init__(self, folder: str | os.PathLike[str], identity: FileIdentity, tolerance: Tolerance) -> None:
-        """Name the cache file of one state of a LoRA file; touches no disk."""
-        key = json.dumps([VERSION, identity.path, identity.mtime_ns, identity.size_bytes, repr(tolerance)])
-        self.path = Path(folder) / f"lora-{hashlib.sha256(key.encode()).hexdigest()[:24]}.safetensors"
+        """Name the entry of one state of a LoRA file; touches no disk."""
+        self._store = DiskStore(os.fspath(folder), SUFFIX, LIMIT_BYTES)
+        self._key = Key.of({
+            "version": VERSION, "path": identity.path, "mtime_ns": identity.mtime_ns,
+            "size_bytes": identity.size_bytes, "tolerance": repr(tolerance),
+        })  # fmt: skip
 
     def load(self, changes: Sequence[Change]) -> dict[str, Factors] | None:
-        """Name of a change -> its factors; None if they are not all there and whole."""
+        """Name of a change -> its factors, float32; None if they are not all there and whole."""
         try:
-            with safe_open(self.path, framework="pt", device="cpu") as handle:
-                errors = json.loads((handle.metadata() or {})["errors"])
-                found = {}
-                for change in changes:
-                    error, norm, digest = errors[change.name]
-                    factors = Factors(
-                        handle.get_tensor(f"{change.name}.A").clone(),
-                        handle.get_tensor(f"{change.name}.B").clone(),
-                        error,
-                        norm,
-                    )
-                    if not _fits(factors, change) or digest != _digest(factors):
-                        return None
-                    found[change.name] = factors
-                return found
-        except (OSError, SafetensorError, KeyError, ValueError, TypeError):
+            entry = self._store.open(self._key)
+        except DamagedError:
             return None
+        found = {}
+        for change in changes:
+            if entry is None or change.name not in entry.content:
+                return None
+            # Copies, so that the file may be replaced.
+            lora_A, lora_B = (entry.tensors[f"{change.name}.{side}"].clone() for side in "AB")
+            found[change.name] = Factors(lora_A, lora_B, *entry.content[change.name])
+            if not _fits(found[change.name], change):
+                return None
+        return found
 
     def store(self, factors: Mapping[str, Factors]) -> None:
         """Write all factors at once. A full or read-only disk costs the next time, not this one."""
-        tensors, errors = {}, {}
-        for name, value in factors.items():
-            tensors[f"{name}.A"], tensors[f"{name}.B"] = value.lora_A.contiguous(), value.lora_B.contiguous()
-            errors[name] = (value.error, value.norm, _digest(value))
-        with contextlib.suppress(OSError, SafetensorError):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor, temporary = tempfile.mkstemp(dir=self.path.parent, suffix=".tmp")
-            os.close(descriptor)
-            try:
-                save_file(tensors, temporary, metadata={"errors": json.dumps(errors)})
-                os.replace(temporary, self.path)
-            except BaseException:
-                os.unlink(temporary)
-                raise
+        tensors = {f"{name}.A": value.lora_A for name, value in factors.items()}
+        tensors |= {f"{name}.B": value.lora_B for name, value in factors.items()}
+        with suppress(OSError):
+            self._store.put(self._key, tensors, {name: (value.error, value.norm) for name, value in factors.items()})
 
 
 def _fits(factors: Factors, change: Change) -> bool:
@@ -74,14 +61,6 @@ def _fits(factors: Factors, change: Change) -> bool:
         factors.lora_A.shape == (factors.rank, change.target.in_features)
         and factors.lora_B.shape == (change.target.out_features, factors.rank)
     )
-
-
-def _digest(factors: Factors) -> str:
-    """Tells flipped bits and half-written files from what was stored."""
-    content = hashlib.blake2b(digest_size=8)
-    for matrix in (factors.lora_A, factors.lora_B):
-        content.update(memoryview(matrix.contiguous().numpy()).cast("B"))
-    return content.hexdigest()
 
 
 class Products:

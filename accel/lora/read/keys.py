@@ -194,7 +194,7 @@ def _check_inputs(file: TensorFile, spec: ModelSpec, keys: _Sorted) -> None:
         if target.parts[0].module != spec.family.image_embedder or len(shape) != 2:
             continue
         reads = spec.family.inputs.get(shape[1])
-        if reads is not None and shape[1] not in (target.in_features, target.narrow):
+        if reads is not None and shape[1] not in (target.in_features, target.narrow_in_features):
             instead = "Choose that model in Accelerated Flux Loader. " if reads.runs else ""
             raise LoraError(
                 f"LoRA '{file.name}': '{headers['A'].key}' is {shape}, expected (rank, {target.in_features}): it is "

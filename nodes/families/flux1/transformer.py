@@ -19,7 +19,6 @@ class Flux1Transformer(EngineTransformer):
     """An engine of FLUX.1, called like `comfy.ldm.flux.model.Flux`."""
 
     patch_size = PATCH_SIZE
-    pixels_per_latent = 8
     inside_blocks = ("attn1_patch", "attn1_output_patch")
 
     def forward(
