@@ -24,6 +24,8 @@ from benchmarks.random_checkpoint import random_spec, write_checkpoint
 from benchmarks.timing import CPU, Stopwatch
 from harness.paths import REPO
 
+pytestmark = pytest.mark.slow
+
 # What each row must report, by stage: numbers above zero.
 NUMBERS = {
     ("device", "device"): ["bf16_product_tflops", "copy_gb_per_s", "upload_pinned_gb_per_s"],

@@ -129,7 +129,8 @@ def peak_of(engine, workload):
 
 
 @pytest.mark.parametrize(
-    ("quantization", "compile"), [("none", "off"), ("int8", "off"), ("nf4", "off"), ("none", "regional")]
+    ("quantization", "compile"),
+    [("none", "off"), ("int8", "off"), ("nf4", "off"), pytest.param("none", "regional", marks=pytest.mark.slow)],
 )
 def test_activations_are_near_the_measured_peak(spec, quantization, compile):
     # Large enough that what a CPU's kernels take for themselves does not count.
