@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import accel.compile.compiler
 import accel.lora.hold.device
 from accel.checkpoint import inspect_checkpoint
 from accel.compile.tracing import batch_can_be_unbacked
