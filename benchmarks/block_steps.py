@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from accel.attention import Attention, Target, choose_attention
 from accel.compile.compiler import RegionCompiler
-from accel.engine import Silent
 from accel.families.flux1 import Flux1, Flux1Config
 from accel.families.flux1.blocks import double_block, single_block
 from accel.families.flux1.positions import rotary_table
@@ -20,6 +19,7 @@ from accel.lora.hold.slots import Bindings, LoraSlots
 from accel.lora.kinds.layers import LoraLayer
 from accel.lora.pack.flat import flatten
 from accel.lora.stack import LoraStack
+from accel.observer import Silent
 
 from .block_variants import PEFT_ADAPTER, add_peft, block_modules, one_of_each, quantize_blocks, without_lora_layers
 from .flux_loras import block_linears, meta_model
@@ -71,6 +71,7 @@ class Steps:
 
     Attributes:
         attention: the backend that they run.
+        regions: the compiled blocks, by the variant's name.
     """
 
     def __init__(self, case: Case) -> None:
@@ -78,20 +79,20 @@ class Steps:
         config, device = one_of_each(case.hidden), case.device
         self._case = case
         self._scope = RegionCompiler(case.compile, Silent())  # dynamo's options, the same for all
-        bare = _random_model(config, device)
-        peft = _sharing_weights(bare, config)
+        bare = random_model(config, device)
+        peft = sharing_weights(bare, config)
         add_peft(peft, config, 16)
         if case.mode != "none":
             quantize_blocks(bare, config, case.mode)
             for name in block_modules(config):
                 peft.get_submodule(name).base_layer = bare.get_submodule(name)
-        ours = _sharing_weights(bare, config)
+        ours = sharing_weights(bare, config)
         self._slots = LoraSlots(ours, block_modules(config), device)
-        loras = [_random_lora(config, 16, seed) for seed in range(STACK)]
-        stacks = {"rank16": loras[:1], "rank128": [_random_lora(config, 128, STACK)], "stack4": loras}
+        loras = [random_lora(config, 16, seed) for seed in range(STACK)]
+        stacks = {"rank16": loras[:1], "rank128": [random_lora(config, 128, STACK)], "stack4": loras}
         self._bindings = {"empty": self._slots.empty, **{name: self._bound(each) for name, each in stacks.items()}}
         self._slots.bind(self._slots.empty)
-        _fill_peft(peft, loras[0], device)
+        fill_peft(peft, loras[0], device)
         target = Target(device, DTYPE, *Flux1().heads(config), compiled=case.compile != "off")
         attention = choose_attention(case.attention, target)
         self.attention = attention.name
@@ -100,7 +101,7 @@ class Steps:
             return _Regions(model, adapt, attention.attention, case.compile)
 
         own = regions(ours, lambda function: function)
-        self._regions = {
+        self.regions = {
             "none": regions(bare, without_lora_layers),
             **dict.fromkeys(self._bindings, own),
             "peft_rank16": regions(peft, without_lora_layers),
@@ -144,7 +145,7 @@ class Steps:
         Raises:
             BenchmarkError: a variant compiled again.
         """
-        for name, regions in self._regions.items():
+        for name, regions in self.regions.items():
             expected = 0 if self._case.compile == "off" else 2
             if regions.compiler.count != expected:
                 raise BenchmarkError(f"{name}: {regions.compiler.count} compiles, expected {expected}.")
@@ -167,7 +168,7 @@ class Steps:
 
     def _run(self, name: str) -> None:
         with torch.inference_mode(), self._scope.scope():
-            self._output = self._regions[name](*self._inputs)
+            self._output = self.regions[name](*self._inputs)
 
     def _check(self, name: str) -> None:
         distance = _distance(self._output, self._outputs[name])
@@ -203,7 +204,8 @@ class _Regions:
         return self._single(self._model.single_transformer_blocks[0], joined, temb, rotary)
 
 
-def _random_model(config: Flux1Config, device: torch.device) -> nn.Module:
+def random_model(config: Flux1Config, device: torch.device) -> nn.Module:
+    """A model whose outputs are about as large as its inputs, and differ in every channel."""
     generator = torch.Generator(device).manual_seed(0)
     model = meta_model(config)
     for module in model.modules():
@@ -219,7 +221,8 @@ def _random_model(config: Flux1Config, device: torch.device) -> nn.Module:
     return model
 
 
-def _sharing_weights(source: nn.Module, config: Flux1Config) -> nn.Module:
+def sharing_weights(source: nn.Module, config: Flux1Config) -> nn.Module:
+    """A model of its own over another one's weights: the same Parameters, quantized layers included."""
     model = meta_model(config)
     for name, module in source.named_modules():
         own = model.get_submodule(name)
@@ -230,7 +233,8 @@ def _sharing_weights(source: nn.Module, config: Flux1Config) -> nn.Module:
     return model
 
 
-def _random_lora(config: Flux1Config, rank: int, seed: int) -> Adapter:
+def random_lora(config: Flux1Config, rank: int, seed: int) -> Adapter:
+    """A LoRA on every linear of both blocks."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(rows: int, columns: int, scale: float) -> Tensor:
@@ -246,7 +250,8 @@ def _random_lora(config: Flux1Config, rank: int, seed: int) -> Adapter:
     return Adapter(FileIdentity(f"rank {rank}, seed {seed}", 0, 0), layers, ())
 
 
-def _fill_peft(model: nn.Module, lora: Adapter, device: torch.device) -> None:
+def fill_peft(model: nn.Module, lora: Adapter, device: torch.device) -> None:
+    """Give PEFT's layers what a LoRA holds, with its strength in B."""
     for layer in lora.layers:
         module = model.get_submodule(layer.module)
         for half, value in ((module.lora_A, layer.lora_A), (module.lora_B, layer.lora_B.float() * STRENGTH)):

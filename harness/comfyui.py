@@ -70,7 +70,7 @@ def fetch(version: str | None = None) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".partial-", dir=target.parent) as partial:
         unpacked = Path(partial) / "ComfyUI"
-        _unpack(_download(wanted, Path(partial)), unpacked)
+        unpack(_download(wanted, Path(partial)), unpacked)
         _check_version(unpacked, wanted)
         try:
             os.replace(unpacked, target)
@@ -99,7 +99,7 @@ def _download(version: str, folder: Path) -> Path:
     return archives[0]
 
 
-def _unpack(archive: Path, target: Path) -> None:
+def unpack(archive: Path, target: Path) -> None:
     """Write the files below */vendor/ComfyUI of the archive to target, and nothing else.
 
     Links are refused and permissions are not taken over, so nothing can land or point outside the target.

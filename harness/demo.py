@@ -19,11 +19,12 @@ from typing import Any
 
 from PIL import Image
 
-from harness.client import Client, ComfyError, Event, PromptResult
+from harness.client import Client
 from harness.comfyui import FetchError
 from harness.demo_report import DemoFailed, DemoPrompt, Row, contact_sheet, read_report, readable, table
 from harness.graphs import Graph
 from harness.paths import CACHE, REPO
+from harness.prompt_result import ComfyError, Event, PromptResult
 from harness.server import ComfyServer, ServerFailed
 
 WORKFLOW = REPO / "workflows" / "api" / "flux_hotswap_pocket.json"
@@ -185,7 +186,8 @@ def _save(image: Image.Image, path: Path) -> None:
     os.replace(partial, path)
 
 
-def _check(rows: Sequence[Row]) -> None:
+def check_recompiles(rows: Sequence[Row]) -> None:
+    """Raise `DemoFailed` where a prompt made the model recompile."""
     recompiled = [f"'{row.prompt.name}': {row.report.recompiles}" for row in rows if row.report.recompiles]
     if recompiled:
         raise DemoFailed(f"Prompts made the model recompile ({', '.join(recompiled)}), expected 0 for all.")
@@ -203,7 +205,7 @@ def main(arguments: list[str] | None = None) -> int:
         rows = run(options.output, lambda line: print(f"[demo] {line}", flush=True), options.rounds)
         print(f"\n{table(rows)}\n\n{_EXPLANATION}")
         print(f"Contact sheet: {readable(options.output / CONTACT_SHEET)}", flush=True)
-        _check(rows)
+        check_recompiles(rows)
     except (DemoFailed, ComfyError) as error:
         print(f"error: {error}\nThe server's whole log: {BASE / 'comfyui.log'}", file=sys.stderr)
         return 1

@@ -78,12 +78,12 @@ def install_torch(version: str) -> None:
         return
     _pip_install(*requirements)
     _pip_install("--no-deps", torchaudio)
-    if not _imports("torchaudio"):
-        _drop_extension_of_torchaudio()
+    if not imports("torchaudio"):
+        drop_extension_of_torchaudio()
     _stamp("torch", key)
 
 
-def _drop_extension_of_torchaudio() -> None:
+def drop_extension_of_torchaudio() -> None:
     """Leave torchaudio's Python alone: its extension refuses a torch for another CUDA than its own.
 
     No test hears, but ComfyUI imports torchaudio at start.
@@ -91,12 +91,12 @@ def _drop_extension_of_torchaudio() -> None:
     removed = [path for path in VENV.rglob("torchaudio/lib/_torchaudio.*") if path.is_file()]
     for path in removed:
         path.unlink()
-    if not _imports("torchaudio"):
+    if not imports("torchaudio"):
         raise SetupError(f"{VENV}: torchaudio does not load, and ComfyUI does not start without: choose another torch.")
     _say(f"removed {removed[0].name} of torchaudio, which does not load with this torch")
 
 
-def _imports(module: str) -> bool:
+def imports(module: str) -> bool:
     """Whether the environment can import a module."""
     return not subprocess.call([str(VENV_PYTHON), "-I", "-c", f"import {module}"], stderr=subprocess.DEVNULL)
 
@@ -114,7 +114,8 @@ def comfyui_requirements() -> list[str]:
     """The lines of ComfyUI's own requirements.txt that the harness installs."""
     path = comfyui.source_path() / "requirements.txt"
     lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    return [line for line in lines if line and not line.startswith("#") and _name(line) not in NOT_FROM_COMFYUI]
+    listed = [line for line in lines if line and not line.startswith("#")]
+    return [line for line in listed if requirement_name(line) not in NOT_FROM_COMFYUI]
 
 
 def install_comfyui_requirements() -> None:
@@ -178,7 +179,7 @@ def _pip_install(*arguments: str) -> None:
         )
 
 
-def _name(requirement: str) -> str:
+def requirement_name(requirement: str) -> str:
     """The normalized distribution name at the start of a requirement line."""
     return re.split(r"[\s<>=!~;\[]", requirement, maxsplit=1)[0].lower().replace("_", "-")
 

@@ -12,6 +12,8 @@ from harness.paths import CACHE, REPO
 
 # Compiles are shared with the server's and with earlier runs': a cold one takes a minute.
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(CACHE / "inductor"))
+# Every process that compiles would start another, which imports torch for Triton's kernels: a CPU needs none of them.
+os.environ.setdefault("TORCH_WARM_POOL", "0")
 
 PACK_ALIAS = "flux_hotswap_pack"
 # Fixtures that start a server or another process, train or compile: whatever uses one is slow.

@@ -188,7 +188,7 @@ def test_goals():
 # What follows breaks the work that is measured: each check must be able to fail.
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def loras():
     return [flux_loras.random_lora(flux_loras.QUICK, f"lora-{seed}", seed) for seed in range(LORA_COUNT)]
 
@@ -196,6 +196,12 @@ def loras():
 @pytest.fixture
 def switch(loras, tmp_path):
     return Switch(flux_loras.QUICK, loras, ColdFiles(tmp_path), CPU)
+
+
+@pytest.fixture(scope="module")
+def pooled(loras):
+    """One for all tests, as all its variants take turns on one when they are measured."""
+    return Pooled(flux_loras.QUICK, loras, CPU)
 
 
 def variant_of(variants, name):
@@ -271,15 +277,15 @@ def test_loras_differ_by_seed_and_strength(loras):
 
 
 @pytest.mark.parametrize("name", ["stack3", "multiply", "strength", "prefetched", "rank64_hot", "rank128_hot"])
-def test_a_pooled_switch_that_does_nothing_is_noticed(loras, name):
-    variant = variant_of(Pooled(flux_loras.QUICK, loras, CPU).variants(), name)
+def test_a_pooled_switch_that_does_nothing_is_noticed(pooled, name):
+    variant = variant_of(pooled.variants(), name)
     interleave([variant], rounds=2, warm_up=0)
     with pytest.raises(BenchmarkError, match=f"^{name}: "):
         interleave([dataclasses.replace(variant, run=lambda: None)], rounds=1, warm_up=0)
 
 
-def test_a_product_that_is_not_made_is_noticed(loras, monkeypatch):
-    variant = variant_of(Pooled(flux_loras.QUICK, loras, CPU).variants(), "strength")
+def test_a_product_that_is_not_made_is_noticed(pooled, monkeypatch):
+    variant = variant_of(pooled.variants(), "strength")
     interleave([variant], rounds=2, warm_up=0)
     monkeypatch.setattr(UnscaledB, "multiply", lambda self, entries, flat: None)
     with pytest.raises(BenchmarkError, match=r"^strength: lora_B"):

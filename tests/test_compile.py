@@ -25,6 +25,8 @@ from accel.quantize import find_mode
 from accel.settings import COMPILE_MODES
 from harness.paths import REPO
 
+pytestmark = pytest.mark.slow
+
 WIDTH = 32
 
 

@@ -138,9 +138,9 @@ def test_recompiles_fail_the_demo(tmp_path):
     prompt = demo.PROMPTS[0]
     good, bad = (Row(prompt, 1.0, Report("x", 1.0, "hot", count, 0.0), tmp_path / "x.png") for count in (0, 2))
 
-    demo._check([good])
+    demo.check_recompiles([good])
     with pytest.raises(DemoFailed, match=rf"'{re.escape(prompt.name)}': 2.*expected 0"):
-        demo._check([good, bad])
+        demo.check_recompiles([good, bad])
 
 
 def test_report_is_read_from_the_log():

@@ -15,7 +15,7 @@ from PIL import Image
 
 from harness import comfyui, paths, setup
 from harness import server as server_module
-from harness.client import GraphRejected, PromptFailed, PromptLost, ServerGone
+from harness.prompt_result import GraphRejected, PromptFailed, PromptLost, ServerGone
 from harness.server import ComfyServer, ServerFailed
 
 TEST_NODES = textwrap.dedent(
@@ -338,7 +338,7 @@ def test_unpacking_refuses_what_could_leave_the_folder(tmp_path, name, kind):
         tar.addfile(member, io.BytesIO())
 
     with pytest.raises(comfyui.FetchError, match=f"refused to unpack '{name}'"):
-        comfyui._unpack(archive, tmp_path / "target")
+        comfyui.unpack(archive, tmp_path / "target")
 
     assert not list(tmp_path.rglob("escaped.py"))
 
@@ -347,7 +347,7 @@ def test_unpacking_refuses_what_could_leave_the_folder(tmp_path, name, kind):
 
 
 def test_comfyui_requirements_leave_out_what_is_installed_or_unused():
-    names = {setup._name(line) for line in setup.comfyui_requirements()}
+    names = {setup.requirement_name(line) for line in setup.comfyui_requirements()}
 
     assert {"aiohttp", "transformers", "comfyui-frontend-package", "torchsde"} <= names
     assert not names & setup.NOT_FROM_COMFYUI

@@ -16,7 +16,6 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from accel.compile.compiler import RegionCompiler
-from accel.engine import Silent
 from accel.linear import kernels, layers
 from accel.linear import operators as lora_operators
 from accel.linear.autotune import autotuner, choose
@@ -28,6 +27,7 @@ from accel.linear.slot import NOTHING, Bound, bound_to, make_slot
 from accel.lora.hold.slots import LoraSlots
 from accel.lora.pack.flat import FlatLora
 from accel.lora.pack.layout import Placed
+from accel.observer import Silent
 from benchmarks.block_variants import quantize_float8
 from harness.paths import REPO
 
@@ -215,6 +215,7 @@ def inputs(model, *shape) -> torch.Tensor:
     return torch.randn(*shape, IN_FEATURES, generator=generator).to(dtype_of(model))
 
 
+@pytest.mark.slow
 def test_every_lora_equals_the_formula_eager_and_compiled_once(wrapped):
     kind, model, slots, compiled, compiler = wrapped
     originals = {name: layer.base.bias for name, layer in model.items()}
@@ -274,6 +275,7 @@ def test_what_a_lora_adds_survives_the_quantization_of_the_base(wrapped):
             assert torch.equal(output, base), (kind, name)
 
 
+@pytest.mark.slow
 def test_compiled_first_with_a_lora_it_runs_without_one():
     """The other way round: what was bound when the block was compiled is not what it is bound to."""
     model, slots, compiled, compiler = wrap(make_base("bf16"))
@@ -334,6 +336,7 @@ class VisibleLora(nn.Module):
         return self.base(x) + x @ self.lora_A.t() @ self.lora_B.t()
 
 
+@pytest.mark.slow
 def test_control_ranks_that_the_graph_knows_recompile():
     model = make_base("bf16")
     layer, compiler = VisibleLora(model["q"]), RegionCompiler("regional", Silent())
@@ -353,6 +356,7 @@ def test_control_ranks_that_the_graph_knows_recompile():
                 compiled(layer, x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["bf16", "int8_weight_only"])
 @pytest.mark.parametrize("flaw", ["a copy", "a new Parameter", "emptied", "after unbind"])
 def test_a_slot_to_which_nothing_is_bound_is_refused(kind, flaw):
@@ -598,6 +602,7 @@ def feed_forward_inputs(batch, tokens):
     return (hidden_states + 0.5).bfloat16(), torch.randn(batch, 512, generator=generator).bfloat16()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "activation", "bias", "on_gpu"),
     [
@@ -661,6 +666,7 @@ def parallel_block(model, x):
     return linears(Columns((gate,), SILU_GATE).after(attended.sin()), model["down"])[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["bf16", "fp8"])
 def test_as_on_a_gpu_a_linear_reads_slices_of_what_another_gives(kind, monkeypatch):
     monkeypatch.setattr(layers, "fuses", lambda x: True)
@@ -837,6 +843,7 @@ print(json.dumps(distances))
 """
 
 
+@pytest.mark.slow
 def test_the_fused_kernel_in_tritons_interpreter():
     """In float16: the interpreter's `tl.dot` is wrong for bfloat16 and float8, which it computes with as integers."""
     pytest.importorskip("triton", reason="no Triton for this system; the pack does without the kernel there")
@@ -859,6 +866,7 @@ def test_the_fused_kernel_in_tritons_interpreter():
 SHARED_BYTES = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 120: 99 * 1024}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", SHARED_BYTES)
 @pytest.mark.parametrize("config", kernels.CONFIGS + kernels.LORA_A_CONFIGS)
 def test_the_fused_kernel_compiles_for_every_gpu_and_fits_it(capability, config):

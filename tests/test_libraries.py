@@ -8,7 +8,11 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from harness.paths import REPO
+
+pytestmark = pytest.mark.slow
 
 BUILD = """
 import logging, sys

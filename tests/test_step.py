@@ -65,7 +65,7 @@ RIGHT = {"none": 0, "empty": 0, "rank16": 1, "rank128": 2, "stack4": 3, "peft_ra
 def steps():
     with torch.no_grad():
         made = block_steps.Steps(step.QUICK)
-    made._regions = {name: FakeRegions(added) for name, added in RIGHT.items()}
+    made.regions = {name: FakeRegions(added) for name, added in RIGHT.items()}
     return made
 
 
@@ -80,20 +80,20 @@ def test_right_variants_pass(steps):
     ("name", "added"), [("empty", 1), ("peft_rank16", 0), ("rank16", 0), ("rank128", 1), ("stack4", 1)]
 )
 def test_a_variant_that_computes_something_else_is_noticed(steps, name, added):
-    steps._regions[name].added = added
+    steps.regions[name].added = added
     with pytest.raises(BenchmarkError, match=name):
         steps.check_relations()
 
 
 def test_an_output_that_moves_between_rounds_is_noticed(steps):
     steps.check_relations()
-    steps._regions["rank128"].added = 5
+    steps.regions["rank128"].added = 5
     with pytest.raises(BenchmarkError, match="rank128: its output moved"):
         rotated(steps.variants(), rounds=1)
 
 
 def test_a_recompile_is_noticed(steps):
-    steps._regions["rank16"].compiler.count = 3
+    steps.regions["rank16"].compiler.count = 3
     with pytest.raises(BenchmarkError, match="rank16: 3 compiles"):
         steps.check_compiles()
 
@@ -109,14 +109,14 @@ def test_each_round_begins_with_another_variant():
 
 def test_all_variants_share_their_base_weights_and_peft_holds_the_lora_of_rank_16(steps):
     config = one_of_each(step.QUICK.hidden)
-    bare = block_steps._random_model(config, CPU)
-    ours = block_steps._sharing_weights(bare, config)
+    bare = block_steps.random_model(config, CPU)
+    ours = block_steps.sharing_weights(bare, config)
     LoraSlots(ours, ["transformer_blocks.0.attn.to_q"], CPU)
     assert ours.transformer_blocks[0].attn.to_q.base.weight is bare.transformer_blocks[0].attn.to_q.weight
-    peft = block_steps._sharing_weights(bare, config)
+    peft = block_steps.sharing_weights(bare, config)
     block_steps.add_peft(peft, config, 16)
-    lora = block_steps._random_lora(config, 16, 0)
-    block_steps._fill_peft(peft, lora, CPU)
+    lora = block_steps.random_lora(config, 16, 0)
+    block_steps.fill_peft(peft, lora, CPU)
     layer = peft.transformer_blocks[0].attn.to_q
     assert layer.base_layer.weight is bare.transformer_blocks[0].attn.to_q.weight
     matrices = next(each for each in lora.layers if each.module == "transformer_blocks.0.attn.to_q")

@@ -24,6 +24,7 @@ def test_companions_of_a_torch():
     assert torch_versions.TESTED in torch_versions.TORCHVISION
 
 
+@pytest.mark.slow
 def test_what_is_no_version_is_an_error_without_a_traceback():
     command = [sys.executable, "-m", "harness.setup", "--torch", "newest"]
     done = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
@@ -31,6 +32,7 @@ def test_what_is_no_version_is_an_error_without_a_traceback():
     assert done.stderr.startswith("error: torch version 'newest': expected a release such as 2.11.0 (known: 2.15.0, ")
 
 
+@pytest.mark.slow
 def test_an_extension_of_torchaudio_that_refuses_the_torch_is_removed(monkeypatch, tmp_path, capsys):
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path)], check=True)
     python = tmp_path / paths.VENV_PYTHON.relative_to(paths.VENV)
@@ -43,16 +45,17 @@ def test_an_extension_of_torchaudio_that_refuses_the_torch_is_removed(monkeypatc
     monkeypatch.setattr(setup, "VENV", tmp_path)
     monkeypatch.setattr(setup, "VENV_PYTHON", python)
 
-    assert not setup._imports("torchaudio")
-    setup._drop_extension_of_torchaudio()
+    assert not setup.imports("torchaudio")
+    setup.drop_extension_of_torchaudio()
 
-    assert setup._imports("torchaudio")
+    assert setup.imports("torchaudio")
     assert "removed _torchaudio.so of torchaudio" in capsys.readouterr().out
     (package / "__init__.py").write_text("raise RuntimeError\n")
     with pytest.raises(setup.SetupError, match="torchaudio does not load"):
-        setup._drop_extension_of_torchaudio()
+        setup.drop_extension_of_torchaudio()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="the paths are those of other systems")
 def test_each_torch_has_an_environment_of_its_own():
     def commands(*arguments: str, **environment: str) -> str:
@@ -68,6 +71,7 @@ def test_each_torch_has_an_environment_of_its_own():
     assert "/elsewhere/bin/python" in commands("TORCH=2.11.0", FLUX_HOTSWAP_VENV="/elsewhere")
 
 
+@pytest.mark.slow
 def test_the_counts_of_a_run_are_those_of_pytest(tmp_path):
     (tmp_path / "test_it.py").write_text(
         "import pytest\n"
