@@ -56,7 +56,7 @@ def bound_to(slot: Tensor) -> Bound:
     Raises:
         RuntimeError: nothing is, not even `NOTHING`.
     """
-    bound = getattr(slot, "bound_lora", None)
+    bound: Bound | None = getattr(slot, "bound_lora", None)
     if bound is None:
         raise RuntimeError(
             f"the LoRA slot of a linear is a {type(slot).__name__} of shape {tuple(slot.shape)} to which nothing is "
