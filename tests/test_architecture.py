@@ -7,6 +7,7 @@ a late import is an arrow like any other. What stands under `if TYPE_CHECKING` d
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -188,3 +189,34 @@ def test_no_class_has_many_public_methods_without_saying_why():
         if public > PUBLIC_METHODS and "Public methods:" not in (ast.get_docstring(node) or ""):
             found[name] = public
     assert found == {}
+
+
+# Names of models and of their blocks. Names of nodes and of the pack ("Accelerated Flux Loader") are no model's.
+A_FAMILY = re.compile(r"FLUX\.\d|[Ff]lux_?\d|(?<![a-z_])((double|single)_blocks|(single_)?transformer_blocks)")
+
+
+def said(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Line and text of every name and string in a module, without docstrings and comments."""
+    docstrings = {node.value for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in docstrings:
+            yield node.lineno, node.value
+        elif isinstance(node, ast.ImportFrom):
+            yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
+        elif isinstance(node, (ast.Name, ast.Attribute, ast.FunctionDef, ast.ClassDef)):
+            yield node.lineno, next(value for name, value in ast.iter_fields(node) if name in ("id", "attr", "name"))
+
+
+@pytest.mark.parametrize("tree", ["accel", "nodes"])
+def test_only_families_name_a_model_or_its_blocks(tree):
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line}: {text[:80]}"
+        for name, path in modules(tree).items() if not name.startswith(f"{tree}.families")
+        for line, text in said(parsed(path)) if A_FAMILY.search(text)
+    ]  # fmt: skip
+    assert wrong == []
+
+
+def test_a_name_of_a_family_is_found():
+    source = '"""Of FLUX.1."""\nfrom .families.flux1 import X\nx = model.transformer_blocks  # FLUX.1\ny = "a FLUX.1"'
+    assert [line for line, text in said(ast.parse(source)) if A_FAMILY.search(text)] == [2, 3, 4]
