@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .checkpoint import inspect_checkpoint
     from .compile.cache import CompileCache
-    from .engine import Engine, Observer, SwapReport
+    from .engine import Engine
     from .errors import (
         AccelError,
         CheckpointError,
@@ -33,15 +33,17 @@ if TYPE_CHECKING:
         LoraError,
         SettingsError,
     )
+    from .history import Sampling, SwapReport
     from .lora.adapter import Adapter
     from .lora.read.file import read_lora
     from .lora.schedule import Keyframe, ScheduledStack
     from .lora.stack import LoraStack
     from .memory.budgets import PoolBudgets
+    from .observer import Observer
     from .offload.plan import OffloadPlan, Room, demand_of, make_plan
     from .offload.sizes import Workload
     from .registry import EngineKey, Registry
-    from .report import Reported, Sampling, write_report
+    from .report import Reported, write_report
     from .settings import EngineSettings, Offload, Quantization, QuantizedCache
     from .spec import ModelSpec
     from .step_cache import StepCache, StepCacheSettings
@@ -50,20 +52,22 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "checkpoint": ("inspect_checkpoint",),
     "compile.cache": ("CompileCache",),
-    "engine": ("Engine", "Observer", "SwapReport"),
+    "engine": ("Engine",),
     "errors": (
         "AccelError", "CheckpointError", "DeviceMemoryError", "EngineStateError", "FileError", "LibraryError",
         "LoraError", "SettingsError",
     ),
+    "history": ("Sampling", "SwapReport"),
     "lora.adapter": ("Adapter",),
     "lora.read.file": ("read_lora",),
     "lora.schedule": ("Keyframe", "ScheduledStack"),
     "lora.stack": ("LoraStack",),
     "memory.budgets": ("PoolBudgets",),
+    "observer": ("Observer",),
     "offload.plan": ("OffloadPlan", "Room", "demand_of", "make_plan"),
     "offload.sizes": ("Workload",),
     "registry": ("EngineKey", "Registry"),
-    "report": ("Reported", "Sampling", "write_report"),
+    "report": ("Reported", "write_report"),
     "settings": ("EngineSettings", "Offload", "Quantization", "QuantizedCache"),
     "spec": ("ModelSpec",),
     "step_cache": ("StepCache", "StepCacheSettings"),

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from .report import Sampling
+from .history import Sampling
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -7,77 +7,32 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .attention import Target, check_attention, choose_attention, prove_attention
-from .build import load_model, model_bytes
+from .assemble import Assembled, Regions, assemble, make_regions
+from .attention import check_attention, prove_attention
 from .compile.cache import CompileCache
-from .compile.compiler import CompileObserver, RegionCompiler
+from .compile.compiler import RegionCompiler
 from .errors import EngineStateError
-from .hardware import resolve_dtype
-from .load import load_quantized
+from .history import SwapReport
 from .lora.adapter import Adapter
 from .lora.hold.library import LoraLibrary
 from .lora.hold.slots import LoraSlots
 from .lora.stack import LoraStack
+from .memory.base import DeviceMemory
 from .memory.budgets import PoolBudgets, without_strengths
-from .memory.device import DeviceMemory, memory_of
+from .memory.device import memory_of
+from .observer import Observer, Silent
 from .offload.plan import OffloadPlan
 from .offload.prove import restrict
 from .offload.weights import Weights
-from .quantize import check, find_mode
+from .recipe import Recipe
 from .settings import EngineSettings
 from .spec import ModelSpec
-
-
-class Observer(CompileObserver, Protocol):
-    """Hears of everything that takes long."""
-
-    def loading(self, done: int, total: int) -> None:
-        """`done` of `total` tensors are read."""
-
-    def notice(self, text: str, warning: bool) -> None:
-        """Something that a user should know, such as what was quantized."""
-
-
-class Silent:
-    """An observer that ignores everything."""
-
-    def loading(self, done: int, total: int) -> None:
-        """Ignore."""
-
-    def notice(self, text: str, warning: bool) -> None:
-        """Ignore."""
-
-    def compiling(self, region: str) -> None:
-        """Ignore."""
-
-    def compiled(self, region: str, seconds: float, count: int, why: str) -> None:
-        """Ignore."""
-
-
-@dataclass(frozen=True)
-class SwapReport:
-    """What one switch of LoRAs did.
-
-    Attributes:
-        loras: the stack, as `LoraStack.__str__` writes it.
-        source: "unchanged", "hot" (was on the device: bound), "strength" (was on the device: lora_B multiplied anew,
-            then bound), "warm" (was prepared on the host: one copy, then bound) or "cold" (prepared now).
-        swap_ms: wall-clock time of the switch.
-        bytes: size of the bound LoRA on the device.
-        error: relative error of a stack that was cut to a lower rank; 0 for an exact one.
-    """
-
-    loras: str
-    source: str
-    swap_ms: float
-    bytes: int
-    error: float = 0.0
 
 
 class Engine:
@@ -93,6 +48,9 @@ class Engine:
         dtype: what it computes in.
         attention: the backend; "auto" until the first `load` has chosen.
         bytes: what the weights take.
+        compiler: counts what it compiled: this package promises no recompiles.
+        library: the LoRAs in memory, and what they take of it.
+        lora_cache: folder for LoRA matrices that are slow to compute, or None.
         load_count: how often the checkpoint was read.
     """
 
@@ -122,36 +80,27 @@ class Engine:
         Raises:
             SettingsError: the machine cannot do what the settings ask for.
         """
-        self.spec = spec
-        self.settings = settings
-        self.device = torch.device(settings.device)
-        self.dtype = resolve_dtype(settings.dtype, spec.stored_dtype, self.device)
-        self._mode = find_mode(settings.quantization.mode)
-        if self._mode is not None:
-            self.dtype = self._mode.compute_dtype(self.dtype, self.device, explicit=settings.dtype != "auto")
-            check(self._mode, self.device, self.dtype)
-        self.bytes = model_bytes(spec, self.dtype, self._mode)
-        self.load_count = 0
+        self._recipe = recipe = Recipe.of(spec, settings)
+        self.spec, self.settings = spec, settings
+        self.device, self.dtype, self.bytes = recipe.device, recipe.dtype, recipe.weight_bytes
         self._observer = observer or Silent()
-        self._compiler = RegionCompiler(settings.compile, self._observer)
+        self.compiler = RegionCompiler(settings.compile, self._observer)
         self._compile_cache = compile_cache
         self.attention = settings.attention
-        self._attention_target = Target(
-            self.device, self.dtype, *spec.family.heads(spec.config), compiled=settings.compile != "off"
-        )
-        check_attention(settings.attention, self._attention_target)
-        prove_attention(settings.attention, self._attention_target)
-        self._regions: tuple[Callable, ...] = ()
+        check_attention(settings.attention, recipe.attention_target)
+        prove_attention(settings.attention, recipe.attention_target)
+        self._regions: Regions | None = None
         self._pools = pools
         self._plan = plan
         self._memory = memory or memory_of(self.device)
         for sentence in restrict(self._memory):
             self._observer.notice(sentence, True)
-        self._weights: Weights | None = None
         budgets = self._budgets(reserved_bytes=self.bytes)
         self.lora_cache = lora_cache
-        self._library = LoraLibrary(spec, self.dtype, self.device, budgets, lora_cache, self._memory)
+        self.library = LoraLibrary(spec, self.dtype, self.device, budgets, lora_cache, self._memory)
+        self.load_count = 0
         self._lock = threading.RLock()
+        self._weights: Weights | None = None
         self._model: nn.Module | None = None
         self._slots: LoraSlots | None = None
         self._forward: Callable[[Any], Tensor] | None = None
@@ -172,31 +121,6 @@ class Engine:
         """By which the weights lie where they are; None when nothing is loaded."""
         return self._weights.plan if self.loaded else None
 
-    @property
-    def compile_count(self) -> int:
-        """Compiles since the engine was made."""
-        return self._compiler.count
-
-    @property
-    def compile_s(self) -> float:
-        """What the calls that compiled took in all."""
-        return self._compiler.seconds
-
-    @property
-    def recompile_count(self) -> int:
-        """Compiles of a region that was compiled before: what this package promises not to need."""
-        return self._compiler.recompiles
-
-    @property
-    def compile_failure(self) -> str | None:
-        """Why the engine runs without compiling although it should, or None."""
-        return self._compiler.failure
-
-    @property
-    def lora_bytes(self) -> int:
-        """What LoRAs take of the device now, unless it is the host itself."""
-        return self._library.device_bytes
-
     def load(self) -> None:
         """Read the weights, add the LoRA slots, bind no LoRA. Does nothing when loaded.
 
@@ -213,19 +137,14 @@ class Engine:
         with self._lock, torch.inference_mode(False), torch.no_grad():
             if self.loaded:
                 return
-            if not self._regions:
-                self._regions = self._make_regions()
+            if self._regions is None:
+                self._regions = make_regions(self._recipe, self.compiler, self._compile_cache, self._observer)
+                self.attention = self._regions.attention
             plan = self._current_plan()
             if self._model is None:
-                self._assemble(plan)
-            try:
-                self._weights.place(plan)
-            except BaseException as exc:
-                # Its frames hold buffers of the device for as long as somebody keeps the exception.
-                traceback.clear_frames(exc.__traceback__)
-                self._offload()
-                raise
-            self._library.attach(self._slots, self._budgets(plan=plan))
+                self._take(assemble(self._recipe, plan, self._memory, self._observer))
+            self._place(plan)
+            self.library.attach(self._slots, self._budgets(plan=plan))
             self._start()
 
     def replan(self) -> None:
@@ -240,19 +159,27 @@ class Engine:
             self._forward = self._applied = None
             # Else vectors of a LoRA would be taken for the model's own.
             self._slots.unbind()
-            try:
-                self._weights.place(self._current_plan())
-            except BaseException as exc:
-                traceback.clear_frames(exc.__traceback__)
-                self._offload()
-                raise
+            self._place(self._current_plan())
             self._start()
+
+    def _take(self, made: Assembled) -> None:
+        self._model, self._weights, self._slots = made.model, made.weights, made.slots
+        self.load_count += 1
+
+    def _place(self, plan: OffloadPlan) -> None:
+        try:
+            self._weights.place(plan)
+        except BaseException as exc:
+            # Its frames hold buffers of the device for as long as somebody keeps the exception.
+            traceback.clear_frames(exc.__traceback__)
+            self._offload()
+            raise
 
     def _start(self) -> None:
         self._slots.bind(self._slots.empty)
         self._applied = LoraStack().key
         ring = self._weights.ring
-        self._forward = self.spec.family.forward(self.spec.config, self._model, self._regions, ring)
+        self._forward = self.spec.family.forward(self.spec.config, self._model, self._regions.functions, ring)
 
     def offload(self) -> None:
         """Move the weights to host memory. The next `load` moves them back, without reading or compiling.
@@ -265,7 +192,7 @@ class Engine:
 
     def _offload(self) -> None:
         self._forward = self._applied = None
-        self._library.detach()
+        self.library.detach()
         self._slots.unbind()
         try:
             self._weights.offload()
@@ -282,33 +209,7 @@ class Engine:
             if self._weights is not None:
                 self._weights.close()
             self._forward = self._applied = self._slots = self._model = self._weights = None
-            self._library.clear()
-
-    def _code_key(self, attention: str) -> dict[str, str]:
-        """What of this engine its compiled code depends on."""
-        return {
-            "family": self.spec.family.name,
-            "config": repr(self.spec.config),
-            "dtype": str(self.dtype),
-            "quantization": self.settings.quantization.mode,
-            "attention": attention,
-            "compile": self.settings.compile,
-            "device": str(self.device),
-        }
-
-    def _make_regions(self) -> tuple[Callable, ...]:
-        choice = choose_attention(self.settings.attention, self._attention_target)
-        for warning in choice.warnings:
-            self._observer.notice(warning, True)
-        self._observer.notice(choice.sentence, False)
-        self.attention = choice.name
-        if self._compile_cache is not None:
-            self._compiler.files = self._compile_cache.files(self._code_key(choice.name), self._observer.notice)
-        family = self.spec.family
-        regions = family.regions(choice.attention)
-        if self.settings.compile == "full":
-            regions = (*regions, family.whole(choice.attention))
-        return tuple(self._compiler.region(region) for region in regions)
+            self.library.clear()
 
     def _budgets(self, reserved_bytes: int = 0, plan: OffloadPlan | None = None) -> PoolBudgets:
         if self._pools is not None:
@@ -324,35 +225,6 @@ class Engine:
             return OffloadPlan("none", blocks, blocks, self.bytes, 0, "everything on the device")
         return self._plan() if callable(self._plan) else self._plan
 
-    def _assemble(self, plan: OffloadPlan) -> None:
-        layout = self.spec.layout
-        weights = Weights(self._memory, plan, layout.block_of, len(layout.blocks))
-        try:
-            model = self._read_model(weights)
-        except BaseException:
-            weights.close()
-            raise
-        self._slots = LoraSlots(model, layout.modules, self.device, weights.own)
-        self._model, self._weights = model, weights
-        self.load_count += 1
-
-    def _read_model(self, weights: Weights) -> nn.Module:
-        mode, observer = self._mode, self._observer
-        if mode is None:
-            return load_model(self.spec, self.dtype, self.device, observer.loading, placement=weights)
-        for sentence in mode.does_without(self.device, self.dtype):
-            observer.notice(f"{mode.name}: {sentence}.", False)
-        if mode.needs_compile and self.settings.compile == "off":
-            observer.notice(
-                f"{mode.name} without compiling is slower than no quantization: set 'compile' to 'regional', or choose "
-                "a weight-only mode.",
-                True,
-            )
-        cache = self.settings.quantization.cache
-        return load_quantized(
-            self.spec, self.dtype, self.device, mode, cache, observer.loading, observer.notice, weights
-        )
-
     def read_lora(self, path: str) -> Adapter:
         """Read and check a LoRA file for this model; from memory while the file is unchanged.
 
@@ -360,7 +232,7 @@ class Engine:
             FileError: see `lora.read.file.read_lora`.
             LoraError: likewise.
         """
-        return self._library.read(path)
+        return self.library.read(path)
 
     def prefetch(self, stack: LoraStack) -> None:
         """Prepare a stack so that a later `swap` has little left to do; from any thread, while the engine computes.
@@ -373,15 +245,15 @@ class Engine:
         """
         if stack.active and (self.loaded or not stack.needs_base):
             # Takes long, so outside the lock: a swap must not wait for it.
-            self._library.prepare(stack, background=True)
+            self.library.prepare(stack, background=True)
             with self._lock:
                 if self.loaded:
-                    self._library.make_resident(stack, evict=False)
+                    self.library.make_resident(stack, evict=False)
 
     def prefetch_room(self, stack: LoraStack) -> bool:
         """Whether the host pool has room for a further stack like this without dropping anything."""
         size = sum(entry.adapter.bytes for entry in stack.active)
-        return self._library.prepared(stack) or self._library.host_bytes + size <= self._library.host_budget_bytes
+        return self.library.prepared(stack) or self.library.host_bytes + size <= self.library.host_budget_bytes
 
     def swap(self, stack: LoraStack) -> SwapReport:
         """Make a stack the one that the engine computes with. A transaction: on any error the old one stays.
@@ -396,10 +268,10 @@ class Engine:
             start = time.perf_counter()
             source, size, error = "unchanged", 0, 0.0
             if stack.key != self._applied:
-                resident = self._library.make_resident(stack)
+                resident = self.library.make_resident(stack)
                 # An interrupt can rise between any two lines: what is not known to be bound counts as unknown.
                 self._applied = None
-                size = self._library.bind(resident)
+                size = self.library.bind(resident)
                 self._applied = stack.key
                 source, error = resident.source, resident.error
             return SwapReport(str(stack), source, (time.perf_counter() - start) * 1e3, size, error)
@@ -408,11 +280,6 @@ class Engine:
     def bound(self) -> tuple | None:
         """`LoraStack.key` of what the engine computes with; None when that is not known, or nothing is loaded."""
         return self._applied
-
-    @property
-    def lora_pools(self) -> dict[str, tuple[int, int]]:
-        """What LoRAs take of the memory: pool -> (bytes, budget); see `LoraLibrary.pools`."""
-        return self._library.pools
 
     def applied(self, stack: LoraStack) -> bool:
         """Whether the engine computes with this stack now."""
@@ -428,5 +295,5 @@ class Engine:
         """
         if self._forward is None:
             raise EngineStateError("forward before load: call Engine.load first.")
-        with torch.inference_mode(), self._compiler.scope():
+        with torch.inference_mode(), self.compiler.scope():
             return self._forward(inputs)

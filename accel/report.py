@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 
 from .build import conversion_of
-from .engine import Engine, SwapReport
+from .engine import Engine
 from .hardware import dtype_name
+from .history import Sampling
 from .lora.read.report import together
 from .lora.schedule import ScheduledStack
 from .lora.stack import describe, grouped
@@ -29,55 +30,6 @@ LIBRARIES = (
 )
 SHOWN_SWAPS = 8
 Rows = Sequence[tuple[str, str]]
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """One sampling that is over.
-
-    Attributes:
-        loras: as `ScheduledStack.__str__` writes them.
-        size: (batch, height, width) of the pictures, in pixels; empty without a call.
-        steps: noise levels at which the transformer was called; one that was stopped has fewer than were asked for.
-        calls: of the transformer; more than steps where conditions were not joined.
-        seconds: from before the LoRAs were bound to the end, with compiling.
-        swaps: every switch of LoRAs.
-        compiles: of these, `recompiles` were of a region that was compiled before.
-        recompiles: see there.
-        compile_s: what the calls that compiled took.
-        step_cache: as `StepCache.__str__` writes it; empty without one.
-        stopped: "interrupted" or "failed"; empty when it came to its end.
-    """
-
-    loras: str
-    size: tuple[int, ...]
-    steps: int
-    calls: int
-    seconds: float
-    swaps: tuple[SwapReport, ...] = ()
-    compiles: int = 0
-    recompiles: int = 0
-    compile_s: float = 0.0
-    step_cache: str = ""
-    stopped: str = ""
-
-    @property
-    def swap_s(self) -> float:
-        """What the switches of LoRAs took."""
-        return sum(swap.swap_ms for swap in self.swaps) / 1e3
-
-    @property
-    def steps_s(self) -> float:
-        """What is left without compiling and switching."""
-        return max(0.0, self.seconds - self.compile_s - self.swap_s)
-
-    @property
-    def picture(self) -> str:
-        """Size and number of the pictures, such as `1024 × 768, batch of 2`."""
-        if not self.size:
-            return "no call"
-        batch, height, width = self.size
-        return f"{width} × {height}" + (f", batch of {batch}" if batch > 1 else "")
 
 
 @dataclass(frozen=True)
@@ -154,12 +106,12 @@ def _attention(reported: Reported) -> Rows:
 
 def _compile(reported: Reported) -> Rows:
     engine = reported.engine
-    failure = [] if engine.compile_failure is None else [("WITHOUT IT", engine.compile_failure)]
+    failure = [] if engine.compiler.failure is None else [("WITHOUT IT", engine.compiler.failure)]
     return [
         ("mode", engine.settings.compile),
         *failure,
-        ("compiles", f"{engine.compile_count}, in {engine.compile_s:.1f} s"),
-        ("recompiles", f"{engine.recompile_count}" + (" (0 is expected)" if engine.recompile_count else "")),
+        ("compiles", f"{engine.compiler.count}, in {engine.compiler.seconds:.1f} s"),
+        ("recompiles", f"{engine.compiler.recompiles}" + (" (0 is expected)" if engine.compiler.recompiles else "")),
     ]
 
 
@@ -170,7 +122,7 @@ def _offload(reported: Reported) -> Rows:
     return [
         ("mode", f"{offload.mode}{budget}"),
         *plan,
-        ("on the device", f"{_gb(engine.device_bytes)} of weights, {_gb(engine.lora_bytes)} of LoRAs"),
+        ("on the device", f"{_gb(engine.device_bytes)} of weights, {_gb(engine.library.device_bytes)} of LoRAs"),
     ]
 
 
@@ -253,7 +205,7 @@ def _memory(reported: Reported) -> Rows:
                 f"free {_gb(free_device_bytes(device))} of {_gb(total)}",
             )
         )
-    for name, (used, budget) in reported.engine.lora_pools.items():
+    for name, (used, budget) in reported.engine.library.pools.items():
         rows.append((f"LoRAs, {name}", f"{used / 1e6:,.1f} of {budget / 1e6:,.0f} MB"))
     return rows
 

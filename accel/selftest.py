@@ -14,19 +14,23 @@ from .attention import BACKENDS, Target
 from .attention.correctness import verify
 from .compile.compiler import RegionCompiler
 from .errors import AccelError
+from .families.registry import FAMILIES
 from .hardware import dtype_name, hardware_of, has_bf16
 from .linear import kernels
 from .linear.layers import LoraLinear, linears
 from .linear.product import gelu_fuses
 from .linear.slot import NOTHING, make_slot
 from .memory.device import memory_of
+from .observer import Silent
 from .offload.prove import restrict
 from .prove import Proof, Verdict, proofs, random
 from .quantize.modes import MODES
 from .quantize.prove import prove
 
-# Heads of the families' models.
-HEADS, HEAD_DIM = 24, 128
+
+def usual_heads() -> tuple[int, int]:
+    """(heads, width of a head) that attention is tried with: those of the first published model of the families."""
+    return next(family.heads(config) for family in FAMILIES for config in family.published.values())
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ def try_everything(device: torch.device, compiled: bool = True) -> Iterator[Row]
     """
     hardware = hardware_of(device)
     dtype = torch.bfloat16 if has_bf16(hardware) else torch.float16
-    target = Target(device, dtype, HEADS, HEAD_DIM, compiled)
+    target = Target(device, dtype, *usual_heads(), compiled)
     for name, backend in BACKENDS.items():
         reason = backend.missing(target)
         if reason is None and backend.downloads():
@@ -93,7 +97,7 @@ def prove_compiling(device: torch.device, dtype: torch.dtype) -> Proof:
 
 
 def _compare_compiled(device: torch.device, dtype: torch.dtype) -> Verdict:
-    compiler = RegionCompiler("regional", _Deaf())
+    compiler = RegionCompiler("regional", Silent())
     block = LoraLinear(nn.Linear(256, 256, device=device, dtype=dtype).requires_grad_(False))
     block.lora = make_slot(device)
     block.lora.bound_lora = NOTHING
@@ -106,19 +110,6 @@ def _compare_compiled(device: torch.device, dtype: torch.dtype) -> Verdict:
 
 def _region(block: nn.Module, x: Tensor) -> Tensor:
     return x + F.silu(linears(F.layer_norm(x, x.shape[-1:]), block)[0])
-
-
-class _Deaf:
-    """A `compile.CompileObserver` for a trial, whose result is said elsewhere."""
-
-    def notice(self, text: str, warning: bool) -> None:
-        """Ignore."""
-
-    def compiling(self, region: str) -> None:
-        """Ignore."""
-
-    def compiled(self, region: str, seconds: float, count: int, why: str) -> None:
-        """Ignore."""
 
 
 def _row(name: str, reason: str | None, run: Callable[[], Proof]) -> Row:

@@ -17,7 +17,7 @@ from .random_checkpoint import write_checkpoint
 from .report import BenchmarkError
 from .subjects import Work
 
-HIDDEN_SIZE, QUICK_HIDDEN_SIZE = 3072, 256
+HIDDEN_SIZE, QUICK_HIDDEN_SIZE = DEV.hidden_size, 256
 # Height of the latent and text tokens of the small model: 400 + 192 tokens; for --quick 16 + 8.
 SMALL, QUICK = (40, 192), (8, 8)
 TEXT_TOKENS = 512

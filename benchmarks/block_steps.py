@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from accel.attention import Attention, Target, choose_attention
 from accel.compile.compiler import RegionCompiler
-from accel.engine import Silent
 from accel.families.flux1 import Flux1, Flux1Config
 from accel.families.flux1.blocks import double_block, single_block
 from accel.families.flux1.positions import rotary_table
@@ -20,6 +19,7 @@ from accel.lora.hold.slots import Bindings, LoraSlots
 from accel.lora.kinds.layers import LoraLayer
 from accel.lora.pack.flat import flatten
 from accel.lora.stack import LoraStack
+from accel.observer import Silent
 
 from .block_variants import PEFT_ADAPTER, add_peft, block_modules, one_of_each, quantize_blocks, without_lora_layers
 from .flux_loras import block_linears, meta_model

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -66,11 +66,6 @@ def add_peft(model: nn.Module, config: Flux1Config, rank: int) -> None:
     lora = LoraConfig(r=rank, lora_alpha=rank, target_modules=block_modules(config))
     inject_adapter_in_model(lora, model, PEFT_ADAPTER)
     model.eval().requires_grad_(False)
-
-
-def peft_layers(model: nn.Module) -> Iterator[nn.Module]:
-    """The layers that `add_peft` made."""
-    return (module for module in model.modules() if PEFT_ADAPTER in getattr(module, "lora_A", ()))
 
 
 def quantize_blocks(model: nn.Module, config: Flux1Config, mode: str) -> None:

@@ -34,7 +34,7 @@ STD = 0.02
 # A visible LoRA's output beside its linear's.
 LORA_SHARE = 0.3
 
-DEV = Flux1Config(3072, 19, 38, 64, 64, 4096, 768, 12288, True)
+DEV = Flux1.published["flux1-dev"]
 QUICK = Flux1Config(256, 2, 4, 64, 64, 768, 768, 1024, True)
 
 # diffusers module -> (lora_A, lora_B)
@@ -155,8 +155,9 @@ def fused_lora(config: Flux1Config, name: str, seed: int, rank: int = RANK) -> F
     """Make a LoRA on all linears inside the blocks; the same seed gives the same values."""
     generator = torch.Generator().manual_seed(seed)
     matrices, pairs = {}, {}
-    for linear in Flux1().layout(config).linears:
-        if linear.name.startswith(("double_blocks.", "single_blocks.")):
+    layout = Flux1().layout(config)
+    for linear in layout.linears:
+        if layout.block_of(linear.parts[0].module) is not None:
             a, b = (
                 torch.empty(shape, dtype=DTYPE).normal_(0.0, 0.02, generator=generator)
                 for shape in ((rank, linear.in_features), (linear.out_features, rank))
@@ -170,8 +171,8 @@ def fused_lora(config: Flux1Config, name: str, seed: int, rank: int = RANK) -> F
 def block_linears(layout: Layout) -> Iterator[tuple[str, int, int]]:
     """(diffusers module, out_features, in_features) of every linear inside the blocks."""
     for linear in layout.linears:
-        if linear.name.startswith(("double_blocks.", "single_blocks.")):
-            for part in linear.parts:
+        for part in linear.parts:
+            if layout.block_of(part.module) is not None:
                 yield part.module, part.rows, linear.in_features
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from accel.families.flux1 import Flux1, Flux1Config
 from accel.families.flux1.blocks import double_block, single_block
+from accel.families.flux1.config import HEAD_DIM
 from accel.linear.inputs import MODULATED, NONE
 from accel.lora.hold.slots import LoraSlots
 
@@ -106,9 +107,9 @@ def _inputs(hidden_size: int, image_tokens: int, text_tokens: int, theirs: bool)
     text = torch.empty(1, text_tokens, hidden_size, dtype=DTYPE)
     temb = torch.empty(1, hidden_size, dtype=DTYPE)
     if theirs:
-        rotary = (torch.empty(tokens, 128), torch.empty(tokens, 128))
+        rotary = (torch.empty(tokens, HEAD_DIM), torch.empty(tokens, HEAD_DIM))
         return dict.fromkeys(("double", "single"), (image, text, temb, rotary))
-    rotary = torch.empty(2, 1, 1, tokens, 64)
+    rotary = torch.empty(2, 1, 1, tokens, HEAD_DIM // 2)
     both = torch.empty(1, tokens, hidden_size, dtype=DTYPE)
     return {"double": (image, text, temb, rotary), "single": (both, temb, rotary)}
 

@@ -14,11 +14,12 @@ from typing import Any
 
 from harness.paths import REPO
 
+from .flux_loras import DEV
 from .lora_bytes import Linears, linears_bytes, linears_products
 from .report import BenchmarkError, Goal, Report, Row
 from .roofline import GPUS, Work, linears_work, rest, step_ms
 
-HIDDEN_SIZE = 3072
+HIDDEN_SIZE = DEV.hidden_size
 # 1024 × 1024 pixels, and a prompt.
 IMAGE_TOKENS = 4096
 TEXT_TOKENS = 512

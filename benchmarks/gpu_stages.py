@@ -12,9 +12,9 @@ import torch
 from accel.attention import BACKENDS, Target
 from accel.attention.correctness import make_inputs, verify
 from accel.quantize.modes import MODES, refusal
-from accel.selftest import Row, try_everything
+from accel.selftest import Row, try_everything, usual_heads
 
-from . import offload, step, swap
+from . import offload, offload_case, offload_report, step, swap
 from .block_steps import NAMES
 from .gpu_job import Job
 from .kernel_profile import profile_kernels
@@ -27,7 +27,8 @@ LIBRARIES = (
     "sageattention",
 )  # fmt: skip
 # FLUX.1's attention for a picture of 1024 × 1024 and a prompt.
-HEADS, HEAD_DIM, TOKENS = 24, 128, 4_608
+HEADS, HEAD_DIM = usual_heads()
+TOKENS = 4_608
 QUICK_HEADS, QUICK_TOKENS = 2, 64
 DOWNLOADS = "is not installed, and would be fetched from the network when it is chosen"
 SWAP_ROUNDS, QUICK_SWAP_ROUNDS = 5, 2
@@ -167,8 +168,8 @@ def steps(job: Job, mode: str, resolution: int) -> None:
 
 def offloaded(job: Job) -> None:
     """`offload`: a step whose blocks are copied while it computes, beside the resident model's."""
-    case = offload.case_of(job.quick, OFFLOAD_SCALE, job.device)
-    planned = offload.plan_of(case)
-    memory = offload.memory_for(case, planned.plan)
+    case = offload_case.case_of(job.quick, OFFLOAD_SCALE, job.device)
+    planned = offload_case.plan_of(case)
+    memory = offload_case.memory_for(case, planned.plan)
     samples = offload.Steps(case, planned.plan, memory).measure(job.ends - RESERVE_S)
-    job.add(**offload.figures(case, planned, memory, samples))
+    job.add(**offload_report.figures(case, planned, memory, samples))

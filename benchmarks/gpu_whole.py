@@ -22,9 +22,11 @@ from .device_memory import free_bytes, peak_bytes, start_peak
 from .flux_loras import DEV, DTYPE, KEY_PREFIX, QUICK, RANK, STRENGTH, lora_weights, visible_lora
 from .gpu_job import Job
 from .kernel_profile import profile_kernels
+from .make_subject import make_subject
+from .pack_subject import PackSubject
 from .report import BenchmarkError
 from .sampling import Clock, Prompt, prompt_for
-from .subjects import PackSubject, Setup, Subject, Work, make_subject
+from .subjects import Setup, Subject, Work
 from .timing import Stopwatch
 
 LATENT, TEXT_TOKENS, STEPS = 128, 512, 8
@@ -90,9 +92,9 @@ class Drawing:
             raise BenchmarkError("the image is not finite.")
         if isinstance(self.subject, PackSubject):
             engine = self.subject.engine
-            add(compiles=engine.compile_count, compile_s=engine.compile_s, attention=engine.attention)
-            if engine.compile_failure is not None:
-                raise BenchmarkError(f"it runs uncompiled: {engine.compile_failure}")
+            add(compiles=engine.compiler.count, compile_s=engine.compiler.seconds, attention=engine.attention)
+            if engine.compiler.failure is not None:
+                raise BenchmarkError(f"it runs uncompiled: {engine.compiler.failure}")
         self._compare()
 
     def images(self) -> None:
@@ -147,7 +149,7 @@ class Drawing:
     def check(self) -> None:
         """Nothing was compiled again, everything was applied; and the memory that it took."""
         if isinstance(self.subject, PackSubject):
-            self._job.add(recompiles=self.subject.engine.recompile_count)
+            self._job.add(recompiles=self.subject.engine.compiler.recompiles)
         elif self._setup.library == "diffusers":
             # More graphs than block types: it compiled again.
             self._job.add(graphs=torch._dynamo.utils.counters["stats"].get("unique_graphs", 0))

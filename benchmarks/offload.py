@@ -5,58 +5,29 @@ On a CPU a pool of host memory stands for the device, a thread for the copy stre
 
 from __future__ import annotations
 
-import math
-import statistics
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from accel.engine import Engine
-from accel.families.flux1 import Flux1Config, Flux1Inputs
+from accel.families.flux1 import Flux1Inputs
+from accel.memory.base import DeviceMemory
 from accel.memory.budgets import GB, available_host_bytes
-from accel.memory.device import DeviceMemory, HostMemory, memory_of
-from accel.offload.plan import OffloadPlan, Room, demand_of, lora_share, make_plan
-from accel.quantize import find_mode, refusal
+from accel.offload.plan import OffloadPlan
 from accel.settings import EngineSettings, Offload, Quantization
 
-from .device_memory import peak_bytes, start_peak
-from .flux_loras import DTYPE, QUICK
-from .load import scaled
+from .device_memory import start_peak
+from .flux_loras import DTYPE
+from .offload_case import NAMES, Case, case_of, memory_for, plan_of
+from .offload_report import report_of
 from .random_checkpoint import random_spec
-from .report import BenchmarkError, Goal, OtherLoad, Report, Row, figure
-from .timing import CPU, Stopwatch, Variant, interleave_timed
+from .report import BenchmarkError, OtherLoad, Report
+from .timing import Stopwatch, Variant, interleave_timed
 
-# Eager fp8 is emulated on a CPU, a hundred times slower than int8; either takes as many bytes.
-MODE = "int8"
-ROUNDS = 5
-QUICK_ROUNDS = 3
-QUIET_SHARE = 0.05
-# What stays of FLUX.1-dev in 8 bits on a card of 8 GB.
-RESIDENT_SHARE = 15 / 57
-GOAL_OVERLAP = 1.15
-GOAL_PEAK = 1.02
 # Beside the weights: Python, libraries, activations, a block twice.
 HOST_MARGIN_BYTES = 3 * GB
-NAMES = ("copy", "compute", "streamed")
-
-
-@dataclass(frozen=True)
-class Case:
-    """What is measured: the model, tokens, rounds, and on which device with which quantization."""
-
-    config: Flux1Config
-    latent: int
-    text_tokens: int
-    compile: str
-    rounds: int
-    device: torch.device = CPU
-    mode: str = MODE
-
-
-QUICK_CASE = Case(QUICK, 16, 16, "off", QUICK_ROUNDS)
 
 
 def run(quick: bool, scale: float = 1.0, device: str = "cpu") -> Report:
@@ -81,43 +52,7 @@ def run(quick: bool, scale: float = 1.0, device: str = "cpu") -> Report:
     load = OtherLoad()
     memory = memory_for(case, planned.plan)
     samples = Steps(case, planned.plan, memory).measure()
-    return _report(case, planned, memory, samples, load.share())
-
-
-def case_of(quick: bool, scale: float, device: torch.device) -> Case:
-    """The case for a device: a picture of 320 × 320 on a CPU, of 1024 × 1024 elsewhere."""
-    if quick:
-        return replace(QUICK_CASE, device=device)
-    if device.type == "cpu":
-        return Case(scaled(scale), 40, 192, "regional", ROUNDS)
-    mode = next((name for name in ("fp8", "int8") if refusal(find_mode(name), device) is None), "int8_weight_only")
-    return Case(scaled(scale), 128, 512, "regional", ROUNDS, device, mode)
-
-
-def memory_for(case: Case, plan: OffloadPlan) -> DeviceMemory:
-    """The device's memory; on a CPU a pool for what was planned."""
-    if case.device.type == "cpu":
-        return HostMemory(math.floor(plan.device_bytes * GOAL_PEAK), flat=True)
-    return memory_of(case.device)
-
-
-@dataclass(frozen=True)
-class Planned:
-    """A plan, the card that it is for, and all weights."""
-
-    plan: OffloadPlan
-    card_bytes: int
-    weights_bytes: int
-
-
-def plan_of(case: Case) -> Planned:
-    """The plan for a card on which the same share of the blocks stays as of FLUX.1-dev on one of 8 GB."""
-    demand = demand_of(random_spec(case.config), DTYPE, case.mode, case.compile != "off")
-    weights = demand.weights
-    offload = Offload("stream")
-    taken = weights.on_device(round(RESIDENT_SHARE * len(weights.blocks)))
-    card = taken + lora_share(0) + demand.activation_bytes + round(offload.reserve_gb * GB)
-    return Planned(make_plan(demand, offload, Room(card)), card, weights.total)
+    return report_of(case, planned, memory, samples, load.share())
 
 
 class Steps:
@@ -179,7 +114,7 @@ class Steps:
 
     def _compute(self) -> None:
         """All blocks, each with whatever weights lie in its buffer."""
-        with _Replaced(self._memory, "copy", lambda target, pieces, after: self._memory.mark()):
+        with _Replaced(self._memory, "copy", lambda target, chunks, after: self._memory.mark()):
             self._engine(self._inputs)
         # What it did not copy counts as there: the next step must not believe that.
         for slot in self._engine._weights.ring._slots:
@@ -193,9 +128,9 @@ class Steps:
 
     def _check(self) -> None:
         for slot in self._engine._weights.ring._slots:
-            for start, piece in self._engine._weights.ring._sources[slot.holds]:
-                there = slot.buffer[start : start + piece.numel()]
-                if not torch.equal(there, piece.to(there.device)):
+            for start, chunk in self._engine._weights.ring._sources[slot.holds]:
+                there = slot.buffer[start : start + chunk.numel()]
+                if not torch.equal(there, chunk.to(there.device)):
                     raise BenchmarkError("the bytes of a block did not arrive.")
         # The buffers were empty before, so the first blocks come once more.
         if not 0 <= self._copied - self._plan.copied_bytes_per_step <= self._plan.device_bytes:
@@ -232,99 +167,3 @@ def _inputs(case: Case, device: torch.device) -> Flux1Inputs:
         pooled_projections=normal(1, case.config.pooled_dim),
         guidance=torch.full((1,), 3.5, device=device),
     )
-
-
-def group_offloading() -> str:
-    """What diffusers' own offloading by blocks with streams says on this machine."""
-    from diffusers.hooks import apply_group_offloading
-
-    cpu = torch.device("cpu")
-    try:
-        apply_group_offloading(nn.ModuleList([nn.Linear(8, 8)]), cpu, cpu, "block_level", 1, use_stream=True)
-    except ValueError as error:
-        return f"does not run: {error}"
-    return "runs"
-
-
-def _report(
-    case: Case,
-    planned: Planned,
-    memory: DeviceMemory,
-    samples: Mapping[str, Sequence[float]],
-    other_cpu_share: float | None,
-) -> Report:
-    values = {
-        **figures(case, planned, memory, samples),
-        "card_gb": planned.card_bytes / GB,
-        "group_offloading": group_offloading(),
-        "other_cpu_share": other_cpu_share,
-    }
-    plan, card_gb, overlap = planned.plan, planned.card_bytes / GB, values["overlap"]
-    median = {f"{name}_s": values[f"{name}_s"] for name in NAMES}
-    pixels = 8 * case.latent
-    rows = (
-        Row("blocks that stay", f"{plan.resident_blocks} of {plan.total_blocks}", f"a card of {card_gb:.1f} GB"),
-        Row("device, planned", f"{plan.device_bytes / GB:.3f} GB", "weights and staging"),
-        Row("device, most at once", f"{values['peak_bytes'] / GB:.3f} GB"),
-        Row("copied per step", f"{plan.copied_bytes_per_step / GB:.3f} GB"),
-        Row("copies alone", f"{figure(median['copy_s'])} s", _rate(plan, median["copy_s"])),
-        Row("computation alone", f"{figure(median['compute_s'])} s"),
-        Row("one after the other", f"{figure(median['copy_s'] + median['compute_s'])} s", "their sum"),
-        Row("streamed step", f"{figure(median['streamed_s'])} s"),
-        Row("overlap", f"{overlap:.3f}", "streamed step over the longer of the two; 1 is perfect"),
-        Row("diffusers' group offloading", "", values["group_offloading"]),
-    )
-    notes = (
-        []
-        if case.device.type != "cpu"
-        else [
-            "A pool of host memory with a hard limit stands for the device, and a thread for the copy stream: on this "
-            "machine a copy takes memory bandwidth and a core from the computation, which on a GPU it does not.",
-        ]
-    )
-    notes += [
-        "Random weights of their own for every block: nothing is shared, all bytes are copied. The computation alone "
-        "runs with whatever lies in the staging buffers.",
-        "Group offloading without streams moves modules between devices, of which a CPU has one, so it copies nothing "
-        "here. With fullgraph compiling, or streams and torchao weights, it works nowhere (diffusers 0.42).",
-    ]
-    if other_cpu_share is not None and other_cpu_share > QUIET_SHARE:
-        notes.append(f"NOT QUIET: other processes used {other_cpu_share:.0%} of the CPUs meanwhile.")
-    goals = [Goal("streamed step over the longer of copies and computation", overlap, GOAL_OVERLAP)]
-    if case.device.type == "cpu":
-        peak = values["peak_bytes"] / plan.device_bytes
-        goals.append(Goal("most bytes on the device over the plan", peak, GOAL_PEAK))
-    title = (
-        f"{plan.total_blocks} blocks, hidden {case.config.hidden_size}, {case.mode}, {pixels}×{pixels} pixels "
-        f"and {case.text_tokens} text tokens, streamed, {case.device.type}; medians of {values['rounds']} rounds"
-    )
-    milliseconds = {name: [1e3 * sample for sample in each] for name, each in samples.items()}
-    return Report(title, rows, values, goals, notes, milliseconds)
-
-
-def figures(
-    case: Case, planned: Planned, memory: DeviceMemory, samples: Mapping[str, Sequence[float]]
-) -> dict[str, Any]:
-    """What a run found, as the JSON file has it; `samples` in seconds, of `Steps.measure`."""
-    # Of each round: what else the machine does hits its three parts alike.
-    rounds = list(zip(*(samples[name] for name in NAMES), strict=True))
-    plan = planned.plan
-    most = memory.peak_bytes if isinstance(memory, HostMemory) else peak_bytes(case.device)
-    return {
-        "planned_peak_bytes": plan.device_bytes,
-        "peak_bytes": most,
-        "copied_bytes_per_step": plan.copied_bytes_per_step,
-        **{f"{name}_s": statistics.median(samples[name]) for name in NAMES},
-        "overlap": statistics.median(streamed / max(copy, compute) for copy, compute, streamed in rounds),
-        "bit_equal": True,  # else `Steps` has raised
-        "resident_blocks": plan.resident_blocks,
-        "total_blocks": plan.total_blocks,
-        "host_bytes": memory.host_bytes,
-        "pinned_bytes": memory.pinned_bytes,
-        "rounds": len(rounds),
-        "quantization": case.mode,
-    }
-
-
-def _rate(plan: OffloadPlan, copy_s: float) -> str:
-    return f"{plan.copied_bytes_per_step / GB / copy_s:.1f} GB/s"

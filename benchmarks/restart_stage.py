@@ -47,7 +47,7 @@ def main(arguments: list[str]) -> dict:
         times.append(time.perf_counter() - start)
     return result | {
         "warm_image_s": sorted(times)[WARM_IMAGES // 2],
-        "compiles": engine.compile_count,
+        "compiles": engine.compiler.count,
         "warnings": notices.warnings,
         "finite": bool(torch.isfinite(output).all()),
         "checksum": float(output.double().abs().sum()),

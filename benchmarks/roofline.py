@@ -11,11 +11,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from accel.families.flux1 import Flux1, Flux1Config
+from accel.families.flux1 import Flux1
 
+from .flux_loras import DEV
 from .lora_bytes import WIDTH, Linears, linears_bytes
-
-FLUX1_DEV = Flux1Config(3072, 19, 38, 64, 64, 4096, 768, 12288, True)
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ def rest(image_tokens: int, text_tokens: int) -> list[Work]:
     rows = {"x_embedder": image_tokens, "proj_out": image_tokens, "context_embedder": text_tokens}
     return [
         linears_work(Linears(rows.get(module, 1), [linear.in_features], [linear.out_features], WIDTH), 0, False)
-        for module, linear in Flux1().layout(FLUX1_DEV).by_module.items()
+        for module, linear in Flux1().layout(DEV).by_module.items()
         if not linear.quantizable
     ]
 
@@ -79,4 +78,4 @@ def rest(image_tokens: int, text_tokens: int) -> list[Work]:
 def step_ms(gpu: Gpu, double: Iterable[Work], single: Iterable[Work], others: Iterable[Work]) -> float:
     """The bound of one step: all blocks, and what is around them."""
     times = [sum(map(gpu.seconds, works)) for works in (double, single, others)]
-    return 1e3 * (FLUX1_DEV.depth * times[0] + FLUX1_DEV.depth_single * times[1] + times[2])
+    return 1e3 * (DEV.depth * times[0] + DEV.depth_single * times[1] + times[2])

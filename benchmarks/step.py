@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from .block_steps import NAMES, Case, Steps
+from .flux_loras import DEV
 from .report import Goal, OtherLoad, Report, Row, figure
 from .timing import Stopwatch, Timed, interleave_timed, median
 
@@ -31,7 +32,7 @@ NOTES = (
 )
 
 
-FULL = Case(3072, 400, 192, ROUNDS)
+FULL = Case(DEV.hidden_size, 400, 192, ROUNDS)
 QUICK = Case(256, 24, 8, QUICK_ROUNDS)
 
 

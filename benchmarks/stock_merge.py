@@ -21,7 +21,7 @@ from torch import Tensor
 
 from accel.families.flux1 import Flux1Config
 from harness.comfyui import fetch, resolve_version
-from harness.tiny_models import TinyFluxConfig, flux_linears
+from harness.tiny_models import HEAD_DIM, TinyFluxConfig, flux_linears
 
 from .flux_loras import DTYPE, KEY_PREFIX, STRENGTH, RandomLora
 from .report import BenchmarkError
@@ -190,5 +190,5 @@ def _checkpoint(sampled: TinyFluxConfig) -> dict[str, Tensor]:
         tensors[f"{module}.bias"] = torch.zeros(out_features, dtype=DTYPE)
     for norm in ("double_blocks.0.img_attn.norm", "double_blocks.0.txt_attn.norm", "single_blocks.0.norm"):
         for part in ("query_norm", "key_norm"):
-            tensors[f"{norm}.{part}.scale"] = torch.ones(128, dtype=DTYPE)
+            tensors[f"{norm}.{part}.scale"] = torch.ones(HEAD_DIM, dtype=DTYPE)
     return tensors

@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 
 from .child import STOP_S, Child, ChildError, OutOfTimeError, describe
+from .make_subject import make_subject
 from .report import BenchmarkError
 from .sampling import Clock, prompt_for
-from .subjects import Setup, Work, make_subject
+from .subjects import Setup, Work
 
 
 class SubjectFailedError(BenchmarkError):

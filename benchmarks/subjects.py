@@ -14,10 +14,8 @@ from torch import Tensor
 from accel.families.flux1 import Flux1Config
 from accel.spec import ModelSpec
 
-from .flux_loras import STRENGTH
 from .random_checkpoint import random_spec
-from .report import BenchmarkError
-from .sampling import GUIDANCE, Clock, Prompt, euler
+from .sampling import Clock, Prompt
 
 
 @dataclass(frozen=True)
@@ -93,70 +91,3 @@ class Subject(Protocol):
         Raises:
             BenchmarkError: it did not.
         """
-
-
-class PackSubject:
-    """This package's engine.
-
-    Attributes:
-        engine: the engine.
-    """
-
-    def __init__(self, setup: Setup, work: Work) -> None:
-        """Read the header of the checkpoint."""
-        from accel.engine import Engine
-        from accel.settings import EngineSettings, Quantization
-
-        settings = EngineSettings(
-            dtype="bf16", attention=setup.attention, compile=setup.compile, device=work.device,
-            quantization=Quantization(setup.quantization),
-        )  # fmt: skip
-        self.engine = Engine(work.spec(), settings)
-
-    def load(self) -> None:
-        """See `Subject`."""
-        self.engine.load()
-
-    def use(self, lora: str | None) -> None:
-        """See `Subject`: as the node does before it samples."""
-        from accel.lora.stack import LoraStack
-
-        stack = LoraStack()
-        if lora is not None:
-            stack = stack.with_lora(self.engine.read_lora(lora), STRENGTH)
-        self.engine.swap(stack)
-
-    def sample(self, prompt: Prompt, clock: Clock) -> Tensor:
-        """See `Subject`."""
-        from accel.families.flux1 import Flux1Inputs
-
-        engine = self.engine
-        context, pooled = (tensor.to(engine.device, engine.dtype) for tensor in (prompt.context, prompt.pooled))
-        guidance = torch.full((1,), GUIDANCE, device=engine.device)
-
-        def velocity(latent: Tensor, sigma: Tensor) -> Tensor:
-            return engine(Flux1Inputs(latent.to(engine.dtype), sigma, context, pooled, guidance))
-
-        return euler(velocity, prompt, engine.device, clock)
-
-    def check(self) -> None:
-        """See `Subject`."""
-        if self.engine.recompile_count:
-            raise BenchmarkError(f"the pack compiled {self.engine.recompile_count} times too often.")
-
-
-def make_subject(setup: Setup, work: Work) -> Subject:
-    """The subject of a setup's library.
-
-    Raises:
-        Exception: the library is missing, or refuses the setup.
-    """
-    if setup.library == "pack":
-        return PackSubject(setup, work)
-    if setup.library == "diffusers":
-        from .diffusers_subject import DiffusersSubject
-
-        return DiffusersSubject(setup, work)
-    from .comfyui_subject import ComfySubject
-
-    return ComfySubject(setup, work)

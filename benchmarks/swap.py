@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,12 +27,11 @@ from .pooled import POOLED, SHORT_RUNS, Pooled
 from .prefetching import Prefetching, slowdown
 from .report import Goal, OtherLoad, Report, Row, figure, spread
 from .stock_merge import StockMerge
-from .switch import LONG_RUNS, RESIDENT_COUNT, Switch, in_turn
+from .switch import LONG_RUNS, LORA_COUNT, Switch, in_turn
 from .timing import Stopwatch, Variant, counted, interleave_timed
 
 ROUNDS = 11
 QUICK_ROUNDS = 3
-LORA_COUNT = RESIDENT_COUNT + 1
 # The system itself takes a percent or two.
 QUIET_SHARE = 0.05
 NO_GPU = (
@@ -126,8 +126,38 @@ def _report(
     swaps: Swaps, samples: Mapping[str, Sequence[float]], stock: StockMerge | None, other_cpu_share: float | None
 ) -> Report:
     config, switch, rounds = swaps.config, swaps.switch, len(samples["hot"])
-    ms = {name: statistics.median(values) for name, values in samples.items()}
     values = {
+        **_figures(samples, switch),
+        "other_cpu_share": other_cpu_share,
+        "rounds": rounds,
+        "model": {"hidden": config.hidden_size, "double_blocks": config.depth, "single_blocks": config.depth_single},
+    }
+    notes = [*([NO_GPU] if swaps.device.type == "cpu" else []), *NOTES, switch.files.describe()]
+    if stock is not None:
+        values["stock_over_hot"] = over(samples, "stock_merge", ["hot"])
+        values |= {"stock_merge_sampled_layers": stock.sampled_layers, "stock_merge_layers": stock.layers}
+        notes.append(
+            f"ComfyUI {stock.version}'s merge ran on {stock.sampled_layers} of {stock.layers} weights, one block of "
+            "each type, CPU, bf16; stock_merge_ms multiplies each block's time by how many of its type the model has."
+        )
+    title = (
+        f"Switch a LoRA: rank {RANK} on all {switch.layer_count} block linears of FLUX.1, hidden {config.hidden_size}, "
+        f"{config.depth} + {config.depth_single} blocks, bf16, {switch.lora_bytes / 1e6:,.1f} MB, {swaps.device.type}; "
+        f"medians of {rounds} interleaved rounds"
+    )
+    if other_cpu_share is not None and other_cpu_share > QUIET_SHARE:
+        notes.append(
+            f"NOT QUIET: other processes used {other_cpu_share:.0%} of the CPUs meanwhile: all figures are too high, "
+            "most of all those of many small operations. Run it again alone."
+        )
+    return Report(title, tuple(_rows(samples, values)), values, _goals(values), notes, samples)
+
+
+def _figures(samples: Mapping[str, Sequence[float]], switch: Switch) -> dict[str, Any]:
+    """What the JSON file has of the samples: medians, and ratios of variants within their rounds."""
+    ms = {name: statistics.median(values) for name, values in samples.items()}
+    rounds = len(samples["hot"])
+    return {
         "lora_bytes": switch.lora_bytes,
         **{f"{name}_ms": value for name, value in ms.items()},
         "cold_diffusers_ms": ms["cold"],
@@ -143,39 +173,21 @@ def _report(
             phase: statistics.median(itertools.chain(*map(counted, _turns(each[-rounds * LONG_RUNS :]))))
             for phase, each in switch.cold_phases_ms.items()
         },
-        "other_cpu_share": other_cpu_share,
-        "rounds": rounds,
-        "model": {"hidden": config.hidden_size, "double_blocks": config.depth, "single_blocks": config.depth_single},
     }
-    notes = [*([NO_GPU] if swaps.device.type == "cpu" else []), *NOTES, switch.files.describe()]
-    if stock is not None:
-        values["stock_over_hot"] = over(samples, "stock_merge", ["hot"])
-        values |= {"stock_merge_sampled_layers": stock.sampled_layers, "stock_merge_layers": stock.layers}
-        notes.append(
-            f"ComfyUI {stock.version}'s merge ran on {stock.sampled_layers} of {stock.layers} weights, one block of "
-            "each type, CPU, bf16; stock_merge_ms multiplies each block's time by how many of its type the model has."
-        )
-    goals = (
-        Goal("hot, ms, against a hundredth of PEFT's hotswap", ms["hot"], ms["peft"] / 100),
-        Goal("hot, ms, against a tenth of one memcpy", ms["hot"], ms["memcpy"] / 10),
+
+
+def _goals(values: Mapping[str, Any]) -> tuple[Goal, ...]:
+    hot, multiply = values["hot_ms"], values["multiply_ms"]
+    return (
+        Goal("hot, ms, against a hundredth of PEFT's hotswap", hot, values["peft_ms"] / 100),
+        Goal("hot, ms, against a tenth of one memcpy", hot, values["memcpy_ms"] / 10),
         Goal("warm over memcpy", values["warm_over_memcpy"], 1.1),
         Goal("cold over read and memcpy", values["cold_over_read_plus_memcpy"], 1.5),
-        Goal("another strength, ms, against 2 × hot and the product", ms["strength"], 2 * ms["hot"] + ms["multiply"]),
-        Goal("prefetched, ms, against 2 × hot", ms["prefetched"], 2 * ms["hot"]),
+        Goal("another strength, ms, against 2 × hot and the product", values["strength_ms"], 2 * hot + multiply),
+        Goal("prefetched, ms, against 2 × hot", values["prefetched_ms"], 2 * hot),
         Goal("slowdown of a step while LoRAs are prepared without pause", values["prefetch_slowdown"], 0.03),
-        Goal("300 × hot, ms, against diffusers", 300 * ms["hot"], ms["diffusers"]),
+        Goal("300 × hot, ms, against diffusers", 300 * hot, values["diffusers_ms"]),
     )
-    title = (
-        f"Switch a LoRA: rank {RANK} on all {switch.layer_count} block linears of FLUX.1, hidden {config.hidden_size}, "
-        f"{config.depth} + {config.depth_single} blocks, bf16, {switch.lora_bytes / 1e6:,.1f} MB, {swaps.device.type}; "
-        f"medians of {rounds} interleaved rounds"
-    )
-    if other_cpu_share is not None and other_cpu_share > QUIET_SHARE:
-        notes.append(
-            f"NOT QUIET: other processes used {other_cpu_share:.0%} of the CPUs meanwhile: all figures are too high, "
-            "most of all those of many small operations. Run it again alone."
-        )
-    return Report(title, tuple(_rows(samples, values)), values, goals, notes, samples)
 
 
 def _turns(runs: Sequence[float]) -> list[Sequence[float]]:

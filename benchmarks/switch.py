@@ -12,11 +12,11 @@ import torch
 
 from accel.families.flux1 import Flux1Config
 from accel.lora.hold.device import DeviceLoras, Prepared
-from accel.lora.hold.library import BUFFERS_BYTES
+from accel.lora.hold.library import LoraLibrary
 from accel.lora.pack.flat import FlatLora, flatten
-from accel.lora.read.file import read_lora
 from accel.lora.stack import LoraStack
-from accel.memory.buffers import HostBuffers
+from accel.memory.budgets import PoolBudgets
+from accel.memory.cpu import HostMemory
 from accel.memory.device import memory_of
 
 from . import flux_loras
@@ -27,8 +27,11 @@ from .random_checkpoint import random_spec
 from .report import BenchmarkError
 from .timing import Variant
 
-# Two fit on the device and three take turns, so that every `put` finds its LoRA gone.
+# Two fit on the device and three take turns, so that each comes to find itself gone.
 RESIDENT_COUNT = 2
+LORA_COUNT = RESIDENT_COUNT + 1
+# Of the pool that stands for the device's memory on a CPU: no limit.
+POOL_BYTES = 2**40
 # See `Variant.runs`. Of what takes tens of milliseconds: the first ones use every buffer; of three others one may find
 # the disk busy.
 LONG_RUNS = RESIDENT_COUNT + 3
@@ -84,7 +87,8 @@ class Switch:
             files.add(lora.name, lora.state_dict(KEY_PREFIX))
         self.layer_count = len(loras[0].pairs)
         self.lora_bytes = self._flats[loras[0].name].bytes
-        self._hot, self._warm, self._cold = (self._device_loras() for _ in range(3))
+        self._hot, self._warm = (self._device_loras() for _ in range(2))
+        self._cold = self._library()
         for lora in loras[:RESIDENT_COUNT]:
             self._hot.upload(lora.name, Prepared(self._flats[lora.name]))
         # As many targets as the device has buffers: memcpy and warm then touch equally much memory.
@@ -95,12 +99,8 @@ class Switch:
         self._read_target = memoryview(bytearray())
         self._bound: Sequence[torch.Tensor] = ()
         self._warm_storages: set[int] = set()
-        self._held: object = None
         self._expected: dict[str, Pairs] = {}
-        # As an engine that has read a few LoRAs: their memory is used again.
-        self._buffers = HostBuffers(BUFFERS_BYTES)
-        self._order = self._spec.layout.modules
-        self._fused = [flux_loras.fused_lora(config, f"fused-{seed}", seed) for seed in range(RESIDENT_COUNT)]
+        self._fused = [flux_loras.fused_lora(config, f"fused-{seed}", seed) for seed in range(LORA_COUNT)]
         for lora, format in itertools.product(self._fused, FUSED_FORMATS):
             files.add(f"{format}-{lora.name}", lora.state_dict(format))
 
@@ -120,11 +120,10 @@ class Switch:
         name = f"cold_{format}"
 
         def drop(lora: FusedLora) -> None:
-            self._held = None
             self.files.drop(f"{format}-{lora.name}")
 
         def bind(lora: FusedLora) -> None:
-            self._bind_file()
+            self._bind_file(name)
 
         def check(lora: FusedLora) -> None:
             self.files.note_read()
@@ -172,7 +171,6 @@ class Switch:
             raise BenchmarkError(f"warm: a buffer was allocated though {RESIDENT_COUNT} could be reused.")
 
     def _drop(self, lora: RandomLora) -> None:
-        self._held = None
         path = self.files.drop(lora.name)
         if len(self._read_target) != path.stat().st_size:
             self._read_target = memoryview(bytearray(b"\1" * path.stat().st_size))  # written, so it is really there
@@ -183,21 +181,21 @@ class Switch:
             raise BenchmarkError(f"read: {count:,} of {len(self._read_target):,} bytes came.")
 
     def _read_and_bind(self, lora: RandomLora) -> None:
-        for phase, phase_ms in self._bind_file().items():
+        for phase, phase_ms in self._bind_file("cold").items():
             self.cold_phases_ms[phase].append(phase_ms)
 
-    def _bind_file(self) -> dict[str, float]:
-        # What Engine.read_lora and Engine.swap do with a file that they have not seen.
+    def _bind_file(self, variant: str) -> dict[str, float]:
+        """What `Engine.read_lora` and `Engine.swap` do, by the library that they do it with: phase -> ms."""
         times = [time.perf_counter()]
-        weights = read_lora(str(self.files.path), self._spec, buffers=self._buffers)
+        stack = LoraStack().with_lora(self._cold.read(str(self.files.path)), STRENGTH)
         times.append(time.perf_counter())
-        stack = LoraStack().with_lora(weights, STRENGTH)
-        flat = flatten(stack.active, DTYPE, pin=self._memory.pin, buffers=self._buffers, order=self._order)
+        self._cold.prepare(stack)
         times.append(time.perf_counter())
-        self._cold.upload(stack.key, Prepared(flat))
-        self._cold.bind(stack.key)
+        resident = self._cold.make_resident(stack)
+        self._cold.bind(resident)
         times.append(time.perf_counter())
-        self._held = weights, flat  # the engine's pools keep both; freeing them is not part of the switch
+        if resident.source == "hot":
+            raise BenchmarkError(f"{variant}: the LoRA was still on the device, so there was nothing to read.")
         phases = zip(("read_lora", "flatten", "put_and_bind"), times, times[1:], strict=False)
         return {phase: (end - start) * 1e3 for phase, start, end in phases}
 
@@ -218,6 +216,14 @@ class Switch:
         if self._memory.separate:
             upload = self._memory.upload
         return DeviceLoras(self._slots, self._device, budget_bytes, share_host=False, upload=upload)
+
+    def _library(self) -> LoraLibrary:
+        """An engine's library that keeps of files and prepared stacks only the last one."""
+        budgets = PoolBudgets(1, 1, RESIDENT_COUNT * self.lora_bytes)
+        memory = HostMemory(POOL_BYTES) if self._device.type == "cpu" else self._memory
+        library = LoraLibrary(self._spec, DTYPE, self._device, budgets, memory=memory)
+        library.attach(self._slots, budgets)
+        return library
 
 
 def _flatten(lora: RandomLora, pin: bool) -> FlatLora:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from . import lora_files
 from .tensor_files import is_current, write_tensors
-from .tiny_models import TinyFluxConfig, tiny_clip_l_state_dict, tiny_flux_state_dict, tiny_taesd_state_dict
+from .tiny_models import TinyFluxConfig, tiny_flux_state_dict
+from .tiny_others import tiny_clip_l_state_dict, tiny_taesd_state_dict
 
 GENERATOR_VERSION = 1
 """Part of every file's stamp: raise it when generated values change, so that files from before are replaced."""

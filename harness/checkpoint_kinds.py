@@ -17,7 +17,7 @@ from torch import Tensor
 from accel.hardware import dtype_name
 
 from .tensor_files import json_tensor, write_tensors
-from .tiny_models import TinyFluxConfig
+from .tiny_models import HEAD_DIM, TinyFluxConfig
 
 FP8_MAX = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
 # What ComfyUI's scaled files leave in a higher precision.
@@ -117,8 +117,9 @@ def diffusers_model(tensors: Mapping[str, Tensor], config: TinyFluxConfig, dtype
 
     model = FluxTransformer2DModel(
         patch_size=1, in_channels=config.in_channels, out_channels=config.out_channels, num_layers=config.depth,
-        num_single_layers=config.depth_single, attention_head_dim=128, num_attention_heads=config.hidden // 128,
-        joint_attention_dim=config.context, pooled_projection_dim=config.pooled, guidance_embeds=config.guidance)
+        num_single_layers=config.depth_single, attention_head_dim=HEAD_DIM,
+        num_attention_heads=config.hidden // HEAD_DIM, joint_attention_dim=config.context,
+        pooled_projection_dim=config.pooled, guidance_embeds=config.guidance)
     converted = _cut(convert_flux_transformer_checkpoint_to_diffusers(_padded(tensors, config)), config)
     model.load_state_dict(converted, strict=True)
     return model.to(dtype)

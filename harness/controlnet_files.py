@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .lora_files import FORMATS
+from .lora_formats import DIFFUSERS_LISTS, FORMATS
 from .tiny_models import TinyFluxConfig, flux_linears, linear_gain, seeded_normal, tiny_flux_state_dict
 
 _NORMS = {
@@ -56,8 +56,7 @@ def instantx_controlnet(config: TinyFluxConfig = TinyFluxConfig(), seed: int = 6
     for name, tensor in original.items():
         if name.endswith("_norm.scale"):
             family, index, norm = name.removesuffix(".scale").split(".", 2)
-            block = {"double_blocks": "transformer_blocks", "single_blocks": "single_transformer_blocks"}[family]
-            tensors[f"{block}.{index}.attn.{_NORMS[norm]}.weight"] = tensor
+            tensors[f"{DIFFUSERS_LISTS[family]}.{index}.attn.{_NORMS[norm]}.weight"] = tensor
     tensors |= _linear("controlnet_x_embedder", (config.hidden, config.in_channels), seed)
     return tensors | _outputs(config, seed)
 

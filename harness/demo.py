@@ -19,11 +19,12 @@ from typing import Any
 
 from PIL import Image
 
-from harness.client import Client, ComfyError, Event, PromptResult
+from harness.client import Client
 from harness.comfyui import FetchError
 from harness.demo_report import DemoFailed, DemoPrompt, Row, contact_sheet, read_report, readable, table
 from harness.graphs import Graph
 from harness.paths import CACHE, REPO
+from harness.prompt_result import ComfyError, Event, PromptResult
 from harness.server import ComfyServer, ServerFailed
 
 WORKFLOW = REPO / "workflows" / "api" / "flux_hotswap_pocket.json"

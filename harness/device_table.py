@@ -15,7 +15,7 @@ from accel.compile.failures import compiler_for
 from accel.hardware import Hardware, dtype_name, dtype_on
 from accel.memory.device import copies_on
 from accel.quantize.modes import MODES, preferences
-from accel.selftest import HEAD_DIM, HEADS
+from accel.selftest import usual_heads
 from harness.paths import REPO
 
 PAGE = REPO / "docs" / "devices.md"
@@ -86,7 +86,8 @@ def candidates(hardware: Hardware) -> list[str]:
 def attention_candidates(hardware: Hardware) -> list[str]:
     """Attention backends that "auto" times on a device, where they are installed."""
     target = _target(hardware)
-    return [name for name in AUTO if target.dtype in BACKENDS[name].tolerance and not BACKENDS[name].hardware(target)]
+    backends = ((name, BACKENDS[name]) for name in AUTO)
+    return [name for name, each in backends if target.dtype in each.max_deviation and not each.hardware(target)]
 
 
 def page() -> str:
@@ -105,7 +106,7 @@ def page() -> str:
 def _target(hardware: Hardware) -> Target:
     dtype = dtype_on("auto", torch.bfloat16, hardware)
     device = torch.device("cuda" if hardware.kind == "rocm" else hardware.kind)
-    return Target(device, dtype, HEADS, HEAD_DIM, compiled=True, assumed=hardware)
+    return Target(device, dtype, *usual_heads(), compiled=True, assumed=hardware)
 
 
 def _yes(reason: str | None, bf16_only: bool) -> str:

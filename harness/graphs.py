@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from safetensors.torch import load as load_safetensors
 
-from .client import Client, PromptResult
+from .client import Client
+from .prompt_result import PromptResult
 
 Graph = dict[str, Any]
 

@@ -4,30 +4,28 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import ctypes
 import json
 import os
 import shutil
-import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.error
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from harness import comfyui
-from harness.client import Client, ServerGone, http_request
+from harness.client import Client, http_request
 from harness.paths import CACHE, REPO
+from harness.processes import die_with_parent, free_port, signal_group
+from harness.prompt_result import ServerGone
 
 PACK_NAME = "flux-hotswap"
 HOST = "127.0.0.1"
 _LOG_TAIL_LINES = 40
 _PORT_ATTEMPTS = 3
 _PORT_TAKEN = "is already in use on address"
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 # A link to the repository is the rule; where links need a privilege (Windows), a copy leaves these out.
 _NOT_COPIED = shutil.ignore_patterns(
     ".git", ".venv*", ".cache", ".*_cache", ".hypothesis", "__pycache__", "demo-output", "bench-output"
@@ -189,7 +187,7 @@ class ComfyServer:
             _link(target, self.base_directory / "custom_nodes" / name)
 
     def _launch(self, source: Path) -> None:
-        self.port = _free_port()
+        self.port = free_port(HOST)
         command = [sys.executable, str(source / "main.py"), *self._comfy_args]
         command += ["--base-directory", str(self.base_directory), "--port", str(self.port)]
         command += ["--disable-api-nodes", "--disable-all-custom-nodes", "--database-url", "sqlite:///:memory:"]
@@ -205,7 +203,7 @@ class ComfyServer:
                 stderr=subprocess.STDOUT,
                 # Its own process group, so that it can be ended with its children, and Ctrl-C reaches us alone.
                 start_new_session=os.name != "nt",
-                preexec_fn=_die_with_parent(),
+                preexec_fn=die_with_parent(),
             )
 
     def _environment(self) -> dict[str, str]:
@@ -251,42 +249,13 @@ class ComfyServer:
             return
         try:
             if process.poll() is None:
-                _signal_group(process, force=False)
+                signal_group(process, force=False)
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(grace_s)
         finally:
             # Also when the server itself is gone: its children (compile workers) may not be.
-            _signal_group(process, force=True)
+            signal_group(process, force=True)
             process.wait()
-
-
-def _signal_group(process: subprocess.Popen[bytes], *, force: bool) -> None:
-    if os.name == "nt":
-        process.kill() if force else process.terminate()
-        return
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL if force else signal.SIGTERM)
-
-
-def _die_with_parent() -> Callable[[], None] | None:
-    """What the child does before it becomes the server: ask Linux to kill it when its parent dies.
-
-    Covers what no `finally` can, a parent that gets SIGKILL. Other systems have nothing like it.
-    """
-    if not sys.platform.startswith("linux"):
-        return None
-    try:
-        prctl = ctypes.CDLL(None).prctl  # looked up here: between fork and exec as little as possible may happen
-    except (OSError, AttributeError):
-        return None
-    parent = os.getpid()
-
-    def hook() -> None:
-        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it died before the call above
-            os._exit(1)
-
-    return hook
 
 
 def _link(target: Path, link: Path) -> None:
@@ -301,9 +270,3 @@ def _link(target: Path, link: Path) -> None:
             shutil.copytree(target, link, ignore=_NOT_COPIED, dirs_exist_ok=True)
         else:
             shutil.copyfile(target, link)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return probe.getsockname()[1]

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from ..accel.history import Sampling
 from ..accel.offload.sizes import Workload, activation_bytes
 from ..accel.quantize import find_mode
-from ..accel.report import Sampling
 from .native_lora import NativeLoras
 from .sampling import SamplingRecord
 from .transformer import GUIDANCE, STEP_CACHE, EngineTransformer

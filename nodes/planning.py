@@ -65,7 +65,7 @@ def out_of_memory(engine: Engine, planner: Planner, during: str) -> DeviceMemory
         planner: leaves more room from then on, where it may.
         during: what needed the memory.
     """
-    plan, held = planner.plan, engine.device_bytes + engine.lora_bytes
+    plan, held = planner.plan, engine.device_bytes + engine.library.device_bytes
     engine.offload()
     change = "choose 'auto' or 'stream' in Offload Config"
     if planner.ran_out():

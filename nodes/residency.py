@@ -48,7 +48,7 @@ class ResidentPatcher(LimitedPatcher):
 
     def loaded_size(self, *_: Any, **__: Any) -> int:
         """Bytes that it takes now."""
-        return self.engine.device_bytes + self.engine.lora_bytes
+        return self.engine.device_bytes + self.engine.library.device_bytes
 
     def partially_load(self, device_to: torch.device, extra_memory: int = 0, *_: Any, **__: Any) -> int:
         """Load the engine, or bring as many more blocks as the memory allows. Returns the bytes gained.
@@ -101,7 +101,7 @@ class ResidentPatcher(LimitedPatcher):
         if device_bytes is None:
             free = comfy.model_management.get_free_memory(self.load_device)
             device_bytes = self.loaded_size() + free - comfy.model_management.minimum_inference_memory()
-        changed = planner.allow(device_bytes - further_reserve(planner.offload), engine.lora_bytes)
+        changed = planner.allow(device_bytes - further_reserve(planner.offload), engine.library.device_bytes)
         if changed:
             log.info("Flux Hotswap: offload %s", planner.plan.sentence)
         self.model.unloaded = False

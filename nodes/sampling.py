@@ -11,9 +11,9 @@ from typing import Any
 import comfy.model_management
 import torch
 
-from ..accel.engine import Engine, SwapReport
+from ..accel.engine import Engine
+from ..accel.history import Sampling, SwapReport
 from ..accel.lora.schedule import ScheduledStack
-from ..accel.report import Sampling
 from ..accel.step_cache import StepCache, StepCall
 
 
@@ -37,7 +37,7 @@ class SamplingRecord:
         self._engine = engine
         self._step_cache = step_cache
         self._start = time.perf_counter()
-        self._compiled = engine.compile_count, engine.recompile_count, engine.compile_s
+        self._compiled = engine.compiler.count, engine.compiler.recompiles, engine.compiler.seconds
         self._size: tuple[int, ...] = ()
         self._steps = 0
         self._sigmas: torch.Tensor | None = None
@@ -82,9 +82,9 @@ class SamplingRecord:
             calls=self.calls,
             seconds=seconds,
             swaps=tuple(self.swaps),
-            compiles=engine.compile_count - compiles,
-            recompiles=engine.recompile_count - recompiles,
-            compile_s=engine.compile_s - compile_s,
+            compiles=engine.compiler.count - compiles,
+            recompiles=engine.compiler.recompiles - recompiles,
+            compile_s=engine.compiler.seconds - compile_s,
             step_cache="" if self._step_cache is None else str(self._step_cache),
             stopped=stopped,
         )

@@ -84,7 +84,7 @@ class EngineTransformer(nn.Module):
             return self.engine(inputs)
         except torch.OutOfMemoryError as exc:
             exc.__traceback__ = None  # its frames hold the tensors of the step
-            pixels = self.engine.spec.family.pixels_per_token // self.patch_size
+            pixels = self.engine.spec.family.pixels_per_latent
             width, height = pixels * x.shape[-1], pixels * x.shape[-2]
             during = f"a step of {width}×{height}, batch {x.shape[0]}"
             raise out_of_memory(self.engine, self.planner, during) from exc

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -193,11 +193,6 @@ def placements(scene: Scene, jitter: Jitter, size_px: int) -> list[tuple[float, 
         (x * size_px + jitter.dx * unit, y * size_px + jitter.dy * unit, radius * size_px * jitter.scale)
         for x, y in centres
     ]
-
-
-def with_pair(scene: Scene, shape: str, colour: str) -> Scene:
-    """The same scene of another shape and colour."""
-    return replace(scene, shape=shape, colour=colour)
 
 
 def _grid(size_px: int) -> tuple[Pixels, Pixels]:

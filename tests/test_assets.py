@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from harness import assets, broken_files, lora_files, tensor_files, tiny_models
+from harness import assets, broken_files, lora_files, lora_formats, tensor_files, tiny_models, tiny_others
 from harness.tiny_models import TinyFluxConfig
 
 TINY = TinyFluxConfig()
@@ -18,7 +18,7 @@ QUICK = [name for name in assets.assets() if "clip" not in name]
 
 def prefix_of(key: str) -> str:
     """The file's key without its LoRA suffix."""
-    for spelling in lora_files.FORMATS.values():
+    for spelling in lora_formats.FORMATS.values():
         for suffix in (spelling.down, spelling.up, "alpha"):
             if key.endswith(f".{suffix}"):
                 return key.removesuffix(f".{suffix}")
@@ -27,7 +27,7 @@ def prefix_of(key: str) -> str:
 
 def delta(tensors: dict[str, torch.Tensor], prefix: str, format: str) -> torch.Tensor:
     """alpha / rank * up @ down of one layer, (out_features, in_features)."""
-    spelling = lora_files.FORMATS[format]
+    spelling = lora_formats.FORMATS[format]
     down, up = tensors[f"{prefix}.{spelling.down}"], tensors[f"{prefix}.{spelling.up}"]
     alpha = tensors.get(f"{prefix}.alpha", torch.tensor(float(len(down))))
     return alpha / len(down) * up @ down
@@ -130,7 +130,7 @@ def test_taesd_layout(models: dict[str, Path]) -> None:
 
 
 def test_clip_l_layout() -> None:
-    tensors = tiny_models.tiny_clip_l_state_dict()
+    tensors = tiny_others.tiny_clip_l_state_dict()
     assert tensors["text_model.embeddings.token_embedding.weight"].shape == (49408, 768)
     assert tensors["text_model.embeddings.position_embedding.weight"].shape == (77, 768)
     assert tensors["text_model.encoder.layers.11.mlp.fc2.weight"].shape == (768, 3072)
@@ -184,7 +184,7 @@ def test_tied_formats_change_the_weights_alike() -> None:
     for module in tiny_models.flux_linears(TINY):
         fused = delta(native, f"diffusion_model.{module}", "native")
         assert torch.equal(fused, delta(kohya, f"lora_unet_{module.replace('.', '_')}", "kohya"))
-        for part in lora_files.FORMATS["diffusers"].parts(module, TINY):
+        for part in lora_formats.FORMATS["diffusers"].parts(module, TINY):
             rows = torch.cat([fused[start:stop] for start, stop in part.rows])
             torch.testing.assert_close(delta(diffusers, part.prefix, "diffusers"), rows)
 

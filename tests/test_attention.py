@@ -33,9 +33,10 @@ from accel.attention import (
 from accel.attention.backend import EXACT
 from accel.attention.correctness import judge, verify
 from accel.checkpoint import inspect_checkpoint
-from accel.engine import Engine, Silent
+from accel.engine import Engine
 from accel.errors import SettingsError
 from accel.families.flux1 import Flux1Inputs
+from accel.observer import Silent
 from accel.prove import proofs
 from accel.settings import ATTENTION_BACKENDS, EngineSettings
 from harness.attention_packages import PACKAGES, write_package
@@ -485,7 +486,7 @@ def test_tolerances_part_rounding_from_errors():
     query, key, value = inputs
     cut = F.scaled_dot_product_attention(query, key[:, :, :-1], value[:, :, :-1])
     assert "wrong numbers" in judge(BACKENDS["sage"], target, cut, reference).refusal
-    assert all(backend.tolerance.items() <= EXACT.items() for backend in BACKENDS.values() if backend.exact)
+    assert all(backend.max_deviation.items() <= EXACT.items() for backend in BACKENDS.values() if backend.exact)
 
 
 def test_a_kernel_is_checked_once_for_each_dtype(install, on_cpu):
@@ -732,11 +733,11 @@ def test_flex_on_a_cpu_equals_sdpa_and_does_not_recompile(spec, eager):
     assert engine.attention == "flex"
     assert listener.notices[0][0].startswith("attention: flex (")
     engine(forward_inputs())
-    assert engine.compile_count == 2
+    assert engine.compiler.count == 2
     with torch._dynamo.config.patch(error_on_recompile=True):
         for size in SIZES:
             assert distance(engine(forward_inputs(*size)), eager(forward_inputs(*size))) < 2e-5
-    assert (engine.compile_count, engine.recompile_count) == (2, 0)
+    assert (engine.compiler.count, engine.compiler.recompiles) == (2, 0)
 
 
 @pytest.mark.slow
@@ -755,7 +756,7 @@ def test_a_library_in_a_compiled_engine(spec, install, on_cpu):
             inputs = forward_inputs(*size, dtype=torch.bfloat16)
             assert distance(engine(inputs), plain(inputs)) < 2e-2
             assert len(calls) == blocks
-    assert (engine.compile_count, engine.recompile_count) == (2, 0)
+    assert (engine.compiler.count, engine.compiler.recompiles) == (2, 0)
 
 
 # On CUDA, without a GPU: a child process traces, and reads the code that would run there.

@@ -9,7 +9,7 @@ import accel.quantize.modes
 from accel.compile.failures import failure_notice
 from accel.errors import SettingsError
 from accel.hardware import dtype_on, hardware_of
-from accel.memory.device import CudaMemory
+from accel.memory.gpu import CudaMemory
 from accel.prove import Proof, Verdict
 from accel.quantize import choose
 from accel.quantize.modes import MODES

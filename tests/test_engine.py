@@ -12,12 +12,13 @@ import accel.compile.compiler
 import accel.lora.hold.device
 from accel.checkpoint import inspect_checkpoint
 from accel.compile.tracing import batch_can_be_unbacked
-from accel.engine import Engine, Silent
+from accel.engine import Engine
 from accel.errors import EngineStateError, LoraError, SettingsError
 from accel.families.flux1 import Flux1Inputs
 from accel.families.flux1.inputs import Residuals
 from accel.lora.pack.flat import flatten
 from accel.lora.stack import LoraStack
+from accel.observer import Silent
 from accel.settings import EngineSettings
 from harness.lora_files import in_attention, write_lora
 
@@ -63,7 +64,7 @@ def compiled(spec):
     engine = Engine(spec, EngineSettings(compile="regional"))
     engine.load()
     engine(make_inputs())
-    assert (engine.compile_count, engine.recompile_count) == (2, 0)
+    assert (engine.compiler.count, engine.compiler.recompiles) == (2, 0)
     return engine
 
 
@@ -129,7 +130,7 @@ def test_swaps_equal_eager_and_do_not_recompile(eager, compiled, loras, sequence
             assert torch.equal(output, base)
     back, _ = both(eager, compiled, loras, [], make_inputs())
     assert torch.equal(back, base)
-    assert (compiled.compile_count, compiled.recompile_count) == (2, 0)
+    assert (compiled.compiler.count, compiled.compiler.recompiles) == (2, 0)
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3])
@@ -144,7 +145,7 @@ def test_sizes_and_batches_do_not_recompile(eager, compiled, loras, batch, heigh
     output, reference = both(eager, compiled, loras, [("rank7", 1.0)], make_inputs(batch, height, width, text))
     assert output.shape == (batch, 16, height, width)
     assert distance(output, reference) < TOLERANCE
-    assert compiled.recompile_count == 0
+    assert compiled.compiler.recompiles == 0
 
 
 def test_grad_mode_of_the_caller_does_not_matter(compiled):
@@ -189,10 +190,10 @@ def test_two_engines_do_not_share_compiled_code(spec, compiled):
         other = Engine(spec, EngineSettings(compile="regional"))
         other.load()
         assert torch.equal(other(inputs), expected)
-        assert (other.compile_count, other.recompile_count) == (2, 0)
+        assert (other.compiler.count, other.compiler.recompiles) == (2, 0)
         del other
         assert torch.equal(compiled(inputs), expected)
-    assert compiled.compile_count == 2
+    assert compiled.compiler.count == 2
 
 
 @pytest.mark.slow
@@ -387,8 +388,8 @@ def test_a_machine_without_a_compiler_goes_on_eagerly_and_is_told_what_to_do(spe
         assert torch.equal(engine(inputs), eager(inputs))
     (warning,) = listener.warnings
     assert re.search(r"could not compile the double blocks.*goes on without.*C\+\+ compiler.*'off'", warning)
-    assert engine.compile_failure
-    assert (engine.compile_count, engine.recompile_count) == (0, 0)
+    assert engine.compiler.failure
+    assert (engine.compiler.count, engine.compiler.recompiles) == (0, 0)
 
 
 def test_process_wide_settings_are_left_alone(compiled):
@@ -426,11 +427,11 @@ def test_what_can_change_while_sampling_compiles_nothing(eager, compiled, change
         "a reference picture": dataclasses.replace(make_inputs(), references=[make_inputs(1, 8, 12, seed=2).latent]),
         "no pooled text": dataclasses.replace(make_inputs(), pooled_projections=None),
     }[change]
-    count = compiled.compile_count
+    count = compiled.compiler.count
     output, reference = both(eager, compiled, {}, [], inputs)
     assert distance(output, reference) < TOLERANCE
     assert distance(reference, eager(make_inputs())) > 10 * TOLERANCE
-    assert compiled.compile_count == count
+    assert compiled.compiler.count == count
 
 
 @pytest.mark.slow
@@ -438,14 +439,14 @@ def test_all_blocks_in_one_piece(spec, eager, loras):
     engine = Engine(spec, EngineSettings(compile="full"))
     engine.load()
     engine(make_inputs())
-    assert (engine.compile_count, engine.recompile_count) == (1, 0)
+    assert (engine.compiler.count, engine.compiler.recompiles) == (1, 0)
     for entries in ([("rank1", 1.0)], [("rank128", 0.5), ("rank7", -1.0)], []):
         for inputs in (make_inputs(), make_inputs(2 if batch_can_be_unbacked() else 1, 12, 20, 33)):
             output, reference = both(eager, engine, loras, entries, inputs)
             assert distance(output, reference) < TOLERANCE
-    assert (engine.compile_count, engine.recompile_count) == (1, 0)
+    assert (engine.compiler.count, engine.compiler.recompiles) == (1, 0)
     # Something between the blocks: the block types are compiled after all, once.
     inputs = dataclasses.replace(make_inputs(), residuals=residuals())
     for _ in range(2):
         assert distance(engine(inputs), eager(inputs)) < TOLERANCE
-    assert (engine.compile_count, engine.recompile_count) == (3, 0)
+    assert (engine.compiler.count, engine.compiler.recompiles) == (3, 0)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from accel.lora import kinds
 from harness.paths import REPO
 from pocket import measure
 from pocket.draw import SIZE_PX
@@ -43,6 +44,15 @@ def test_in_a_diffusers_pipeline(tmp_path, monkeypatch):
     assert measure.see(striped).colour == "green"
     assert measure.darkness(glowing, plain) > 0.4 > measure.darkness(outlined, plain)
     assert not np.array_equal(outlined, striped)
+
+
+def test_a_new_lora_kind(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(kinds, "KINDS", kinds.KINDS)  # the example exchanges the table
+    whole, half, without = run("new_lora_kind", tmp_path / "out.png", monkeypatch)
+    assert measure.see(whole).shape == "heart"
+    distances = [float(np.abs(picture - whole).mean()) for picture in (half, without)]
+    assert 0.0 < distances[0] < distances[1]
+    assert "row scale" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)

@@ -84,7 +84,7 @@ def compiled(request, spec, loras):
     engine = engine_on(request.param, spec, dtype="fp32" if request.param == "cpu" else "bf16")
     for name in ("rank7", "rank16", "rank128"):
         draw(engine, stack_of(engine, loras, (name, 1.0)))
-    assert (engine.compile_count, engine.recompile_count) == (2, 0)
+    assert (engine.compiler.count, engine.compiler.recompiles) == (2, 0)
     return engine
 
 
@@ -149,7 +149,7 @@ def test_swaps_sizes_and_batches_do_not_recompile(compiled, reference, loras):
             assert compare(compiled, reference, loras, entries) < tolerance
         for sizes in ((2, 16, 16, 77), (1, 17, 23, 154), (3, 8, 40, 9)):
             assert compare(compiled, reference, loras, STACKS["one"], *sizes) < tolerance
-    assert (compiled.compile_count, compiled.recompile_count) == (2, 0)
+    assert (compiled.compiler.count, compiled.compiler.recompiles) == (2, 0)
 
 
 @pytest.mark.parametrize("device", BOTH)
@@ -177,7 +177,7 @@ def test_quantized_and_compiled_is_quantized_and_eager(mode, device, spec, loras
         outputs = [draw(engine, stack_of(engine, loras, *entries)).float() for engine in engines]
         # Where the two round an activation differently, fp8 lands a sixteenth apart.
         assert distance(*outputs) < TOLERANCES["bf16"] * (2 if mode == "fp8" else 1)
-    assert (engines[1].compile_count, engines[1].recompile_count) == (2, 0)
+    assert (engines[1].compiler.count, engines[1].compiler.recompiles) == (2, 0)
 
 
 @pytest.mark.gpu
@@ -204,7 +204,7 @@ def test_prefetch_on_another_thread_while_the_engine_computes(eager, loras):
     meanwhile = [draw(eager, stacks["rank7"]) for _ in range(5)]
     thread.join()
     assert all(torch.equal(output, expected["rank7"]) for output in meanwhile)
-    prepared, ready = eager._library.prepare(stacks["rank16"])
+    prepared, ready = eager.library.prepare(stacks["rank16"])
     assert ready
     assert prepared.flat.buffer.is_pinned() == (eager.device.type == "cuda")
     assert eager.swap(stacks["rank16"]).source == "hot"
@@ -222,7 +222,7 @@ def test_offload_to_the_host_and_back(compiled, loras):
         compiled.load()
         assert torch.equal(draw(compiled, stack), expected)
     assert compiled.load_count == reads
-    assert compiled.recompile_count == 0
+    assert compiled.compiler.recompiles == 0
 
 
 def test_memory_stays_flat_over_many_swaps(eager, loras):

@@ -15,7 +15,7 @@ from PIL import Image
 
 from harness import comfyui, paths, setup
 from harness import server as server_module
-from harness.client import GraphRejected, PromptFailed, PromptLost, ServerGone
+from harness.prompt_result import GraphRejected, PromptFailed, PromptLost, ServerGone
 from harness.server import ComfyServer, ServerFailed
 
 TEST_NODES = textwrap.dedent(

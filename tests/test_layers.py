@@ -16,7 +16,6 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from accel.compile.compiler import RegionCompiler
-from accel.engine import Silent
 from accel.linear import kernels, layers
 from accel.linear import operators as lora_operators
 from accel.linear.autotune import autotuner, choose
@@ -28,6 +27,7 @@ from accel.linear.slot import NOTHING, Bound, bound_to, make_slot
 from accel.lora.hold.slots import LoraSlots
 from accel.lora.pack.flat import FlatLora
 from accel.lora.pack.layout import Placed
+from accel.observer import Silent
 from benchmarks.block_variants import quantize_float8
 from harness.paths import REPO
 

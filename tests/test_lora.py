@@ -23,7 +23,8 @@ from accel.lora.stack import LoraStack, grouped
 from accel.memory.buffers import BYTES_ALIGNMENT
 from accel.store.lru import ByteLru
 from harness import broken_files
-from harness.lora_files import ALL_FORMATS, clip_l_lora_state_dict, lora_state_dict, write_lora
+from harness.lora_files import clip_l_lora_state_dict, lora_state_dict, write_lora
+from harness.lora_formats import ALL_FORMATS
 from harness.tiny_models import TinyFluxConfig
 
 

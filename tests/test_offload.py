@@ -17,14 +17,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from accel.attention import sdpa
 from accel.build import empty_model
 from accel.checkpoint import inspect_checkpoint
-from accel.engine import Engine, Silent
+from accel.engine import Engine
 from accel.families.flux1 import Flux1Inputs
 from accel.families.flux1.inputs import Hooks
 from accel.lora.hold.slots import LoraSlots
 from accel.lora.stack import LoraStack
 from accel.memory.budgets import PoolBudgets
-from accel.memory.device import CudaMemory, HostMemory
+from accel.memory.cpu import HostMemory
+from accel.memory.gpu import CudaMemory
 from accel.memory.host import HostPages
+from accel.observer import Silent
 from accel.offload.flat import ALIGNMENT, FlatLayout
 from accel.offload.plan import OffloadPlan
 from accel.offload.ring import Ring
@@ -165,7 +167,7 @@ def test_compiled_streams_without_recompiling(spec, loras, resident, mode):
     engine.next_plan = stream(2)
     engine.load()
     assert torch.equal(engine(make_inputs()), expected[None])
-    assert (engine.compile_count, engine.recompile_count) == (2, 0)
+    assert (engine.compiler.count, engine.compiler.recompiles) == (2, 0)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for plan in EVERY_PLAN:
             engine.offload()
@@ -175,7 +177,7 @@ def test_compiled_streams_without_recompiling(spec, loras, resident, mode):
         engine.release()
         engine.load()
         assert_equal(outputs_of(engine, loras, (None,)), expected)
-    assert (engine.compile_count, engine.recompile_count) == (2, 0)
+    assert (engine.compiler.count, engine.compiler.recompiles) == (2, 0)
 
 
 def test_on_the_cpu_itself(spec, loras, resident):
@@ -200,8 +202,8 @@ def test_from_the_cache_host_weights_are_pages_of_the_file(spec, loras, resident
         assert memory.host_bytes == 0
         starts = {
             tensor.untyped_storage().data_ptr()
-            for segment in engine._weights._blocks[1:]
-            for parameter in segment.on_host.parameters
+            for group in engine._weights._blocks[1:]
+            for parameter in group.on_host.parameters
             for tensor in stored_tensors(parameter)
         }
         assert (len(starts) < 5) == bool(loads)  # the mapped file, and copies of the few that lie askew in it
@@ -276,10 +278,10 @@ def test_a_flat_layout_keeps_every_bit(spec):
     expected = {name: [tensor.clone() for tensor in stored_tensors(linear._parameters[name])] for _, name in places}
     layout = FlatLayout(places)
     buffer = torch.zeros(layout.bytes, dtype=torch.uint8)
-    home = layout.over(buffer)
-    for start, piece in layout.loose().pieces:
-        buffer[start : start + piece.numel()] = piece
-    layout.bind(home)
+    copy = layout.views_of(buffer)
+    for start, chunk in layout.as_they_are().chunks:
+        buffer[start : start + chunk.numel()] = chunk
+    layout.bind(copy)
     for _, name in places:
         parameter = linear._parameters[name]
         assert not parameter.requires_grad
@@ -345,7 +347,7 @@ def test_steps_allocate_nothing_and_copy_what_is_streamed(spec):
     for _ in range(3):
         engine(make_inputs())
     assert memory.allocations == allocations
-    sizes = sum(sum(piece.numel() for _, piece in pieces) for pieces in ring._sources.values())
+    sizes = sum(sum(chunk.numel() for _, chunk in chunks) for chunks in ring._sources.values())
     assert ring.copied_bytes - copied == 3 * sizes
 
 
@@ -394,7 +396,7 @@ def test_page_locked_memory_is_bounded_and_given_back():
 def test_without_page_locked_memory_nothing_is_locked(monkeypatch):
     """What `_pin` would do needs a GPU; whether it is asked to does not."""
     asked = []
-    monkeypatch.setattr("accel.memory.device._pin", lambda address, size: bool(asked.append(size)))
+    monkeypatch.setattr("accel.memory.gpu._pin", lambda address, size: bool(asked.append(size)))
     for pin in (True, False):
         memory = CudaMemory(torch.device("cuda"), pin, streams=object())
         assert memory.flat == memory.pin == pin
@@ -437,9 +439,9 @@ class Failing(HostMemory):
         self._count("host", MemoryError("pretended"))
         return super().host(size)
 
-    def copy(self, target, pieces, after):
+    def copy(self, target, chunks, after):
         self._count("copy", RuntimeError("pretended"))
-        return super().copy(target, pieces, after)
+        return super().copy(target, chunks, after)
 
 
 def each_failure(memory, kind, action, recover):
@@ -475,11 +477,11 @@ def test_a_failed_load_leaves_the_next_one_right(spec, loras, resident, plan):
         engine.offload()
         engine.load()
 
-    segments = 1 + (plan.resident_blocks if plan.mode == "stream" else BLOCKS)
-    slots = min(2, BLOCKS + 1 - segments)
-    assert each_failure(memory, "empty", read, recover) == segments + slots
-    assert each_failure(memory, "empty", come_back, recover) == segments + slots
-    assert each_failure(memory, "copy", come_back, recover) == segments
+    groups = 1 + (plan.resident_blocks if plan.mode == "stream" else BLOCKS)
+    slots = min(2, BLOCKS + 1 - groups)
+    assert each_failure(memory, "empty", read, recover) == groups + slots
+    assert each_failure(memory, "empty", come_back, recover) == groups + slots
+    assert each_failure(memory, "copy", come_back, recover) == groups
     reads = engine.load_count
     come_back()
     recover()
@@ -569,11 +571,11 @@ def test_a_copy_that_fails_on_its_thread_is_told_and_made_again(spec, loras, res
     expected = resident("none")[None]
     assert torch.equal(engine(make_inputs()), expected)
 
-    def fail(target, pieces):
+    def fail(target, chunks):
         raise OSError("pretended")
 
     with monkeypatch.context() as patch:
-        patch.setattr("accel.memory.device._move", fail)
+        patch.setattr("accel.memory.cpu._move", fail)
         with pytest.raises(OSError, match="pretended"):
             engine(make_inputs())
     for _ in range(2):

@@ -168,7 +168,7 @@ def test_compiled_code_takes_packed_weights_and_is_stored(spec, loras, tmp_path)
         engine(make_inputs())
         with torch._dynamo.config.patch(error_on_recompile=True):
             found.append([*outputs(engine, loras), engine(make_inputs(2, 24, 40))])
-        counts.append((engine.compile_count, engine.recompile_count, engine.compile_failure))
+        counts.append((engine.compiler.count, engine.compiler.recompiles, engine.compiler.failure))
     assert counts == [(2, 0, None), (0, 0, None)]
     for first, second in zip(*found, strict=True):
         assert torch.equal(first, second)

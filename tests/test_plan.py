@@ -15,7 +15,7 @@ from accel.engine import Engine
 from accel.errors import SettingsError
 from accel.families.flux1 import Flux1Inputs
 from accel.memory.budgets import GB
-from accel.memory.device import HostMemory
+from accel.memory.cpu import HostMemory
 from accel.offload.plan import Demand, Room, check_device, demand_of, lora_share, make_plan
 from accel.offload.planner import SPARE_BYTES, Planner
 from accel.offload.sizes import WeightSizes, Workload, weight_sizes
@@ -439,6 +439,6 @@ def test_the_offload_benchmark_writes_its_figures(tmp_path):
 
 
 def test_the_benchmark_notices_copies_that_do_not_arrive(monkeypatch):
-    monkeypatch.setattr("accel.memory.device._move", lambda target, pieces: None)
+    monkeypatch.setattr("accel.memory.cpu._move", lambda target, chunks: None)
     with pytest.raises(BenchmarkError, match="did not arrive"):
         offload.run(quick=True)

@@ -7,19 +7,20 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from accel.settings import EngineSettings
 from harness.paths import REPO
-from pocket import autoencoder, data, draw, evaluate, loras, measure, model, text, train
+from pocket import autoencoder, data, draw, evaluate, files, loop, loras, measure, model, quality, text, train
 
 MODELS = REPO / "pocket" / "models"
-FILES = [*train.NAMES.values(), *(f"loras/{recipe.file}" for recipe in loras.RECIPES)]
+FILES = [*files.NAMES.values(), *(f"loras/{recipe.file}" for recipe in loras.RECIPES)]
 TINY = train.Plan(pictures=32, decoder_steps=3, steps=4, cooldown=2, batch=4, lora_pictures=8, lora_steps=2, shown=2)
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return train.tokenizer_of_comfyui()
+    return files.tokenizer_of_comfyui()
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,7 @@ def engine(pocket):
 def test_what_is_drawn_is_measured(shape):
     random = np.random.default_rng(draw.SHAPES.index(shape))
     for colour in draw.COLOURS:
-        scene = draw.with_pair(draw.random_scene(random), shape, colour)
+        scene = replace(draw.random_scene(random), shape=shape, colour=colour)
         seen = measure.see(draw.draw(scene, draw.random_jitter(random)))
         assert all(measure.follows(seen, scene).values()), (scene, seen)
 
@@ -71,8 +72,8 @@ def test_an_empty_picture_shows_nothing():
 def test_effects_are_measured_on_drawings(style, effect, least):
     scene = draw.Scene("circle", "red")
     plain = draw.draw(scene)
-    values = {name: measured(draw.draw(scene, style=style), plain) for name, measured in evaluate.EFFECTS.items()}
-    off = {name: measured(plain, plain) for name, measured in evaluate.EFFECTS.items()}
+    values = {name: measured(draw.draw(scene, style=style), plain) for name, measured in quality.EFFECTS.items()}
+    off = {name: measured(plain, plain) for name, measured in quality.EFFECTS.items()}
     assert values[effect] > least
     assert max(off.values()) < 0.1
 
@@ -82,7 +83,7 @@ def test_held_out_pairs_are_never_trained_on():
     trained = {(scene.shape, scene.colour) for scene in (draw.random_scene(random) for _ in range(2000))}
     assert trained.isdisjoint(draw.HELD_OUT)
     assert len(trained) == len(draw.SHAPES) * len(draw.COLOURS) - len(draw.HELD_OUT)
-    asked = {(request.scene.shape, request.scene.colour) for request in evaluate.held_out_requests(64)}
+    asked = {(request.scene.shape, request.scene.colour) for request in quality.held_out_requests(64)}
     assert asked == set(draw.HELD_OUT)
 
 
@@ -108,13 +109,13 @@ def test_loras_differ_in_format_and_rank():
 @pytest.fixture(scope="module")
 def held_out(pocket, engine):
     """Requests whose pairs of shape and colour were never trained on, and what is drawn for each."""
-    requests = evaluate.held_out_requests(64)
+    requests = quality.held_out_requests(64)
     return requests, pocket.draw(engine, requests)
 
 
 def test_prompts_are_followed(held_out):
     requests, drawn = held_out
-    shares = evaluate.following(drawn, requests)
+    shares = quality.following(drawn, requests)
     # 0.948 of 192 in float32 on an AMD EPYC, 2026-11-22; other processors round other pictures across the line.
     assert shares["shape and colour"] >= 0.90, shares
     assert shares["colour"] >= 0.95, shares
@@ -123,32 +124,32 @@ def test_prompts_are_followed(held_out):
 def test_the_prompt_matters(held_out):
     """The control of the test above: pictures of other prompts do not pass."""
     requests, drawn = held_out
-    assert evaluate.following([*drawn[1:], drawn[0]], requests)["shape and colour"] < 0.3
+    assert quality.following([*drawn[1:], drawn[0]], requests)["shape and colour"] < 0.3
 
 
 def test_each_lora_has_its_effect_and_leaves_no_trace(pocket, engine):
-    requests = evaluate.plain_requests(12)
+    requests = quality.plain_requests(12)
     plain = pocket.draw(engine, requests)
-    off = evaluate.effects(plain, plain)
+    off = quality.effects(plain, plain)
     for recipe in loras.RECIPES:
         path = MODELS / "loras" / recipe.file
-        on, half = (evaluate.effects(pocket.draw(engine, requests, [(path, s)]), plain) for s in (1.0, 0.5))
+        on, half = (quality.effects(pocket.draw(engine, requests, [(path, s)]), plain) for s in (1.0, 0.5))
         assert on[recipe.style] > off[recipe.style] + 0.4, (recipe.style, off, on)
         assert half[recipe.style] < on[recipe.style]
-        changes = {style: on[style] - off[style] for style in evaluate.EFFECTS}
+        changes = {style: on[style] - off[style] for style in quality.EFFECTS}
         assert max(changes, key=changes.get) == recipe.style, changes
     again = pocket.draw(engine, requests)
     assert all(np.array_equal(a, b) for a, b in zip(again, plain, strict=True))
 
 
 def test_lower_ranks_lose_more(pocket, engine, tmp_path):
-    recipe, requests = loras.RECIPES[0], evaluate.plain_requests(4)
+    recipe, requests = loras.RECIPES[0], quality.plain_requests(4)
     whole = MODELS / "loras" / recipe.file
     reference = pocket.draw(engine, requests, [(whole, 1.0)])
     values = []
     for rank in (1, 4, 8):
         path = tmp_path / f"{rank}.safetensors"
-        train.write(path, evaluate.truncated(train.load_file(whole), rank))
+        files.write(path, evaluate.truncated(load_file(whole), rank))
         values.append(measure.psnr(pocket.draw(engine, requests, [(path, 1.0)]), reference))
     assert values == sorted(values)
     assert values[0] < 30 < values[2]
@@ -158,7 +159,7 @@ def test_lower_ranks_lose_more(pocket, engine, tmp_path):
 
 
 def test_padding_is_one_vector(tokenizer, pocket):
-    _, encoder = train.load_trained(MODELS)
+    _, encoder = files.load_trained(MODELS)
     prompts = ["two red stars on a gray background", "a moon"]
     short = text.padded(encoder(tokenizer(prompts, train.LENGTH)))
     full = encoder(tokenizer(prompts, text.TOKENS))
@@ -167,7 +168,7 @@ def test_padding_is_one_vector(tokenizer, pocket):
 
 
 def test_one_key_stands_for_all_the_padding(tokenizer):
-    transformer, encoder = train.load_trained(MODELS)
+    transformer, encoder = files.load_trained(MODELS)
     encoded = encoder(tokenizer(["a red moon"], train.LENGTH))
     noise = torch.randn(1, 16, 12, 12, generator=torch.Generator().manual_seed(0))
     time = torch.tensor([0.7])
@@ -211,8 +212,10 @@ def trained(folder, tokenizer, monkeypatch=None, interrupt_at=()):
     try:
         for count in interrupt_at:
             with monkeypatch.context() as patch:
-                patch.setattr(train, "SAVE_S", 0.0)
-                patch.setattr(train, "_save", _interrupted_after(count, train._save))
+                patch.setattr(loop, "SAVE_S", 0.0)
+                save = _interrupted_after(count, loop.save_whole)
+                for module in (train, loop):
+                    patch.setattr(module, "save_whole", save)
                 with pytest.raises(KeyboardInterrupt):
                     train.Training(work, models, tokenizer, TINY, lines.append).run()
         train.Training(work, models, tokenizer, TINY, lines.append).run()
@@ -251,7 +254,7 @@ def test_another_seed_trains_another_model(straight, tmp_path, tokenizer):
     plan = replace(TINY, seed=8)
     training = train.Training(tmp_path / "work", tmp_path / "models", tokenizer, plan, lambda line: None)
     training.train_decoder()
-    name = train.NAMES["vae"]
+    name = files.NAMES["vae"]
     assert (tmp_path / "models" / name).read_bytes() != straight[name]
 
 

@@ -122,7 +122,7 @@ def test_kronecker_products_are_pooled_as_loras_are(spec, loras, on_device):
     """Every way to the device; layouts that alternate in one buffer; strengths of both at once."""
     engine = make_engine(spec)
     if on_device:
-        engine._library._loras = DeviceLoras(engine._slots, torch.device("cpu"), 0, share_host=False)
+        engine.library._loras = DeviceLoras(engine._slots, torch.device("cpu"), 0, share_host=False)
     empty = output(engine)
     stacks = [
         stack_of(loras, ("lokr", 0.8)),
@@ -142,7 +142,7 @@ def test_kronecker_products_are_pooled_as_loras_are(spec, loras, on_device):
         drawn = output(engine)
         assert torch.equal(drawn, output(fresh))
         assert float((drawn - empty).norm() / empty.norm()) > 0.01
-        assert report.bytes >= engine._library.prepare(stack)[0].flat.bytes
+        assert report.bytes >= engine.library.prepare(stack)[0].flat.bytes
     found = sources[5] if on_device else "strength"
     assert sources == ["cold", "strength", "cold", "strength", "cold", found, "cold"]
     assert found in ("warm", "strength")
@@ -182,9 +182,9 @@ def test_another_strength_flattens_nothing_and_keeps_the_parameters(spec, loras,
 def test_a_stack_that_was_prepared_at_another_strength_comes_from_the_host_right(spec, loras):
     """With a device of its own, the host's buffer keeps its strengths and the device's gets others."""
     engine = make_engine(spec)
-    shared, engine._library._loras = engine._library._loras, None
-    engine._library._loras = DeviceLoras(engine._slots, torch.device("cpu"), 0, share_host=False)
-    assert shared is not engine._library._loras
+    shared, engine.library._loras = engine.library._loras, None
+    engine.library._loras = DeviceLoras(engine._slots, torch.device("cpu"), 0, share_host=False)
+    assert shared is not engine.library._loras
     for strength, source in ((0.5, "cold"), (0.7, "strength"), (0.5, "strength")):
         assert engine.swap(stack_of(loras, ("kohya", strength))).source == source
     engine.swap(stack_of(loras, ("bf16", 1.0)))
@@ -317,7 +317,7 @@ def test_lora_A_of_linears_that_read_the_same_input_adjoin(spec, loras):
     """In a diffusers file, whose keys come in another order: one product then serves q, k, v (and the MLP)."""
     engine, stack = make_engine(spec), stack_of(loras, ("diffusers", 1.0))
     engine.swap(stack)
-    placed = engine._library.prepare(stack)[0].flat.placed
+    placed = engine.library.prepare(stack)[0].flat.placed
     groups = {
         "transformer_blocks.0.attn": ("to_q", "to_k", "to_v"),
         "transformer_blocks.1.attn": ("add_q_proj", "add_k_proj", "add_v_proj"),
@@ -340,11 +340,11 @@ def test_a_changed_file_drops_what_was_made_of_the_old_one(spec, tmp_path):
     path = write_lora(tmp_path / "changing.safetensors", "kohya", rank=4, seed=1)
     old = LoraStack().with_lora(engine.read_lora(str(path)), 1.0)
     engine.swap(old)
-    assert engine._library.prepared(old)
+    assert engine.library.prepared(old)
     write_lora(path, "kohya", rank=4, seed=2)
     os.utime(path, ns=(1, 1))
     new = LoraStack().with_lora(engine.read_lora(str(path)), 1.0)
-    assert not engine._library.prepared(old)
+    assert not engine.library.prepared(old)
     assert engine.swap(new).source == "cold"
     fresh = make_engine(spec)
     fresh.swap(new)
@@ -357,8 +357,8 @@ def test_the_host_pool_holds_what_its_budget_allows(spec, loras):
     stacks = [stack_of(loras, ("kohya", 1.0)), stack_of(loras, ("native", 1.0)), stack_of(loras, ("diffusers", 1.0))]
     for stack in stacks:
         engine.swap(stack)
-        assert engine._library.host_bytes <= 2 * size
-    assert [engine._library.prepared(stack) for stack in stacks] == [False, False, True]
+        assert engine.library.host_bytes <= 2 * size
+    assert [engine.library.prepared(stack) for stack in stacks] == [False, False, True]
     assert engine.swap(stacks[0]).source == "cold"
 
 
@@ -367,7 +367,7 @@ def test_release_gives_everything_back(spec, loras):
     stack = stack_of(loras, ("kohya", 1.0))
     engine.swap(stack)
     engine.swap(stack_of(loras, ("kohya", 0.5)))
-    library = engine._library
+    library = engine.library
     assert min(library.host_bytes, library._unscaled.bytes) > 0
     engine.release()
     assert (library.host_bytes, library._files.bytes, library._unscaled.bytes, library._loras) == (0, 0, 0, None)

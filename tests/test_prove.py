@@ -18,11 +18,13 @@ import accel.prove
 from accel.attention import BACKENDS
 from accel.checkpoint import inspect_checkpoint
 from accel.compile.compiler import RegionCompiler
-from accel.engine import Engine, Silent
+from accel.engine import Engine
 from accel.errors import SettingsError
 from accel.linear import float8, product
 from accel.lora.stack import LoraStack
-from accel.memory.device import CudaMemory, HostMemory
+from accel.memory.cpu import HostMemory
+from accel.memory.gpu import CudaMemory
+from accel.observer import Silent
 from accel.offload.prove import restrict
 from accel.prove import Proofs, Verdict, judge, proofs, random
 from accel.quantize import choose, dequantize
@@ -367,7 +369,7 @@ def test_page_locking_that_fails_is_done_without(monkeypatch, spec):
     engine = engine_of(spec, observer=notices, memory=memory)
     assert any(text.startswith("page-locked host memory ") and "twice as long" in text for text in notices.said)
     assert not memory.pin
-    assert not engine._library._pin
+    assert not engine.library._pin
 
 
 # What else is fused.

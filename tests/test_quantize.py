@@ -22,11 +22,12 @@ import accel.quantize.modes
 from accel.build import conversion_of, load_model, model_bytes
 from accel.checkpoint import inspect_checkpoint
 from accel.compile.tracing import batch_can_be_unbacked
-from accel.engine import Engine, Silent
+from accel.engine import Engine
 from accel.errors import CheckpointError, SettingsError
 from accel.linear.layers import LoraLinear
 from accel.linear.slot import NOTHING, Bound, make_slot
 from accel.lora.stack import LoraStack
+from accel.observer import Silent
 from accel.prove import Proof, Verdict
 from accel.quantize import choose, dequantize, find_mode, parameter_bytes
 from accel.quantize.bitsandbytes_modes import Nf4Linear
@@ -314,7 +315,7 @@ def test_compiled_swaps_equal_eager_and_do_not_recompile(spec, engines, loras, m
     eager, compiled = engines[mode], quantized(spec, mode, compile="regional")
     eager.swap(LoraStack())
     compiled(make_inputs())
-    assert (compiled.compile_count, compiled.recompile_count) == (2, 0)
+    assert (compiled.compiler.count, compiled.compiler.recompiles) == (2, 0)
     with torch._dynamo.config.patch(error_on_recompile=True):
         base = compiled(make_inputs())
         for rank, batch in zip((*RANKS, KRONECKER), (1, 2, 1, 3, 2, 2), strict=True):
@@ -327,7 +328,7 @@ def test_compiled_swaps_equal_eager_and_do_not_recompile(spec, engines, loras, m
             compiled.swap(LoraStack())
             assert distance(output, compiled(inputs)) > 0.2
         assert torch.equal(compiled(make_inputs()), base)
-    assert (compiled.compile_count, compiled.recompile_count) == (2, 0)
+    assert (compiled.compiler.count, compiled.compiler.recompiles) == (2, 0)
 
 
 @pytest.mark.parametrize("mode", ON_CPU)
@@ -747,7 +748,7 @@ import diffusers.models.transformers.transformer_flux, torch
 from benchmarks.load_stage import anonymous_bytes, PeakMemory, import_libraries
 from accel.build import load_model
 from accel.checkpoint import inspect_checkpoint
-from accel.compile import batch_can_be_unbacked
+from accel.compile.tracing import batch_can_be_unbacked
 from accel.quantize import find_mode, parameter_bytes
 for mode in sys.argv[2:]:
     if os.fork():

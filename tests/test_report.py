@@ -9,9 +9,10 @@ import torch
 
 from accel.chart import COMPILE, HEAD, LEFT, RIGHT, ROW, STEPS, SWAP, draw_samplings
 from accel.checkpoint import inspect_checkpoint
-from accel.engine import Engine, SwapReport
+from accel.engine import Engine
+from accel.history import Sampling, SwapReport
 from accel.lora.schedule import ScheduledStack, between
-from accel.report import SECTIONS, Reported, Sampling, write_report
+from accel.report import SECTIONS, Reported, write_report
 from accel.settings import EngineSettings, Offload, Quantization
 from accel.step_cache import StepCacheSettings
 from harness.lora_files import write_lora

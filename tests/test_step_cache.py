@@ -344,7 +344,7 @@ def test_compiled_blocks_are_skipped_without_compiling(compiled, eager):
             assert skipped == (index == 1)
             if not skipped:
                 torch.testing.assert_close(output, eager(inputs), rtol=1e-3, atol=1e-4)
-    assert (compiled.compile_count, compiled.recompile_count) == (2, 0)
+    assert (compiled.compiler.count, compiled.compiler.recompiles) == (2, 0)
 
 
 def test_quantized_blocks_are_skipped(models):

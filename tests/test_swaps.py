@@ -77,13 +77,13 @@ TIGHT = PoolBudgets(files_bytes=2 * MIB, host_bytes=32 * MIB, device_bytes=6 * M
 
 def own_device(engine, budget_bytes=TIGHT.device_bytes):
     """Let a second buffer in host memory stand in for a GPU, which takes the paths that a CPU leaves out."""
-    engine._library._loras = DeviceLoras(engine._slots, torch.device("cpu"), budget_bytes, share_host=False)
+    engine.library._loras = DeviceLoras(engine._slots, torch.device("cpu"), budget_bytes, share_host=False)
 
 
 def empty_pools(engine, device, **budget):
     """As release and load do, without reading the checkpoint again."""
-    engine._library.clear()
-    engine._library.attach(engine._slots, TIGHT)
+    engine.library.clear()
+    engine.library.attach(engine._slots, TIGHT)
     engine._applied = None
     if device:
         own_device(engine, **budget)
@@ -133,8 +133,8 @@ def main(paths, device):
     found = {"sources": [], "host_bytes": [], "free_bytes": [], "resident_bytes": [], "objects": []}
     for number in range(1000):
         found["sources"].append(engine.swap(random_stack(engine, paths, choose)).source)
-        found["host_bytes"].append(engine._library.host_bytes)
-        found["free_bytes"].append(engine._library._buffers.free_bytes)
+        found["host_bytes"].append(engine.library.host_bytes)
+        found["free_bytes"].append(engine.library._buffers.free_bytes)
         if number % 100 == 99:
             engine(inputs(number))
             # With empty pools and nothing bound, so that the same is held each time: how full pools happen to be is a
@@ -155,7 +155,7 @@ def test_random_swaps_do_not_recompile(spec, paths):
     eager = loaded(spec)
     engine.swap(stack_of(engine, (paths[2], 0.7)))
     expected = engine(inputs())
-    compiles = engine.compile_count
+    compiles = engine.compiler.count
     with torch._dynamo.config.patch(error_on_recompile=True):
         for number in range(150):
             stack = random_stack(engine, paths, choose)
@@ -167,7 +167,7 @@ def test_random_swaps_do_not_recompile(spec, paths):
                 assert float((output - reference).norm() / reference.norm()) < 2e-5
         engine.swap(stack_of(engine, (paths[2], 0.7)))
         assert torch.equal(engine(inputs()), expected)
-    assert (engine.compile_count, engine.recompile_count) == (compiles, 0)
+    assert (engine.compiler.count, engine.compiler.recompiles) == (compiles, 0)
 
 
 # Interrupted swaps.
@@ -349,7 +349,7 @@ def test_prefetching_meanwhile_changes_no_swap(small, one_thread):
         try:
             while not stopped.is_set():
                 if not own.randrange(20):
-                    engine._library._host.clear()
+                    engine.library._host.clear()
                 engine.prefetch(stack(engine, *random_entries(own)))
                 count[0] += 1
         except BaseException as exc:

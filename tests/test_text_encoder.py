@@ -20,7 +20,7 @@ from accel.text_encoder.spec import check_not_swapped, clip_spec, t5_spec
 from harness import broken_files
 from harness import text_encoder_files as files
 from harness.tensor_files import write_tensors
-from harness.tiny_models import TinyT5Config, tiny_clip_l_state_dict, tiny_t5_state_dict
+from harness.tiny_others import TinyT5Config, tiny_clip_l_state_dict, tiny_t5_state_dict
 
 CPU = torch.device("cpu")
 # Signal to noise of one linear's weight, 10 log10(|W|² / |W − Ŵ|²): measured 39.9, 31.6, 20.7 dB.

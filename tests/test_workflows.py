@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 from playwright.sync_api import expect, sync_playwright
 
-from harness.client import PromptLost, http_request
+from harness.client import http_request
 from harness.paths import REPO, require_chromium
+from harness.prompt_result import PromptLost
 from harness.server import PACK_NAME, ComfyServer
 from harness.tensor_files import write_tensors
 

@@ -1,17 +1,17 @@
 """Attention backends: one function each, chosen per engine, never for the process."""
 
-from .backend import Attention, Backend, Target, Tolerance
+from .backend import Attention, Backend, MaxDeviation, Target
 from .backends import BACKENDS
-from .choose import Choice, check_attention, choose_attention, prove_attention
+from .choose import ChosenAttention, check_attention, choose_attention, prove_attention
 from .native import sdpa
 
 __all__ = [
     "BACKENDS",
     "Attention",
     "Backend",
-    "Choice",
+    "ChosenAttention",
+    "MaxDeviation",
     "Target",
-    "Tolerance",
     "check_attention",
     "choose_attention",
     "prove_attention",

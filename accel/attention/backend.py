@@ -43,7 +43,7 @@ class Target:
 
 
 @dataclass(frozen=True)
-class Tolerance:
+class MaxDeviation:
     """How far a backend may be from float32, as relative L2 distances; see `correctness.deviation`.
 
     Attributes:
@@ -58,10 +58,10 @@ class Tolerance:
 # An exact kernel rounds the weights and its result to the dtype. SDPA on a CPU is at 0.0019 / 0.0030 in bfloat16 and
 # 0.00024 / 0.00038 in float16; GPUs round as much. float32 leaves room for TF32. What it must catch: zero keys that pad
 # the last tile count (0.011 / 0.030), the last key is lost (0.033 / 0.91), a scale is wrong by 2 % (0.049).
-EXACT: Mapping[torch.dtype, Tolerance] = {
-    torch.bfloat16: Tolerance(6e-3, 2e-2),
-    torch.float16: Tolerance(3e-3, 1e-2),
-    torch.float32: Tolerance(6e-3, 2e-2),
+EXACT: Mapping[torch.dtype, MaxDeviation] = {
+    torch.bfloat16: MaxDeviation(6e-3, 2e-2),
+    torch.float16: MaxDeviation(3e-3, 1e-2),
+    torch.float32: MaxDeviation(6e-3, 2e-2),
 }
 
 
@@ -75,7 +75,7 @@ class Backend:
         library: likewise, because of what is installed; imports it, once per process.
         make: gives the function to trace; called where nothing is missing.
         instead: other backends, nearest first; the first that runs is named in errors.
-        tolerance: by dtype; what is not in it is not computed.
+        max_deviation: by dtype; what is not in it is not computed.
         exact: whether it computes what SDPA computes, up to rounding: what "auto" may take.
         downloads: whether `make` would go to the network now.
     """
@@ -85,7 +85,7 @@ class Backend:
     library: Callable[[], str | None]
     make: Callable[[], Attention]
     instead: tuple[str, ...]
-    tolerance: Mapping[torch.dtype, Tolerance]
+    max_deviation: Mapping[torch.dtype, MaxDeviation]
     exact: bool = True
     downloads: Callable[[], bool] = lambda: False
 
@@ -94,9 +94,9 @@ class Backend:
         return self.hardware(target) or self._without_kernels(target.dtype) or self.library()
 
     def _without_kernels(self, dtype: torch.dtype) -> str | None:
-        if dtype in self.tolerance:
+        if dtype in self.max_deviation:
             return None
-        known = ", ".join(dtype_name(each) for each in self.tolerance)
+        known = ", ".join(dtype_name(each) for each in self.max_deviation)
         return f"computes in {known}, but dtype is {dtype_name(dtype)}"
 
 

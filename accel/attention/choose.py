@@ -27,7 +27,7 @@ REPEATS = 7
 
 
 @dataclass(frozen=True)
-class Choice:
+class ChosenAttention:
     """The attention of an engine.
 
     Attributes:
@@ -74,7 +74,7 @@ def prove_attention(name: str, target: Target) -> None:
             choose_attention(name, target)
 
 
-def choose_attention(name: str, target: Target) -> Choice:
+def choose_attention(name: str, target: Target) -> ChosenAttention:
     """Give the attention for a choice, after it was compared with SDPA.
 
     Args:
@@ -88,7 +88,7 @@ def choose_attention(name: str, target: Target) -> Choice:
         return _choose_fastest(target)
     check_attention(name, target)
     if name == "sdpa":
-        return Choice(name, BACKENDS[name].make(), "attention: sdpa")
+        return ChosenAttention(name, BACKENDS[name].make(), "attention: sdpa")
     try:
         attention = BACKENDS[name].make()
     except ImportError as exc:
@@ -97,17 +97,17 @@ def choose_attention(name: str, target: Target) -> Choice:
     if verdict.refusal is not None:
         raise SettingsError(_refusal(name, target, verdict.refusal))
     what = f"{verdict.deviation:.2g} from float32" + ("" if BACKENDS[name].exact else ", an approximation")
-    return Choice(name, attention, f"attention: {name} ({what})")
+    return ChosenAttention(name, attention, f"attention: {name} ({what})")
 
 
-def _choose_fastest(target: Target) -> Choice:
+def _choose_fastest(target: Target) -> ChosenAttention:
     present = [name for name in AUTO if _usable_as_it_is(BACKENDS[name], target)]
     refusals = {name: verify(name, target).refusal for name in present if name != "sdpa"}
     names = tuple(name for name in present if refusals.get(name) is None)
     warnings = tuple(f"attention '{name}' {reason}, and is not used." for name, reason in refusals.items() if reason)
     seconds = _remembered_seconds(names, target) if len(names) > 1 else {}
     name = fastest(seconds) if seconds else "sdpa"
-    return Choice(name, BACKENDS[name].make(), _sentence(name, seconds, target), warnings)
+    return ChosenAttention(name, BACKENDS[name].make(), _sentence(name, seconds, target), warnings)
 
 
 def fastest(seconds: Mapping[str, float]) -> str:
@@ -164,7 +164,7 @@ def _sentence(name: str, seconds: Mapping[str, float], target: Target) -> str:
         text += f", {seconds[name] * 1e3:.2f} ms a call at {tokens} tokens ({others})"
     absent = [
         other for other in AUTO
-        if other not in seconds and other != name and target.dtype in BACKENDS[other].tolerance
+        if other not in seconds and other != name and target.dtype in BACKENDS[other].max_deviation
         and BACKENDS[other].hardware(target) is None
         and (BACKENDS[other].library() is not None or BACKENDS[other].downloads())
     ]  # fmt: skip

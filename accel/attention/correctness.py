@@ -53,7 +53,7 @@ def judge(backend: Backend, target: Target, output: Tensor, reference: Tensor) -
     """Compare a result with the right one.
 
     Args:
-        backend: says the tolerance.
+        backend: says how far it may be.
         target: says the dtype.
         output: (B, heads, N, head_dim), of the target's dtype.
         reference: likewise, float32.
@@ -62,15 +62,15 @@ def judge(backend: Backend, target: Target, output: Tensor, reference: Tensor) -
         found, expected = (f"{tuple(shape)} of {dtype}" for shape, dtype in (
             (output.shape, output.dtype), (reference.shape, target.dtype)))  # fmt: skip
         return Verdict(f"returns {found}, expected {expected}")
-    tolerance = backend.tolerance[target.dtype]
+    allowed = backend.max_deviation[target.dtype]
     difference = output.float() - reference
     overall = float(difference.norm() / reference.norm())
     worst = float((difference.norm(dim=-1) / reference.norm(dim=-1)).max())
-    if overall <= tolerance.overall and worst <= tolerance.worst:  # NaN is neither
+    if overall <= allowed.overall and worst <= allowed.worst:  # NaN is neither
         return Verdict(None, overall)
     return Verdict(
         f"computes wrong numbers here: {overall:.2g} from SDPA in float32 (relative L2), {worst:.2g} at the worst "
-        f"token; allowed are {tolerance.overall:g} and {tolerance.worst:g}",
+        f"token; allowed are {allowed.overall:g} and {allowed.worst:g}",
         overall,
     )
 

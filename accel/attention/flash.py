@@ -149,7 +149,7 @@ FLASH_2 = Backend(
     library=FLASH_2_LIBRARY.missing,
     make=_make_flash_2,
     instead=("cudnn",),
-    tolerance={dtype: EXACT[dtype] for dtype in HALF},
+    max_deviation={dtype: EXACT[dtype] for dtype in HALF},
 )
 
 FLASH_3 = Backend(
@@ -158,7 +158,7 @@ FLASH_3 = Backend(
     library=_flash_3_missing,
     make=_make_flash_3,
     instead=("cudnn", "flash_2"),
-    tolerance={dtype: EXACT[dtype] for dtype in HALF},
+    max_deviation={dtype: EXACT[dtype] for dtype in HALF},
     downloads=lambda: FLASH_3_LIBRARY.missing() is not None,
 )
 
@@ -168,5 +168,5 @@ FLASH_4 = Backend(
     library=FLASH_4_LIBRARY.missing,
     make=_make_flash_4,
     instead=("cudnn", "flash_3", "flash_2"),
-    tolerance={dtype: EXACT[dtype] for dtype in HALF},
+    max_deviation={dtype: EXACT[dtype] for dtype in HALF},
 )

@@ -38,5 +38,5 @@ XFORMERS = Backend(
     library=LIBRARY.missing,
     make=_make,
     instead=("flash_2", "cudnn"),
-    tolerance=EXACT,
+    max_deviation=EXACT,
 )

@@ -66,7 +66,7 @@ SDPA = Backend(
     library=installed_with_torch,
     make=lambda: sdpa,
     instead=(),
-    tolerance=EXACT,
+    max_deviation=EXACT,
 )
 
 CUDNN = Backend(
@@ -75,7 +75,7 @@ CUDNN = Backend(
     library=installed_with_torch,
     make=lambda: cudnn,
     instead=("flash_3", "flash_2"),
-    tolerance={dtype: EXACT[dtype] for dtype in HALF},
+    max_deviation={dtype: EXACT[dtype] for dtype in HALF},
 )
 
 FLEX = Backend(
@@ -84,5 +84,5 @@ FLEX = Backend(
     library=installed_with_torch,
     make=lambda: flex,
     instead=(),
-    tolerance=EXACT,
+    max_deviation=EXACT,
 )

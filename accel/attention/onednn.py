@@ -70,5 +70,5 @@ ONEDNN = Backend(
     library=installed_with_torch,
     make=_make,
     instead=(),
-    tolerance={torch.bfloat16: EXACT[torch.bfloat16]},
+    max_deviation={torch.bfloat16: EXACT[torch.bfloat16]},
 )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .backend import HALF, Attention, Backend, Tolerance, nvidia
+from .backend import HALF, Attention, Backend, MaxDeviation, nvidia
 from .library import Library
 from .native import sdpa
 from .operator import opaque, register
@@ -22,7 +22,7 @@ LIBRARY = Library(
 
 # Its quantization, computed in float32 on a CPU: queries and keys in int8, values and weights in float8 or float16, is
 # at 0.039 / 0.078 and 0.023 / 0.068.
-TOLERANCE = Tolerance(0.08, 0.25)
+MAX_DEVIATION = MaxDeviation(0.08, 0.25)
 
 
 def sage(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
@@ -47,6 +47,6 @@ SAGE = Backend(
     library=LIBRARY.missing,
     make=_make,
     instead=("flash_3", "flash_2", "cudnn"),
-    tolerance=dict.fromkeys(HALF, TOLERANCE),
+    max_deviation=dict.fromkeys(HALF, MAX_DEVIATION),
     exact=False,
 )

@@ -15,12 +15,13 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch._dynamo
 from torch import Tensor, nn
 
+from ..observer import Observer
 from .cache import CompiledFiles
 from .failures import (
     CompilerError,
@@ -51,23 +52,10 @@ SMALLEST = torch.finfo(torch.float32).tiny
 FIRST_TIME = "the first time with this kind of model and these settings"
 
 
-class CompileObserver(Protocol):
-    """Hears of compiles: they take tens of seconds, so a user wants to know."""
-
-    def notice(self, text: str, warning: bool) -> None:
-        """Something that a user should know: the compiler does not work, or what it stored is damaged."""
-
-    def compiling(self, region: str) -> None:
-        """A region begins to trace and compile, and nothing of it was compiled before."""
-
-    def compiled(self, region: str, seconds: float, count: int, why: str) -> None:
-        """A call compiled; `seconds` is that call, `count` the engine's compiles so far."""
-
-
 class RegionCompiler:
     """Compiles functions over blocks for one engine, and counts it."""
 
-    def __init__(self, mode: str, observer: CompileObserver, files: CompiledFiles | None = None) -> None:
+    def __init__(self, mode: str, observer: Observer, files: CompiledFiles | None = None) -> None:
         """Compile as `settings.COMPILE_MODES` says.
 
         Args:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-Shape = tuple[int, int]
+Shape = tuple[int, ...]  # of a matrix; torch says no more of a Size
 
 
 class Term(NamedTuple):

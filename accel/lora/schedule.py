@@ -81,7 +81,7 @@ class ScheduledStack:
         return any(self.keyframes)
 
     @property
-    def key(self) -> tuple:
+    def key(self) -> tuple[object, ...]:
         """Equal keys, equal pictures."""
         frames = (frames for entry, frames in zip(self.stack.entries, self.keyframes, strict=True) if entry.strength)
         return self.stack.key, tuple(frames)

@@ -53,11 +53,6 @@ class HostBuffers:
             block = new_block(size)
         return tensor_over(block, size, self._give_back, block, self._epoch)
 
-    def prepare(self, size: int) -> None:
-        """Have a buffer of this size ready: take its pages from the system now. For a background thread."""
-        if size >= LARGE_BYTES:
-            self.take(size).zero_()
-
     def clear(self) -> None:
         """Give all unused memory back to the system; what is in use now is not kept either, when it comes back."""
         with self._lock:

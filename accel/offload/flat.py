@@ -22,17 +22,17 @@ Place = tuple[nn.Module, str]
 
 
 @dataclass(frozen=True)
-class Home:
+class ParameterCopy:
     """A copy of a group's parameters, in one place.
 
     Attributes:
         parameters: in the order of the group; what is assigned to the modules.
-        pieces: their bytes: uint8 tensors, and where each begins in a flat buffer.
+        chunks: their bytes: uint8 tensors, and where each begins in a flat buffer.
         buffer: the flat buffer that they are views of; None for parameters as they were loaded.
     """
 
     parameters: tuple[nn.Parameter, ...]
-    pieces: tuple[tuple[int, Tensor], ...]
+    chunks: tuple[tuple[int, Tensor], ...]
     buffer: Tensor | None = None
 
 
@@ -106,33 +106,33 @@ class FlatLayout:
         self.bytes += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
         return stored
 
-    def loose(self) -> Home:
+    def as_they_are(self) -> ParameterCopy:
         """The parameters that the modules have now."""
         parameters = tuple(module._parameters[name] for module, name in self.places)
-        pieces = [
+        chunks = [
             (stored.start, _flat(tensor))
             for parameter, row in zip(parameters, self._stored, strict=True)
             for stored, tensor in zip(row, stored_tensors(parameter), strict=True)
         ]
-        return Home(parameters, tuple(pieces))
+        return ParameterCopy(parameters, tuple(chunks))
 
-    def over(self, buffer: Tensor) -> Home:
+    def views_of(self, buffer: Tensor) -> ParameterCopy:
         """Parameters that are views of a buffer of `bytes` or more, whatever is in it."""
         parameters = []
         for form, row in zip(self._forms, self._stored, strict=True):
             parameters.append(nn.Parameter(form.build(stored.view(buffer) for stored in row), requires_grad=False))
-        return Home(tuple(parameters), ((0, buffer[: self.bytes]),), buffer)
+        return ParameterCopy(tuple(parameters), ((0, buffer[: self.bytes]),), buffer)
 
-    def bind(self, home: Home) -> None:
+    def bind(self, copy: ParameterCopy) -> None:
         """Make the modules compute with a copy. Assigns pointers only."""
-        for (module, name), parameter in zip(self.places, home.parameters, strict=True):
+        for (module, name), parameter in zip(self.places, copy.parameters, strict=True):
             module._parameters[name] = parameter
 
-    def of_module(self, module: nn.Module, home: Home) -> Mapping[str, nn.Parameter]:
+    def of_module(self, module: nn.Module, copy: ParameterCopy) -> Mapping[str, nn.Parameter]:
         """One module's parameters in a copy, by name."""
         return {
             name: parameter
-            for (owner, name), parameter in zip(self.places, home.parameters, strict=True)
+            for (owner, name), parameter in zip(self.places, copy.parameters, strict=True)
             if owner is module
         }
 

@@ -8,7 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..memory.device import LOCKS_PAGES, CudaMemory, DeviceMemory
+from ..memory.base import DeviceMemory
+from ..memory.gpu import LOCKS_PAGES, CudaMemory
 from ..prove import Verdict, proofs
 
 BYTES = 2**20

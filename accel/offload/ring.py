@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..memory.device import DeviceMemory, Mark, Pieces
+from ..memory.base import Chunks, DeviceMemory, Mark
 
 # One block computes from a buffer while the next one is copied into the other.
 SLOTS = 2
@@ -45,7 +45,7 @@ class Ring:
         copied_bytes: what was copied to the device since it was made.
     """
 
-    def __init__(self, memory: DeviceMemory, buffers: Sequence[Tensor], sources: Sequence[tuple[int, Pieces]]) -> None:
+    def __init__(self, memory: DeviceMemory, buffers: Sequence[Tensor], sources: Sequence[tuple[int, Chunks]]) -> None:
         """Copy nothing yet.
 
         Args:
@@ -109,5 +109,5 @@ class Ring:
         slot.holds = None  # an interrupt can rise between any two lines
         source = self._sources[block]
         slot.copied = self._memory.copy(slot.buffer, source, after=slot.free)
-        self.copied_bytes += sum(piece.numel() for _, piece in source)
+        self.copied_bytes += sum(chunk.numel() for _, chunk in source)
         slot.holds = block

@@ -4,44 +4,21 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from ..linear.packed import is_packed, pack, packs, unpack
-from ..memory.device import DeviceMemory
-from .flat import FlatLayout, Home, Place
+from ..memory.base import DeviceMemory
+from .group import Group
 from .plan import OffloadPlan
 from .ring import SLOTS, Ring
 from .sizes import streamed_blocks as choose_streamed
 
 
-@dataclass
-class _Segment:
-    """Parameters that travel together: one block's, or those outside the blocks.
-
-    Attributes:
-        modules: full names of the modules that have them.
-        missing: those of `modules` that have no data yet.
-        packed: those whose weight is packed: it stays where it is, and is no part of the layout.
-        layout: None until all of them have.
-        on_device: where the device computes with them; None: nowhere, or by turns in the ring.
-        on_host: None while only the device has them.
-    """
-
-    modules: list[str] = field(default_factory=list)
-    missing: set[str] = field(default_factory=set)
-    packed: list[nn.Linear] = field(default_factory=list)
-    layout: FlatLayout | None = None
-    on_device: Home | None = None
-    on_host: Home | None = None
-
-
 class Weights:
     """Call order: `begin`, `placed` for every module, `complete`; then `place` and `offload` in turns.
 
-    Not thread-safe, but for `own`.
+    Not thread-safe, but for `own_parameters`.
 
     Attributes:
         ring: what brings the streamed blocks to the device; None when all of them stay there.
@@ -63,26 +40,27 @@ class Weights:
         self._memory = memory
         self.plan = plan
         self._block_of = block_of
-        self._outside = _Segment()
-        self._blocks = [_Segment() for _ in range(blocks)]
+        self._outside = Group()
+        self._blocks = [Group() for _ in range(blocks)]
         self._streamed: frozenset[int] = frozenset()
         self._model: nn.Module | None = None
         self._sizes: list[int] = []
-        self._owners: dict[nn.Module, _Segment] = {}
+        self._group_of: dict[nn.Module, Group] = {}
         self._lock = threading.RLock()
         self.ring: Ring | None = None
 
     @property
     def device_bytes(self) -> int:
         """What they take on the device, staging included."""
-        kept = self.ring.bytes if self.ring is not None else 0
-        for segment in self._segments():
-            if segment.on_device is not None:
-                kept += sum(piece.numel() for _, piece in segment.on_device.pieces)
-                kept += sum(linear.weight.nbytes for linear in segment.packed)
-        return kept
+        staging = self.ring.bytes if self.ring is not None else 0
+        return staging + sum(group.device_bytes for group in self._groups())
 
-    def _segments(self) -> list[_Segment]:
+    def own_parameters(self, module: nn.Module) -> Mapping[str, Tensor]:
+        """A module's own parameters by name, on the device or the host, whatever is bound. From any thread."""
+        with self._lock:
+            return self._group_of[module].own_parameters(module)
+
+    def _groups(self) -> list[Group]:
         return [self._outside, *self._blocks]
 
     # While the model is read.
@@ -92,13 +70,13 @@ class Weights:
         self._model = model
         for name, module in model.named_modules():
             if any(parameter is not None for parameter in module._parameters.values()):
-                segment = self._segment(name)
-                segment.modules.append(name)
-                segment.missing.add(name)
+                group = self._named(name)
+                group.modules.append(name)
+                group.missing.add(name)
             if module._buffers:
                 raise ValueError(f"'{name}' has buffers, which would stay behind.")
-        for segment in self._blocks:
-            modules = map(model.get_submodule, segment.modules)
+        for group in self._blocks:
+            modules = map(model.get_submodule, group.modules)
             self._sizes.append(sum(parameter.numel() for module in modules for parameter in module.parameters(False)))
         self._streamed = streamed_blocks(self._sizes, self.plan)
 
@@ -109,62 +87,26 @@ class Weights:
 
     def placed(self, name: str) -> None:
         """A module has its data. A block that is whole goes where it will stay."""
-        segment = self._segment(name)
-        segment.missing.discard(name)
-        if not segment.missing:
-            self._settle(segment)
+        group = self._named(name)
+        group.missing.discard(name)
+        if not group.missing:
+            self._settle(group)
 
     def complete(self) -> None:
         """All modules have their data."""
-        for segment in self._segments():
-            if segment.layout is None:
-                self._settle(segment)
+        for group in self._groups():
+            if group.layout is None:
+                self._settle(group)
 
-    def _segment(self, name: str) -> _Segment:
+    def _named(self, name: str) -> Group:
         block = self._block_of(name)
         return self._outside if block is None else self._blocks[block]
 
-    def _settle(self, segment: _Segment) -> None:
-        places: list[Place] = []
-        for name in segment.modules:
-            module = self._model.get_submodule(name)
-            if self._packs(module):
-                pack(module)
-                segment.packed.append(module)
-            places += [
-                (module, key)
-                for key, value in module._parameters.items()
-                if value is not None and not is_packed(value)
-            ]
-            self._owners[module] = segment
-        layout = FlatLayout(places)
-        loose = layout.loose()
-        streamed = any(segment is self._blocks[block] for block in self._streamed)
-        if not streamed and all(self._memory.holds(piece) for _, piece in loose.pieces):
-            segment.on_device = loose
-            segment.on_host = None if self._memory.separate else loose
-        elif not streamed:
-            home = layout.over(self._memory.empty(layout.bytes))
-            _write(home, loose)
-            layout.bind(home)
-            segment.on_device = home
-        elif self._memory.flat:
-            segment.on_host = self._to_host(layout, loose)
-            layout.bind(segment.on_host)
-        else:
-            segment.on_host = loose
-        segment.layout = layout
-
-    def _packs(self, module: nn.Module) -> bool:
-        """Whether a module is a plain linear, and no weight has to be copied to where it is multiplied."""
-        plain = type(module) is nn.Linear and type(module.weight) is nn.Parameter
-        resident = not self._memory.separate and not self._streamed
-        return plain and resident and packs(self._memory.device, module.weight.dtype)
-
-    def _to_host(self, layout: FlatLayout, source: Home) -> Home:
-        home = layout.over(self._memory.host(layout.bytes))
-        _write(home, source)
-        return home
+    def _settle(self, group: Group) -> None:
+        # A packed weight cannot be copied to where it is multiplied.
+        packing = not self._memory.separate and not self._streamed
+        group.settle(self._model, self._memory, self._is_streamed(group), packing)
+        self._group_of.update((self._model.get_submodule(name), group) for name in group.modules)
 
     # Between phases.
 
@@ -179,43 +121,44 @@ class Weights:
             self._streamed = streamed_blocks(self._sizes, plan)
             self._drop_ring()
             if self._streamed:
-                self._unpack()
+                for group in self._groups():
+                    group.unpack(self._model, self._memory, self._is_streamed(group))
             for block in self._streamed:
-                self._leave_device(self._blocks[block])
+                self._blocks[block].leave_device(self._memory)
             absent = [
-                segment
-                for segment in self._segments()
-                if segment.on_device is None and not self._is_streamed(segment)
+                group for group in self._groups() if group.on_device is None and not self._is_streamed(group)
             ]
             if not self._memory.separate:
-                for segment in absent:
-                    segment.layout.bind(segment.on_host)
-                    segment.on_device = segment.on_host
+                for group in absent:
+                    group.come(group.on_host)
                 absent = []
-            coming = [(segment, segment.layout.over(self._memory.empty(segment.layout.bytes))) for segment in absent]
-            order = sorted(self._streamed)
-            buffers = [
-                self._memory.empty(max(self._blocks[block].layout.bytes for block in order[slot::SLOTS]))
-                for slot in range(min(SLOTS, len(order)))
-            ]
-            for segment, home in coming:
-                done = self._memory.copy(home.buffer, segment.on_host.pieces, after=self._memory.mark())
-                self._memory.wait(done)
-            # The host buffers may go now.
-            self._memory.finish()
-            for segment, home in coming:
-                segment.layout.bind(home)
-                segment.on_device = home
-            for number, block in enumerate(order):
-                layout = self._blocks[block].layout
-                layout.bind(layout.over(buffers[number % SLOTS]))
-            if order:
-                sources = [(block, self._blocks[block].on_host.pieces) for block in order]
-                self.ring = Ring(self._memory, buffers, sources)
+            self._bring(absent)
             if plan.mode == "none" and self._memory.separate:
-                for segment in self._segments():
-                    if segment.on_device is not None:
-                        segment.on_host = None
+                for group in self._groups():
+                    if group.on_device is not None:
+                        group.on_host = None
+
+    def _bring(self, absent: Sequence[Group]) -> None:
+        """Copy groups to the device, and bind the streamed blocks to a ring there; first of all find the room."""
+        coming = [(group, group.layout.views_of(self._memory.empty(group.layout.bytes))) for group in absent]
+        order = sorted(self._streamed)
+        buffers = [
+            self._memory.empty(max(self._blocks[block].layout.bytes for block in order[slot::SLOTS]))
+            for slot in range(min(SLOTS, len(order)))
+        ]
+        for group, copy in coming:
+            done = self._memory.copy(copy.buffer, group.on_host.chunks, after=self._memory.mark())
+            self._memory.wait(done)
+        # The host buffers may go now.
+        self._memory.finish()
+        for group, copy in coming:
+            group.come(copy)
+        for number, block in enumerate(order):
+            layout = self._blocks[block].layout
+            layout.bind(layout.views_of(buffers[number % SLOTS]))
+        if order:
+            sources = [(block, self._blocks[block].on_host.chunks) for block in order]
+            self.ring = Ring(self._memory, buffers, sources)
 
     def offload(self) -> None:
         """Give the device back. What was copied to the host once stays there, so only what was not takes time.
@@ -225,8 +168,8 @@ class Weights:
         """
         with self._lock:
             self._drop_ring()
-            for segment in self._segments():
-                self._leave_device(segment)
+            for group in self._groups():
+                group.leave_device(self._memory)
 
     def close(self) -> None:
         """Drop everything now, whoever still holds the model, such as the traceback of what went wrong."""
@@ -234,45 +177,22 @@ class Weights:
             ring, self.ring = self.ring, None
             if ring is not None:
                 ring.close()
-            for segment in self._segments():
-                segment.on_device = segment.on_host = None
+            for group in self._groups():
+                group.on_device = group.on_host = None
             for module in self._model.modules() if self._model is not None else ():
                 module._parameters.update(dict.fromkeys(module._parameters))
 
-    def _unpack(self) -> None:
-        """Make all weights such that they can be copied."""
-        for segment in self._segments():
-            packed, segment.packed = segment.packed, []
-            for linear in packed:
-                unpack(linear)
-            if packed:
-                self._settle(segment)
-
-    def _is_streamed(self, segment: _Segment) -> bool:
-        return any(segment is self._blocks[block] for block in self._streamed)
+    def _is_streamed(self, group: Group) -> bool:
+        return any(group is self._blocks[block] for block in self._streamed)
 
     def _drop_ring(self) -> None:
         """Bind the streamed blocks to the host, so that nothing holds the staging buffers."""
         ring, self.ring = self.ring, None
         if ring is not None:
             ring.close()
-        for segment in self._blocks:
-            if segment.on_device is None:
-                segment.layout.bind(segment.on_host)
-
-    def _leave_device(self, segment: _Segment) -> None:
-        if segment.on_host is None:
-            segment.on_host = self._to_host(segment.layout, segment.on_device)
-        if segment.on_device is not None:
-            segment.layout.bind(segment.on_host)
-            segment.on_device = None
-
-    def own(self, module: nn.Module) -> Mapping[str, Tensor]:
-        """A module's own parameters by name, on the device or the host, whatever is bound. From any thread."""
-        with self._lock:
-            segment = self._owners[module]
-            own = segment.layout.of_module(module, segment.on_device or segment.on_host)
-            return {**own, "weight": module.weight} if module in segment.packed else own
+        for group in self._blocks:
+            if group.on_device is None:
+                group.layout.bind(group.on_host)
 
 
 def streamed_blocks(sizes: Sequence[int], plan: OffloadPlan) -> frozenset[int]:
@@ -284,9 +204,3 @@ def streamed_blocks(sizes: Sequence[int], plan: OffloadPlan) -> frozenset[int]:
     if plan.total_blocks != len(sizes) or not 0 <= plan.resident_blocks <= len(sizes):
         raise ValueError(f"a plan for {plan.resident_blocks} of {plan.total_blocks} blocks, expected {len(sizes)}.")
     return choose_streamed(sizes, plan.resident_blocks) if plan.mode == "stream" else frozenset()
-
-
-def _write(target: Home, source: Home) -> None:
-    """Copy between the device and the host, or within one of them; behind what the device computes now."""
-    for start, piece in source.pieces:
-        target.buffer[start : start + piece.numel()].copy_(piece)

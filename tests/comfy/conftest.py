@@ -17,9 +17,10 @@ import pytest
 import torch
 
 from harness import assets, comfyui, lora_files, tensor_files, tiny_models
-from harness.client import Client, PromptResult, http_request
+from harness.client import Client, http_request
 from harness.graphs import Graph, Picture, graph, latents, relative_distance
 from harness.paths import CACHE, REPO
+from harness.prompt_result import PromptResult
 from harness.server import ComfyServer
 
 PROBE_PACK = REPO / "tests" / "probe_pack"

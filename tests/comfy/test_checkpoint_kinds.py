@@ -10,7 +10,8 @@ from harness import checkpoint_kinds as kinds
 from harness.client import http_request
 from harness.graphs import Picture, graph, latents, node, relative_distance
 from harness.tensor_files import write_tensors
-from harness.tiny_models import TinyFluxConfig, tiny_flux_state_dict, tiny_taesd_state_dict
+from harness.tiny_models import TinyFluxConfig, tiny_flux_state_dict
+from harness.tiny_others import tiny_taesd_state_dict
 
 DEV = Picture(model="tiny-flux-dev-fp32.safetensors", dtype="fp32")
 # Stock ComfyUI multiplies scaled fp8 out in its compute dtype, which is float32 on this CPU.

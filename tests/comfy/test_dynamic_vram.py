@@ -11,7 +11,7 @@ import torch
 from harness.lora_files import lora_state_dict
 from harness.tensor_files import write_tensors
 from harness.text_encoder_files import cast
-from harness.tiny_models import tiny_clip_l_state_dict, tiny_t5_state_dict
+from harness.tiny_others import tiny_clip_l_state_dict, tiny_t5_state_dict
 
 CPU = torch.device("cpu")
 MODEL = "tiny-flux-dev-fp32.safetensors"

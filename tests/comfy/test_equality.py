@@ -7,7 +7,8 @@ import torch
 
 from harness.controlnet_files import instantx_controlnet, xlabs_controlnet
 from harness.graphs import Picture, graph, latents, node, relative_distance
-from harness.lora_files import FORMATS, clip_l_lora_state_dict, in_attention, in_blocks, lora_state_dict
+from harness.lora_files import clip_l_lora_state_dict, in_attention, in_blocks, lora_state_dict
+from harness.lora_formats import FORMATS
 from harness.tiny_models import TinyFluxConfig
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 0.03}

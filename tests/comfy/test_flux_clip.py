@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from harness import text_encoder_files as files
 from harness.graphs import relative_distance
 from harness.tensor_files import write_tensors
-from harness.tiny_models import TinyT5Config, seeded_normal, tiny_clip_l_state_dict, tiny_t5_state_dict
+from harness.tiny_models import seeded_normal
+from harness.tiny_others import TinyT5Config, tiny_clip_l_state_dict, tiny_t5_state_dict
 
 CPU = torch.device("cpu")
 PROMPT = "a red fox jumps over the blue moon"

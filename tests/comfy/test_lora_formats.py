@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from harness.graphs import Picture
-from harness.lora_files import STOCK_FORMATS, kind_state_dict, norm_state_dict
+from harness.lora_files import kind_state_dict, norm_state_dict
+from harness.lora_formats import STOCK_FORMATS
 
 FP32 = 1e-4
 BF16 = 0.03

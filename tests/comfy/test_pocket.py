@@ -13,7 +13,7 @@ from harness import demo, demo_report
 from harness.client import http_request
 from harness.graphs import latents, node, relative_distance
 from harness.paths import REPO
-from pocket import autoencoder, draw, evaluate, loras, measure, model, text, train
+from pocket import autoencoder, draw, files, loras, measure, model, quality, text, train
 
 FP32 = 1e-4
 MODELS = REPO / "pocket" / "models"
@@ -77,8 +77,8 @@ def test_stock_loads_the_model_and_draws_the_same(base):
 
 
 def test_training_computed_what_the_sampler_computes(base):
-    transformer, encoder = train.load_trained(MODELS)
-    tokens = train.tokenizer_of_comfyui()([PROMPT], train.LENGTH)
+    transformer, encoder = files.load_trained(MODELS)
+    tokens = files.tokenizer_of_comfyui()([PROMPT], train.LENGTH)
     noise = torch.randn(1, 16, 12, 12, generator=torch.Generator().manual_seed(5))
     drawn = model.sample(transformer, noise, encoder(tokens), text.attention_bias(train.LENGTH, 36), 4)
     assert relative_distance(drawn / autoencoder.SCALE + autoencoder.SHIFT, base[0]) < FP32
@@ -137,7 +137,7 @@ def test_the_bundled_workflow_draws_its_prompt_and_switches(comfy):
     assert all(measure.follows(measure.see(plain), asked).values())
     assert np.array_equal(pictures["none again"], plain)
     for name, style in (("A: neon", "neon"), ("B: stripes", "stripes"), ("C: outline", "outline")):
-        assert evaluate.EFFECTS[style](pictures[name], plain) > evaluate.EFFECTS[style](plain, plain) + 0.25, name
+        assert quality.EFFECTS[style](pictures[name], plain) > quality.EFFECTS[style](plain, plain) + 0.25, name
 
 
 def test_a_rejected_prompt_fails_the_demo_with_its_reason(comfy, monkeypatch, capsys, tmp_path):

@@ -8,7 +8,8 @@ from harness import text_encoder_files as files
 from harness.client import http_request
 from harness.graphs import Graph, latents, node, relative_distance
 from harness.lora_files import clip_l_lora_state_dict, lora_state_dict
-from harness.tiny_models import TinyFluxConfig, TinyT5Config, tiny_clip_l_state_dict, tiny_t5_state_dict
+from harness.tiny_models import TinyFluxConfig
+from harness.tiny_others import TinyT5Config, tiny_clip_l_state_dict, tiny_t5_state_dict
 
 PROMPT = "a red circle on a blue square"
 MODEL = "text-width-128.safetensors"

@@ -54,12 +54,12 @@ def _describe(key, root):
         "compile": key.settings.compile,
         "loaded": engine.loaded,
         "load_count": engine.load_count,
-        "compile_count": engine.compile_count,
-        "recompile_count": engine.recompile_count,
+        "compile_count": engine.compiler.count,
+        "recompile_count": engine.compiler.recompiles,
         "bytes": engine.bytes,
         **describe(engine, root.planner),
-        "resident_stacks": len(engine._library._loras or ()),
-        "lora_files": engine._library._files.bytes,
+        "resident_stacks": len(engine.library._loras or ()),
+        "lora_files": engine.library._files.bytes,
     }
 
 

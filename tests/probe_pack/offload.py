@@ -20,7 +20,7 @@ def describe(engine, planner):
     return {
         "plan": {name: getattr(plan, name) for name in (
             "mode", "resident_blocks", "total_blocks", "device_bytes", "copied_bytes_per_step", "lora_bytes")},
-        "device_bytes": engine.device_bytes + engine.lora_bytes,
+        "device_bytes": engine.device_bytes + engine.library.device_bytes,
         "host_bytes": engine._memory.host_bytes,
         "ring": ring is not None,
     }
@@ -123,8 +123,8 @@ class ProbePress:
         seen |= {
             "after": model.loaded_size(),
             "load_count": engine.load_count,
-            "recompiles": engine.recompile_count,
-            "compiles": engine.compile_count,
+            "recompiles": engine.compiler.recompiles,
+            "compiles": engine.compiler.count,
             "pool_bytes": engine._memory.bytes,
             "pool_peak_bytes": engine._memory.peak_bytes,
             **describe(engine, model.planner),

@@ -14,7 +14,7 @@ from diffusers.configuration_utils import FrozenDict
 from torch import Tensor
 
 from ...errors import SettingsError
-from .forward import Flux1Inputs
+from .inputs import Flux1Inputs
 from .positions import pack, unpack
 
 if TYPE_CHECKING:

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import torch
 
 from ...files import FileIdentity
+from ...memory.base import DeviceMemory
 from ...memory.budgets import MIB, PoolBudgets, pinned_bytes
 from ...memory.buffers import HostBuffers
-from ...memory.device import DeviceMemory, memory_of
+from ...memory.device import memory_of
 from ...spec import ModelSpec
 from ...store.lru import ByteLru
 from ..adapter import Adapter
@@ -51,7 +52,7 @@ class ResidentStack:
     """A stack that lies on the device.
 
     Attributes:
-        source: "hot", "strength" (there, with another lora_B), "warm" or "cold", see `engine.SwapReport`.
+        source: "hot", "strength" (there, with another lora_B), "warm" or "cold", see `history.SwapReport`.
         stack: with the strengths that are wanted.
         key: what it is found by.
         prepared: the buffer there; None: nothing of the stack is active.

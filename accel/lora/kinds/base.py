@@ -200,6 +200,8 @@ def product_factors(change: Change, tensors: Mapping[str, Tensor], tolerance: To
     Raises:
         LoraError: even the largest allowed rank leaves too large an error.
     """
+    if not isinstance(change.kind, ProductKind):
+        raise ValueError(f"{change.kind.name} is no product.")
     factors = change.kind.factors(change, tensors, tolerance)
     if factors.error > tolerance.max_error:
         raise LoraError(

@@ -140,7 +140,8 @@ class Composed:
         for term in self.kroneckers:
             product = term.product() if term.mixing is None else mix(term.mixing, term.product())
             weight = weight.add(product, alpha=term.factor)
-        return weight.norm(dim=1)
+        lengths: Tensor = weight.norm(dim=1)
+        return lengths
 
     def _weight(self) -> Tensor:
         if self.base is None:

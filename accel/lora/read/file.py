@@ -28,7 +28,7 @@ _ROLE_ORDER = {"A": 0, "B": 1}
 
 
 def read_lora(
-    path: str,
+    path: str | os.PathLike[str],
     spec: ModelSpec,
     cache_dir: str | os.PathLike[str] | None = None,
     tolerance: Tolerance = Tolerance(),

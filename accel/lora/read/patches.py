@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -82,6 +83,7 @@ def from_patches(
     norms: list[VectorLayer] = []
     changes: list[Change] = []
     values: dict[str, dict[str, Tensor]] = {}
+    seen: Counter[str] = Counter()
     with torch.inference_mode(False), torch.no_grad():
         for patch in patches:
             if isinstance(patch, NormPatch):
@@ -89,8 +91,9 @@ def from_patches(
                 content.add_norm(patch)
             else:
                 tensors = {role: _tensor(value) for role, value in patch.values.items()}
-                # Rows of one fused linear come as patches of one name.
-                name = patch.name if patch.name not in values else f"{patch.name} for {patch.target.parts[0].module}"
+                # Rows of one fused linear come as patches of one name; names of changes must differ.
+                seen[patch.name] += 1
+                name = patch.name if seen[patch.name] == 1 else f"{patch.name}, part {seen[patch.name]}"
                 changes.append(_change(name, patch.target, tensors))
                 content.add_linear(patch, tensors)
                 values[name] = tensors
