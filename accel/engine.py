@@ -52,6 +52,9 @@ class Engine:
         library: the LoRAs in memory, and what they take of it.
         lora_cache: folder for LoRA matrices that are slow to compute, or None.
         load_count: how often the checkpoint was read.
+        memory: of the device.
+        model, weights, slots: the transformer, where its weights lie, and its LoRA slots; None before the first `load`
+            and after `release`.
     """
 
     def __init__(
@@ -92,17 +95,17 @@ class Engine:
         self._regions: Regions | None = None
         self._pools = pools
         self._plan = plan
-        self._memory = memory or memory_of(self.device)
-        for sentence in restrict(self._memory):
+        self.memory = memory or memory_of(self.device)
+        for sentence in restrict(self.memory):
             self._observer.notice(sentence, True)
         budgets = self._budgets(reserved_bytes=self.bytes)
         self.lora_cache = lora_cache
-        self.library = LoraLibrary(spec, self.dtype, self.device, budgets, lora_cache, self._memory)
+        self.library = LoraLibrary(spec, self.dtype, self.device, budgets, lora_cache, self.memory)
         self.load_count = 0
         self._lock = threading.RLock()
-        self._weights: Weights | None = None
-        self._model: nn.Module | None = None
-        self._slots: LoraSlots | None = None
+        self.weights: Weights | None = None
+        self.model: nn.Module | None = None
+        self.slots: LoraSlots | None = None
         self._forward: Callable[[Any], Tensor] | None = None
         self._applied: tuple | None = None
 
@@ -114,12 +117,12 @@ class Engine:
     @property
     def device_bytes(self) -> int:
         """What the weights take of the device now, staging included; LoRAs not."""
-        return 0 if self._weights is None else self._weights.device_bytes
+        return 0 if self.weights is None else self.weights.device_bytes
 
     @property
     def plan(self) -> OffloadPlan | None:
         """By which the weights lie where they are; None when nothing is loaded."""
-        return self._weights.plan if self.loaded else None
+        return self.weights.plan if self.loaded else None
 
     def load(self) -> None:
         """Read the weights, add the LoRA slots, bind no LoRA. Does nothing when loaded.
@@ -141,10 +144,10 @@ class Engine:
                 self._regions = make_regions(self._recipe, self.compiler, self._compile_cache, self._observer)
                 self.attention = self._regions.attention
             plan = self._current_plan()
-            if self._model is None:
-                self._take(assemble(self._recipe, plan, self._memory, self._observer))
+            if self.model is None:
+                self._take(assemble(self._recipe, plan, self.memory, self._observer))
             self._place(plan)
-            self.library.attach(self._slots, self._budgets(plan=plan))
+            self.library.attach(self.slots, self._budgets(plan=plan))
             self._start()
 
     def replan(self) -> None:
@@ -158,17 +161,17 @@ class Engine:
                 return
             self._forward = self._applied = None
             # Else vectors of a LoRA would be taken for the model's own.
-            self._slots.unbind()
+            self.slots.unbind()
             self._place(self._current_plan())
             self._start()
 
     def _take(self, made: Assembled) -> None:
-        self._model, self._weights, self._slots = made.model, made.weights, made.slots
+        self.model, self.weights, self.slots = made.model, made.weights, made.slots
         self.load_count += 1
 
     def _place(self, plan: OffloadPlan) -> None:
         try:
-            self._weights.place(plan)
+            self.weights.place(plan)
         except BaseException as exc:
             # Its frames hold buffers of the device for as long as somebody keeps the exception.
             traceback.clear_frames(exc.__traceback__)
@@ -176,10 +179,10 @@ class Engine:
             raise
 
     def _start(self) -> None:
-        self._slots.bind(self._slots.empty)
+        self.slots.bind(self.slots.empty)
         self._applied = LoraStack().key
-        ring = self._weights.ring
-        self._forward = self.spec.family.forward(self.spec.config, self._model, self._regions.functions, ring)
+        ring = self.weights.ring
+        self._forward = self.spec.family.forward(self.spec.config, self.model, self._regions.functions, ring)
 
     def offload(self) -> None:
         """Move the weights to host memory. The next `load` moves them back, without reading or compiling.
@@ -193,9 +196,9 @@ class Engine:
     def _offload(self) -> None:
         self._forward = self._applied = None
         self.library.detach()
-        self._slots.unbind()
+        self.slots.unbind()
         try:
-            self._weights.offload()
+            self.weights.offload()
         except BaseException as exc:
             traceback.clear_frames(exc.__traceback__)
             self.release()
@@ -206,16 +209,16 @@ class Engine:
     def release(self) -> None:
         """Give all memory back. Compiled code stays, and serves the next `load`."""
         with self._lock:
-            if self._weights is not None:
-                self._weights.close()
-            self._forward = self._applied = self._slots = self._model = self._weights = None
+            if self.weights is not None:
+                self.weights.close()
+            self._forward = self._applied = self.slots = self.model = self.weights = None
             self.library.clear()
 
     def _budgets(self, reserved_bytes: int = 0, plan: OffloadPlan | None = None) -> PoolBudgets:
         if self._pools is not None:
             return self._pools
         budgets = PoolBudgets.of_free_memory(self.device, reserved_bytes)
-        if plan is None or not plan.lora_bytes or not self._memory.separate:
+        if plan is None or not plan.lora_bytes or not self.memory.separate:
             return budgets
         return replace(budgets, device_bytes=without_strengths(plan.lora_bytes))
 

@@ -43,8 +43,8 @@ def _serial(engine):
 def _describe(key, root):
     engine = root.engine
     serial = _serial(engine)
-    if engine.loaded and engine._model is not None:
-        _weights.setdefault(serial, []).extend(weakref.ref(parameter) for parameter in engine._model.parameters())
+    if engine.loaded and engine.model is not None:
+        _weights.setdefault(serial, []).extend(weakref.ref(parameter) for parameter in engine.model.parameters())
     return {
         "serial": serial,
         "path": key.file.path,
@@ -59,7 +59,7 @@ def _describe(key, root):
         "bytes": engine.bytes,
         **describe(engine, root.planner),
         "resident_stacks": len(engine.library._loras or ()),
-        "lora_files": engine.library._files.bytes,
+        "lora_files": engine.library.pools["files"][0],
     }
 
 
