@@ -18,7 +18,7 @@ os.environ.setdefault("TORCH_WARM_POOL", "0")
 
 PACK_ALIAS = "flux_hotswap_pack"
 # Fixtures that start a server or another process, train, compile or draw much: whatever uses one is slow.
-SLOW_FIXTURES = {"compiled", "finished", "held_out", "interrupted", "server", "straight", "traced"}
+SLOW_FIXTURES = {"compiled", "finished", "held_out", "interrupted", "server", "stock", "straight", "traced"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
