@@ -97,7 +97,7 @@ def assemble(recipe: Recipe, plan: OffloadPlan, memory: DeviceMemory, observer: 
 def _read_model(recipe: Recipe, weights: Weights, observer: Observer) -> nn.Module:
     spec, dtype, device, mode = recipe.spec, recipe.dtype, recipe.device, recipe.mode
     if mode is None:
-        return load_model(spec, dtype, device, observer.loading, placement=weights)
+        return load_model(spec, dtype, device, observer.loading, destination=weights)
     for sentence in mode.does_without(device, dtype):
         observer.notice(f"{mode.name}: {sentence}.", False)
     if mode.needs_compile and recipe.settings.compile == "off":

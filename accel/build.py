@@ -25,7 +25,7 @@ CONVERSION_BYTES_PER_WEIGHT = 12
 GIVE_BACK_ELEMENTS = 2**28
 
 
-class Placement(Protocol):
+class Destination(Protocol):
     """Decides where a model's weights go while they are read."""
 
     def begin(self, model: nn.Module) -> None:
@@ -91,7 +91,7 @@ def load_model(
     on_progress: Progress,
     mode: Mode | None = None,
     writer: CacheWriter | None = None,
-    placement: Placement | None = None,
+    destination: Destination | None = None,
 ) -> nn.Module:
     """Read the weights into a new diffusers model: one tensor at a time is read, cast, quantized, placed and released.
 
@@ -102,7 +102,7 @@ def load_model(
         on_progress: called with (linears and vectors read, both in all).
         mode: what linears are converted to, see `mode_of`.
         writer: gets every parameter as soon as it is placed; not finished here.
-        placement: where they go instead.
+        destination: where they go instead.
 
     Returns:
         The model in eval mode; its parameters do not require gradients, and are no inference tensors.
@@ -112,33 +112,33 @@ def load_model(
         CheckpointError: a tensor holds NaN or infinity.
     """
     total = count_parts(spec)
-    placement = placement or OnDevice(device)
+    destination = destination or OnDevice(device)
     # Parameters made under inference_mode could not be rebound outside it.
     with torch.inference_mode(False), torch.no_grad():
         model = empty_model(spec)
-        placement.begin(model)
+        destination.begin(model)
         # What is to be converted stays where it lies: whether a GPU has the room is known weight by weight.
         read_to = device if mode is None else spec.file.device
         read = 0
         for done, weights in enumerate(read_weights(spec, dtype, read_to), start=1):
             if isinstance(weights, LinearWeights):
                 module = weights.module
-                names = _place_linear(model, spec, weights, mode, device, placement.device_of(module))
+                names = _place_linear(model, spec, weights, mode, device, destination.device_of(module))
                 read += weights.weight.numel()
             else:
                 module = weights.parameter.rpartition(".")[0]
-                assign(model, weights.parameter, weights.value.to(placement.device_of(module)))
+                assign(model, weights.parameter, weights.value.to(destination.device_of(module)))
                 names = (weights.parameter,)
             if writer is not None:
                 for name in names:
                     writer.add(name, model.get_parameter(name))
-            placement.placed(module)
+            destination.placed(module)
             if read > GIVE_BACK_ELEMENTS:
                 read = 0
                 give_back_freed()
             on_progress(done, total)
         check_complete(model, spec)
-        placement.complete()
+        destination.complete()
     return model
 
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .assemble import Assembled, Regions, assemble, make_regions
 from .attention import check_attention, prove_attention
@@ -21,7 +21,6 @@ from .errors import EngineStateError
 from .history import SwapReport
 from .lora.adapter import Adapter
 from .lora.hold.library import LoraLibrary
-from .lora.hold.slots import LoraSlots
 from .lora.stack import LoraStack
 from .memory.base import DeviceMemory
 from .memory.budgets import PoolBudgets, without_strengths
@@ -29,7 +28,6 @@ from .memory.device import memory_of
 from .observer import Observer, Silent
 from .offload.plan import OffloadPlan
 from .offload.prove import restrict
-from .offload.weights import Weights
 from .recipe import Recipe
 from .settings import EngineSettings
 from .spec import ModelSpec
@@ -103,11 +101,9 @@ class Engine:
         self.library = LoraLibrary(spec, self.dtype, self.device, budgets, lora_cache, self.memory)
         self.load_count = 0
         self._lock = threading.RLock()
-        self.weights: Weights | None = None
-        self.model: nn.Module | None = None
-        self.slots: LoraSlots | None = None
+        self._made: Assembled | None = None
         self._forward: Callable[[Any], Tensor] | None = None
-        self._applied: tuple | None = None
+        self._applied: tuple[object, ...] | None = None
 
     @property
     def loaded(self) -> bool:
@@ -117,12 +113,12 @@ class Engine:
     @property
     def device_bytes(self) -> int:
         """What the weights take of the device now, staging included; LoRAs not."""
-        return 0 if self.weights is None else self.weights.device_bytes
+        return 0 if self._made is None else self._made.weights.device_bytes
 
     @property
     def plan(self) -> OffloadPlan | None:
         """By which the weights lie where they are; None when nothing is loaded."""
-        return self.weights.plan if self.loaded else None
+        return self._made.weights.plan if self._made is not None and self.loaded else None
 
     def load(self) -> None:
         """Read the weights, add the LoRA slots, bind no LoRA. Does nothing when loaded.
@@ -144,11 +140,12 @@ class Engine:
                 self._regions = make_regions(self._recipe, self.compiler, self._compile_cache, self._observer)
                 self.attention = self._regions.attention
             plan = self._current_plan()
-            if self.model is None:
-                self._take(assemble(self._recipe, plan, self.memory, self._observer))
-            self._place(plan)
-            self.library.attach(self.slots, self._budgets(plan=plan))
-            self._start()
+            if self._made is None:
+                self._made = assemble(self._recipe, plan, self._memory, self._observer)
+                self.load_count += 1
+            self._place(self._made, plan)
+            self.library.attach(self._made.slots, self._budgets(plan=plan))
+            self._start(self._made, self._regions)
 
     def replan(self) -> None:
         """Move what the plan has elsewhere now, and no more; as after `load`, no LoRA is bound. For a loaded engine.
@@ -157,32 +154,27 @@ class Engine:
             torch.OutOfMemoryError: see `load`.
         """
         with self._lock, torch.inference_mode(False), torch.no_grad():
-            if not self.loaded:
+            if self._made is None or self._regions is None or not self.loaded:
                 return
             self._forward = self._applied = None
             # Else vectors of a LoRA would be taken for the model's own.
-            self.slots.unbind()
-            self._place(self._current_plan())
-            self._start()
+            self._made.slots.unbind()
+            self._place(self._made, self._current_plan())
+            self._start(self._made, self._regions)
 
-    def _take(self, made: Assembled) -> None:
-        self.model, self.weights, self.slots = made.model, made.weights, made.slots
-        self.load_count += 1
-
-    def _place(self, plan: OffloadPlan) -> None:
+    def _place(self, made: Assembled, plan: OffloadPlan) -> None:
         try:
-            self.weights.place(plan)
+            made.weights.place(plan)
         except BaseException as exc:
             # Its frames hold buffers of the device for as long as somebody keeps the exception.
             traceback.clear_frames(exc.__traceback__)
-            self._offload()
+            self._offload(made)
             raise
 
-    def _start(self) -> None:
-        self.slots.bind(self.slots.empty)
+    def _start(self, made: Assembled, regions: Regions) -> None:
+        made.slots.bind(made.slots.empty)
         self._applied = LoraStack().key
-        ring = self.weights.ring
-        self._forward = self.spec.family.forward(self.spec.config, self.model, self._regions.functions, ring)
+        self._forward = self.spec.family.forward(self.spec.config, made.model, regions.functions, made.weights.ring)
 
     def offload(self) -> None:
         """Move the weights to host memory. The next `load` moves them back, without reading or compiling.
@@ -190,15 +182,15 @@ class Engine:
         Where the host has no room for them, it is a `release`.
         """
         with self._lock, torch.inference_mode(False), torch.no_grad():
-            if self.loaded:
-                self._offload()
+            if self._made is not None and self.loaded:
+                self._offload(self._made)
 
-    def _offload(self) -> None:
+    def _offload(self, made: Assembled) -> None:
         self._forward = self._applied = None
         self.library.detach()
-        self.slots.unbind()
+        made.slots.unbind()
         try:
-            self.weights.offload()
+            made.weights.offload()
         except BaseException as exc:
             traceback.clear_frames(exc.__traceback__)
             self.release()
@@ -209,9 +201,9 @@ class Engine:
     def release(self) -> None:
         """Give all memory back. Compiled code stays, and serves the next `load`."""
         with self._lock:
-            if self.weights is not None:
-                self.weights.close()
-            self._forward = self._applied = self.slots = self.model = self.weights = None
+            if self._made is not None:
+                self._made.weights.close()
+            self._forward = self._applied = self._made = None
             self.library.clear()
 
     def _budgets(self, reserved_bytes: int = 0, plan: OffloadPlan | None = None) -> PoolBudgets:
@@ -228,7 +220,7 @@ class Engine:
             return OffloadPlan("none", blocks, blocks, self.bytes, 0, "everything on the device")
         return self._plan() if callable(self._plan) else self._plan
 
-    def read_lora(self, path: str) -> Adapter:
+    def read_lora(self, path: str | os.PathLike[str]) -> Adapter:
         """Read and check a LoRA file for this model; from memory while the file is unchanged.
 
         Raises:
@@ -280,7 +272,7 @@ class Engine:
             return SwapReport(str(stack), source, (time.perf_counter() - start) * 1e3, size, error)
 
     @property
-    def bound(self) -> tuple | None:
+    def bound(self) -> tuple[object, ...] | None:
         """`LoraStack.key` of what the engine computes with; None when that is not known, or nothing is loaded."""
         return self._applied
 

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from .build import (
+    Destination,
     OnDevice,
-    Placement,
     Progress,
     assign,
     check_complete,
@@ -39,7 +39,7 @@ def load_quantized(
     cache: QuantizedCache | None,
     on_progress: Progress,
     notice: Notice,
-    placement: Placement | None = None,
+    destination: Destination | None = None,
 ) -> nn.Module:
     """Map a quantized model from the cache; without one, convert the checkpoint and store the result.
 
@@ -47,7 +47,7 @@ def load_quantized(
         spec: see `build.load_model`, as `dtype`, `device`, `mode` and `on_progress`.
         cache: where to look and to store, or None.
         notice: gets what a user should know: a sentence, and whether it is a warning.
-        placement: see `build.load_model`.
+        destination: see `build.load_model`.
 
     Returns:
         See `build.load_model`. From the cache on a CPU, its weights are pages of the file.
@@ -58,7 +58,7 @@ def load_quantized(
     """
     notice(f"{mode.name}: {conversion_of(spec, mode)}", False)
     if cache is None:
-        return load_model(spec, dtype, device, on_progress, mode, placement=placement)
+        return load_model(spec, dtype, device, on_progress, mode, destination=destination)
     with spec.file.open():  # raises when the files were changed since
         pass
     libraries = (f"torch {version('torch')}", *mode.libraries)
@@ -66,7 +66,7 @@ def load_quantized(
     try:
         cached = open_cached(cache, key, _scaled(on_progress, count_parts(spec)))
         if cached is not None:
-            model = _restore(spec, cached, placement or OnDevice(device))
+            model = _restore(spec, cached, destination or OnDevice(device))
             notice(f"{mode.name}: {cached.bytes / 1e9:.2f} GB from the cache, {cached.name}", False)
             return model
     except (DamagedError, CodecError, KeyError) as exc:
@@ -75,7 +75,7 @@ def load_quantized(
         cache, key, model_bytes(spec, dtype, mode), 4 * count_parts(spec), lambda sentence: notice(sentence, True)
     )
     try:
-        model = load_model(spec, dtype, device, on_progress, mode, writer, placement)
+        model = load_model(spec, dtype, device, on_progress, mode, writer, destination)
     except BaseException:
         writer.discard()
         raise
@@ -89,15 +89,15 @@ def _scaled(on_progress: Progress, parts: int) -> Progress:
     return lambda done, total: on_progress(max(1, parts * done // total), parts)
 
 
-def _restore(spec: ModelSpec, cached: CachedModel, placement: Placement) -> nn.Module:
+def _restore(spec: ModelSpec, cached: CachedModel, destination: Destination) -> nn.Module:
     with torch.inference_mode(False), torch.no_grad():
         model = empty_model(spec)
-        placement.begin(model)
+        destination.begin(model)
         for name, description in cached.modules.items():
             model.set_submodule(name, make_module(description).eval())
         for name, description in cached.parameters.items():
-            device = placement.device_of(name.rpartition(".")[0])
+            device = destination.device_of(name.rpartition(".")[0])
             assign(model, name, unflatten(name, description, cached.tensors).to(device))
         check_complete(model, spec)
-        placement.complete()
+        destination.complete()
     return model

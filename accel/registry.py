@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from .files import FileIdentity
 from .quantize import find_mode
@@ -73,6 +73,6 @@ class Registry(Generic[Held]):
 
 
 # Under this name for the whole process, so that a model outlives ComfyUI's own caches. It holds what the nodes give it.
-ENGINES: Registry = Registry()
+ENGINES: Registry[Any] = Registry()
 # Likewise for text encoders, which remember what they encoded.
-TEXT_ENCODERS: Registry = Registry()
+TEXT_ENCODERS: Registry[Any] = Registry()

@@ -19,6 +19,7 @@ from .block_steps import NAMES
 from .gpu_job import Job
 from .kernel_profile import profile_kernels
 from .report import BenchmarkError
+from .switch import LORA_COUNT
 from .timing import Stopwatch, interleave_timed, median
 
 BF16 = torch.bfloat16
@@ -131,7 +132,7 @@ def switches(job: Job, group: str) -> None:
     with swap.Swaps.made(job.quick, job.device) as swaps:
         variants = [replace(each, runs=min(each.runs, SWAP_RUNS)) for each in swaps.group(group)]
         rounds, ends = QUICK_SWAP_ROUNDS if job.quick else SWAP_ROUNDS, job.ends - RESERVE_S
-        timed = interleave_timed(variants, rounds, swap.LORA_COUNT, Stopwatch(job.device), ends)
+        timed = interleave_timed(variants, rounds, LORA_COUNT, Stopwatch(job.device), ends)
         for name, samples in timed.items():
             took = median(samples)
             job.add(**{f"{name}_ms": took.done_ms, f"{name}_host_ms": took.host_ms})

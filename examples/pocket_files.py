@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from pocket import text
-from pocket.train import MODELS, NAMES, load_decoder, load_trained, tokenizer_of_comfyui, write_sheet
+from pocket.files import MODELS, NAMES, load_decoder, load_trained, tokenizer_of_comfyui
+from pocket.train import write_sheet
 
 MODEL = MODELS / NAMES["model"]
 OUTLINE = MODELS / "loras" / "pocket-outline-kohya.safetensors"

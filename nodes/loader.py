@@ -5,9 +5,8 @@ from __future__ import annotations
 import comfy.model_management
 from comfy_api.latest import io
 
-from ..accel.attention import BACKENDS
 from ..accel.checkpoint import inspect_checkpoint
-from ..accel.settings import COMPILE_MODES, DTYPES, EngineSettings, Offload, Quantization
+from ..accel.settings import ATTENTION_BACKENDS, COMPILE_MODES, DTYPES, EngineSettings, Offload, Quantization
 from .engines import FAMILIES, model_of
 from .files import CATEGORY, find_model, fingerprint_model, model_files
 from .offload import FluxOffload
@@ -84,7 +83,7 @@ def _computation() -> list[io.Input]:
         ),
         io.Combo.Input(
             "attention",
-            options=["auto", *BACKENDS],
+            options=list(ATTENTION_BACKENDS),
             default="auto",
             tooltip="The attention kernel of this model alone. auto: the fastest exact one that is installed, "
             "measured on this machine. sage is faster and approximates. Each is compared with sdpa before it draws "

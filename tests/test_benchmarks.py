@@ -20,8 +20,8 @@ from benchmarks.__main__ import main
 from benchmarks.cold_files import ColdFiles
 from benchmarks.pooled import Pooled
 from benchmarks.report import BenchmarkError, Goal, OtherLoad
-from benchmarks.swap import LORA_COUNT, peer_variants
-from benchmarks.switch import Switch
+from benchmarks.swap import peer_variants
+from benchmarks.switch import LORA_COUNT, Switch
 from benchmarks.timing import CPU, Variant, interleave
 from harness.paths import REPO
 

@@ -1122,7 +1122,7 @@ def test_rows_of_one_layer_as_patches_of_one_name_stay_apart(spec, tmp_path):
     linear = next(each for each in spec.layout.linears if each.name == "double_blocks.0.img_attn.qkv")
     patches = []
     for seed, part in enumerate(linear.parts):
-        values = lora_files.kind_tensors("LoHa", (part.rows, linear.in_features), rank=12, seed=seed)
+        values = lora_kinds.kind_tensors("LoHa", (part.rows, linear.in_features), rank=12, seed=seed)
         target = LoraTarget((LinearPart(part.module, 0, part.rows),), linear.in_features, part.rows, False)
         patches.append(LinearPatch("diffusion_model.double_blocks.0.img_attn.qkv.weight", target, values))
     for _ in range(2):  # computed, and from the disk

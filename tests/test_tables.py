@@ -24,7 +24,7 @@ from accel.lora.kinds.difference import Difference
 from accel.lora.kinds.table import KindTable
 from accel.quantize.modes import MODES
 from accel.settings import ATTENTION_BACKENDS, QUANTIZATION_MODES
-from harness import lora_files
+from harness import lora_kinds
 
 ROOT = Path(__file__).parents[1]
 LANGUAGES = ("en", "zh")
@@ -67,7 +67,7 @@ LORA_PLACES: Mapping[str, Place] = {
     "README.md": page("README.md"),
     "the table of kinds in web/docs/FluxHotswapLora.md": rows("web/docs/FluxHotswapLora.md", "Kind"),
     "the formulas of accel/lora/kinds": accel.lora.kinds.__doc__,
-    "harness.lora_files.KINDS": " ".join(lora_files.KINDS),
+    "harness.lora_kinds.KINDS": " ".join(lora_kinds.KINDS),
 }
 MODE_PLACES: Mapping[str, Place] = {
     "settings.QUANTIZATION_MODES": QUANTIZATION_MODES,

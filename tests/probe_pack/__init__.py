@@ -43,8 +43,8 @@ def _serial(engine):
 def _describe(key, root):
     engine = root.engine
     serial = _serial(engine)
-    if engine.loaded and engine.model is not None:
-        _weights.setdefault(serial, []).extend(weakref.ref(parameter) for parameter in engine.model.parameters())
+    if engine.loaded and engine._made is not None:
+        _weights.setdefault(serial, []).extend(weakref.ref(parameter) for parameter in engine._made.model.parameters())
     return {
         "serial": serial,
         "path": key.file.path,

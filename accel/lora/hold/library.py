@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Hashable
 from dataclasses import dataclass
+from typing import Literal, overload
 
 import torch
 
@@ -168,7 +169,7 @@ class LoraLibrary:
         if self._pin and hasattr(torch.accelerator, "empty_host_cache"):
             torch.accelerator.empty_host_cache()  # torch keeps freed page-locked memory for itself otherwise
 
-    def read(self, path: str) -> Adapter:
+    def read(self, path: str | os.PathLike[str]) -> Adapter:
         """Read and check a file; from memory while the file is unchanged. See `read.file.read_lora` for the errors."""
         identity = FileIdentity.of(path)
         adapter = self._files.get(identity)
@@ -210,6 +211,12 @@ class LoraLibrary:
     def prepared(self, stack: LoraStack) -> bool:
         """Whether `prepare` would find a stack."""
         return StackKey.of(stack) in self._host
+
+    @overload
+    def make_resident(self, stack: LoraStack, *, evict: Literal[True] = True) -> ResidentStack: ...
+
+    @overload
+    def make_resident(self, stack: LoraStack, *, evict: bool) -> ResidentStack | None: ...
 
     def make_resident(self, stack: LoraStack, *, evict: bool = True) -> ResidentStack | None:
         """Have a stack on the device, and make sure that its strengths can be had there. Changes nothing bound.
