@@ -202,7 +202,7 @@ def test_from_the_cache_host_weights_are_pages_of_the_file(spec, loras, resident
         assert memory.host_bytes == 0
         starts = {
             tensor.untyped_storage().data_ptr()
-            for group in engine._made.weights._blocks[1:]
+            for group in engine.assembled.weights._blocks[1:]
             for parameter in group.on_host.parameters
             for tensor in stored_tensors(parameter)
         }
@@ -341,7 +341,7 @@ def test_steps_allocate_nothing_and_copy_what_is_streamed(spec):
     engine = make_engine(spec, memory=memory)
     engine.next_plan = stream(0)
     engine.load()
-    ring = engine._made.weights.ring
+    ring = engine.assembled.weights.ring
     engine(make_inputs())
     allocations, copied = memory.allocations, ring.copied_bytes
     for _ in range(3):

@@ -16,7 +16,7 @@ def module(name):
 
 def describe(engine, planner):
     """What an engine takes, and by which plan."""
-    plan, ring = planner.plan, engine._made.weights.ring if engine._made else None
+    plan, ring = planner.plan, engine.assembled.weights.ring if engine.assembled else None
     return {
         "plan": {name: getattr(plan, name) for name in (
             "mode", "resident_blocks", "total_blocks", "device_bytes", "copied_bytes_per_step", "lora_bytes")},
