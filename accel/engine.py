@@ -50,6 +50,9 @@ class Engine:
         library: the LoRAs in memory, and what they take of it.
         lora_cache: folder for LoRA matrices that are slow to compute, or None.
         load_count: how often the checkpoint was read.
+        memory: of the device.
+        assembled: the transformer, where its weights lie, and its slots; None before the first `load` and after
+            `release`.
     """
 
     def __init__(
@@ -90,15 +93,15 @@ class Engine:
         self._regions: Regions | None = None
         self._pools = pools
         self._plan = plan
-        self._memory = memory or memory_of(self.device)
-        for sentence in restrict(self._memory):
+        self.memory = memory or memory_of(self.device)
+        for sentence in restrict(self.memory):
             self._observer.notice(sentence, True)
         budgets = self._budgets(reserved_bytes=self.bytes)
         self.lora_cache = lora_cache
-        self.library = LoraLibrary(spec, self.dtype, self.device, budgets, lora_cache, self._memory)
+        self.library = LoraLibrary(spec, self.dtype, self.device, budgets, lora_cache, self.memory)
         self.load_count = 0
         self._lock = threading.RLock()
-        self._made: Assembled | None = None
+        self.assembled: Assembled | None = None
         self._forward: Callable[[Any], Tensor] | None = None
         self._applied: tuple[object, ...] | None = None
 
@@ -110,12 +113,12 @@ class Engine:
     @property
     def device_bytes(self) -> int:
         """What the weights take of the device now, staging included; LoRAs not."""
-        return 0 if self._made is None else self._made.weights.device_bytes
+        return 0 if self.assembled is None else self.assembled.weights.device_bytes
 
     @property
     def plan(self) -> OffloadPlan | None:
         """By which the weights lie where they are; None when nothing is loaded."""
-        return self._made.weights.plan if self._made is not None and self.loaded else None
+        return self.assembled.weights.plan if self.assembled is not None and self.loaded else None
 
     def load(self) -> None:
         """Read the weights, add the LoRA slots, bind no LoRA. Does nothing when loaded.
@@ -137,12 +140,12 @@ class Engine:
                 self._regions = make_regions(self._recipe, self.compiler, self._compile_cache, self._observer)
                 self.attention = self._regions.attention
             plan = self._current_plan()
-            if self._made is None:
-                self._made = assemble(self._recipe, plan, self._memory, self._observer)
+            if self.assembled is None:
+                self.assembled = assemble(self._recipe, plan, self.memory, self._observer)
                 self.load_count += 1
-            self._place(self._made, plan)
-            self.library.attach(self._made.slots, self._budgets(plan=plan))
-            self._start(self._made, self._regions)
+            self._place(self.assembled, plan)
+            self.library.attach(self.assembled.slots, self._budgets(plan=plan))
+            self._start(self.assembled, self._regions)
 
     def replan(self) -> None:
         """Move what the plan has elsewhere now, and no more; as after `load`, no LoRA is bound. For a loaded engine.
@@ -151,13 +154,13 @@ class Engine:
             torch.OutOfMemoryError: see `load`.
         """
         with self._lock, torch.inference_mode(False), torch.no_grad():
-            if self._made is None or self._regions is None or not self.loaded:
+            if self.assembled is None or self._regions is None or not self.loaded:
                 return
             self._forward = self._applied = None
             # Else vectors of a LoRA would be taken for the model's own.
-            self._made.slots.unbind()
-            self._place(self._made, self._current_plan())
-            self._start(self._made, self._regions)
+            self.assembled.slots.unbind()
+            self._place(self.assembled, self._current_plan())
+            self._start(self.assembled, self._regions)
 
     def _place(self, made: Assembled, plan: OffloadPlan) -> None:
         try:
@@ -179,8 +182,8 @@ class Engine:
         Where the host has no room for them, it is a `release`.
         """
         with self._lock, torch.inference_mode(False), torch.no_grad():
-            if self._made is not None and self.loaded:
-                self._offload(self._made)
+            if self.assembled is not None and self.loaded:
+                self._offload(self.assembled)
 
     def _offload(self, made: Assembled) -> None:
         self._forward = self._applied = None
@@ -198,16 +201,16 @@ class Engine:
     def release(self) -> None:
         """Give all memory back. Compiled code stays, and serves the next `load`."""
         with self._lock:
-            if self._made is not None:
-                self._made.weights.close()
-            self._forward = self._applied = self._made = None
+            if self.assembled is not None:
+                self.assembled.weights.close()
+            self._forward = self._applied = self.assembled = None
             self.library.clear()
 
     def _budgets(self, reserved_bytes: int = 0, plan: OffloadPlan | None = None) -> PoolBudgets:
         if self._pools is not None:
             return self._pools
         budgets = PoolBudgets.of_free_memory(self.device, reserved_bytes)
-        if plan is None or not plan.lora_bytes or not self._memory.separate:
+        if plan is None or not plan.lora_bytes or not self.memory.separate:
             return budgets
         return replace(budgets, device_bytes=without_strengths(plan.lora_bytes))
 

@@ -90,7 +90,11 @@ def _asking_nvml() -> Iterator[None]:
 
 
 class Measurement:
-    """The rows of one folder."""
+    """The rows of one folder.
+
+    Attributes:
+        forks: whether a row's process is forked from this one; not any more once a forked one had no device.
+    """
 
     def __init__(self, out: Path, device: str, quick: bool, ends: float) -> None:
         """Read what earlier calls found.
@@ -105,7 +109,7 @@ class Measurement:
         self._device = device
         self._quick = quick
         self._ends = ends
-        self._fork = True
+        self.forks = True
         self._machine: Mapping[str, Any] = {}
         lines = _lines(out / RESULTS)
         write_text("".join(lines), out / RESULTS)
@@ -119,7 +123,7 @@ class Measurement:
             BenchmarkError: the device does not work.
         """
         (self._out / "logs").mkdir(exist_ok=True)
-        found = self._run(DEVICE)
+        found = self.run_row(DEVICE)
         if "machine" not in found["values"]:
             raise BenchmarkError(f"the device {self._device} does not work: {found['error']}")
         self._machine = found["values"].pop("machine")
@@ -165,27 +169,28 @@ class Measurement:
         if left < row.least_s:
             error = f"{gpu_report.NOT_BEGUN}: {max(0.0, left):.0f} s were left, it takes {row.least_s:.0f} or more"
             return _record(row, {}, error, 0.0)
-        return self._run(row)
+        return self.run_row(row)
 
-    def _run(self, row: Row) -> dict[str, Any]:
+    def run_row(self, row: Row) -> dict[str, Any]:
+        """Run one row in a process of its own; returns what is known of it, failed or not."""
         start = time.monotonic()
         values: dict[str, Any] = {}
         error = self._answers(row, values, self._limit_s(row))
         if error == NO_DEVICE:
-            self._fork = False
+            self.forks = False
             error = self._answers(row, values, self._limit_s(row))
         return _record(row, values, error, time.monotonic() - start)
 
     def _limit_s(self, row: Row) -> float:
-        limit_s = row.limit_s * (PATIENCE if self._quick else 1.0) + (0.0 if self._fork else IMPORTS_S)
+        limit_s = row.limit_s * (PATIENCE if self._quick else 1.0) + (0.0 if self.forks else IMPORTS_S)
         return min(limit_s, max(row.least_s, self._ends - time.monotonic()))
 
     def _answers(self, row: Row, values: dict[str, Any], limit_s: float) -> str:
         """Run a row; fill in what it reports. Returns why it failed, or ""."""
         name = f"{row.stage} {row.name}"
         log = self._out / "logs" / f"{''.join(letter if letter.isalnum() else '-' for letter in name)}.log"
-        arguments = (row, self._device, self._quick, str(self._shared), limit_s - GRACE_S, self._fork)
-        child = Child(name, serve, arguments, log, self._fork, self._environment(row))
+        arguments = (row, self._device, self._quick, str(self._shared), limit_s - GRACE_S, self.forks)
+        child = Child(name, serve, arguments, log, self.forks, self._environment(row))
         ends = time.monotonic() + limit_s
         try:
             while True:

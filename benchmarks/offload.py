@@ -106,7 +106,7 @@ class Steps:
 
     def _copy(self) -> None:
         """All copies of one step, without what they are for."""
-        ring = self._engine._weights.ring
+        ring = self._engine.assembled.weights.ring
         for block in range(self._plan.total_blocks):
             ring.enter(block)
             ring.leave(block)
@@ -117,18 +117,18 @@ class Steps:
         with _Replaced(self._memory, "copy", lambda target, chunks, after: self._memory.mark()):
             self._engine(self._inputs)
         # What it did not copy counts as there: the next step must not believe that.
-        for slot in self._engine._weights.ring._slots:
+        for slot in self._engine.assembled.weights.ring._slots:
             slot.holds = None
 
     def _stream(self) -> None:
-        before = self._engine._weights.ring.copied_bytes
+        before = self._engine.assembled.weights.ring.copied_bytes
         self._output = self._engine(self._inputs)
         self._memory.finish()
-        self._copied = self._engine._weights.ring.copied_bytes - before
+        self._copied = self._engine.assembled.weights.ring.copied_bytes - before
 
     def _check(self) -> None:
-        for slot in self._engine._weights.ring._slots:
-            for start, chunk in self._engine._weights.ring._sources[slot.holds]:
+        for slot in self._engine.assembled.weights.ring._slots:
+            for start, chunk in self._engine.assembled.weights.ring._sources[slot.holds]:
                 there = slot.buffer[start : start + chunk.numel()]
                 if not torch.equal(there, chunk.to(there.device)):
                     raise BenchmarkError("the bytes of a block did not arrive.")

@@ -184,7 +184,7 @@ class ComfyServer:
             if folder.is_dir():
                 (self.models / folder.name).mkdir(exist_ok=True)
         for name, target in self._packs.items():
-            _link(target, self.base_directory / "custom_nodes" / name)
+            link_or_copy(target, self.base_directory / "custom_nodes" / name)
 
     def _launch(self, source: Path) -> None:
         self.port = free_port(HOST)
@@ -258,7 +258,8 @@ class ComfyServer:
             process.wait()
 
 
-def _link(target: Path, link: Path) -> None:
+def link_or_copy(target: Path, link: Path) -> None:
+    """Make `link` a link to a pack; a copy of it where the system allows no links."""
     if not target.exists():
         raise ServerFailed(f"Custom node pack {target} does not exist: expected a folder or a .py file.")
     if link.is_symlink():

@@ -1,5 +1,6 @@
 """Fixtures shared by all tests. Nothing here needs the pack, ComfyUI or torch until a test asks for it."""
 
+import gc
 import importlib.util
 import os
 import sys
@@ -16,8 +17,8 @@ os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(CACHE / "inductor"))
 os.environ.setdefault("TORCH_WARM_POOL", "0")
 
 PACK_ALIAS = "flux_hotswap_pack"
-# Fixtures that start a server or another process, train or compile: whatever uses one is slow.
-SLOW_FIXTURES = {"compiled", "finished", "interrupted", "server", "straight", "traced"}
+# Fixtures that start a server or another process, train, compile or draw much: whatever uses one is slow.
+SLOW_FIXTURES = {"compiled", "finished", "held_out", "interrupted", "server", "stock", "straight", "traced"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -26,6 +27,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if with_comfyui in item.path.parents or SLOW_FIXTURES.intersection(item.fixturenames):
             item.add_marker(pytest.mark.slow)
+
+
+def pytest_collection_finish() -> None:
+    """What imports made stays: no collection of garbage, some of which tests ask for, need look through it again."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

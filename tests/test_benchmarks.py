@@ -200,8 +200,8 @@ def switch(loras, tmp_path):
 
 @pytest.fixture(scope="module")
 def pooled(loras):
-    """One for all tests, as all its variants take turns on one when they are measured."""
-    return Pooled(flux_loras.QUICK, loras, CPU)
+    """The variants, which take turns on one model in all tests, as they do when they are measured."""
+    return Pooled(flux_loras.QUICK, loras, CPU).variants()
 
 
 def variant_of(variants, name):
@@ -278,14 +278,14 @@ def test_loras_differ_by_seed_and_strength(loras):
 
 @pytest.mark.parametrize("name", ["stack3", "multiply", "strength", "prefetched", "rank64_hot", "rank128_hot"])
 def test_a_pooled_switch_that_does_nothing_is_noticed(pooled, name):
-    variant = variant_of(pooled.variants(), name)
+    variant = variant_of(pooled, name)
     interleave([variant], rounds=2, warm_up=0)
     with pytest.raises(BenchmarkError, match=f"^{name}: "):
         interleave([dataclasses.replace(variant, run=lambda: None)], rounds=1, warm_up=0)
 
 
 def test_a_product_that_is_not_made_is_noticed(pooled, monkeypatch):
-    variant = variant_of(pooled.variants(), "strength")
+    variant = variant_of(pooled, "strength")
     interleave([variant], rounds=2, warm_up=0)
     monkeypatch.setattr(UnscaledB, "multiply", lambda self, entries, flat: None)
     with pytest.raises(BenchmarkError, match=r"^strength: lora_B"):

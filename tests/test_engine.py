@@ -262,7 +262,7 @@ def test_device_buffers_are_reused_and_the_bound_one_is_not_overwritten(eager, l
         eager.swap(stack)
         expected.append(eager(inputs))
     flats = [flatten(stack.active, eager.dtype, pin=False) for stack in stacks]
-    slots = eager._made.slots
+    slots = eager.assembled.slots
     pool = accel.lora.hold.device.DeviceLoras(slots, torch.device("cpu"), flats[0].bytes, share_host=False)
     buffers = set()
     for _ in range(3):
@@ -320,7 +320,7 @@ def test_an_interrupt_half_way_through_the_binding_is_repaired(eager, loras):
     inputs = make_inputs()
     eager.swap(old)
     expected = eager(inputs)
-    slots = eager._made.slots._slots
+    slots = eager.assembled.slots._slots
 
     class Interrupting:
         def __setattr__(self, name, value):

@@ -26,6 +26,7 @@ def run(name, path, monkeypatch):
     return [pixels[:, left : left + SIZE_PX] for left in range(0, pixels.shape[1], SIZE_PX)]
 
 
+@pytest.mark.slow
 def test_switching_loras(tmp_path, monkeypatch, capsys):
     plain, striped, glowing, again = run("switch_loras", tmp_path / "out.png", monkeypatch)
     seen = measure.see(plain)
@@ -38,6 +39,7 @@ def test_switching_loras(tmp_path, monkeypatch, capsys):
     assert [line.split(": ")[1].split(",")[0] for line in lines] == ["unchanged", "cold", "cold", "hot"]
 
 
+@pytest.mark.slow
 def test_in_a_diffusers_pipeline(tmp_path, monkeypatch):
     outlined, glowing, striped = run("diffusers_pipeline", tmp_path / "out.png", monkeypatch)
     plain = np.full_like(outlined, 0.9)

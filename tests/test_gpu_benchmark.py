@@ -212,11 +212,11 @@ def test_where_a_forked_process_has_no_device_a_new_one_is_started(tmp_path):
     """Reading a value of the meta device fails as a GPU does in a process that was forked from one that had it."""
     found = gpu.Measurement(tmp_path, "meta", True, time.monotonic() + 600)
     (tmp_path / "logs").mkdir()
-    assert found._fork
-    record = found._run(Row("test", "works", works, 30.0))
+    assert found.forks
+    record = found.run_row(Row("test", "works", works, 30.0))
     assert record["ok"], record["error"]
     assert record["values"] == {"answer": 42}
-    assert not found._fork
+    assert not found.forks
 
 
 def test_what_there_is_no_time_for_is_named(tmp_path):

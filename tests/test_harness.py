@@ -14,9 +14,8 @@ import pytest
 from PIL import Image
 
 from harness import comfyui, paths, setup
-from harness import server as server_module
 from harness.prompt_result import GraphRejected, PromptFailed, PromptLost, ServerGone
-from harness.server import ComfyServer, ServerFailed
+from harness.server import ComfyServer, ServerFailed, link_or_copy
 
 TEST_NODES = textwrap.dedent(
     """
@@ -301,7 +300,7 @@ def test_pack_is_copied_where_links_fail(monkeypatch, tmp_path):
     (tmp_path / "pack" / ".git").mkdir(parents=True)
     (tmp_path / "pack" / "__init__.py").write_text("")
 
-    server_module._link(tmp_path / "pack", tmp_path / "copy")
+    link_or_copy(tmp_path / "pack", tmp_path / "copy")
 
     assert [p.name for p in (tmp_path / "copy").iterdir()] == ["__init__.py"]
 

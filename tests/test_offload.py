@@ -122,14 +122,13 @@ def resident(spec, loras):
     """Mode -> outputs of an engine that is on its device as a whole."""
     known = {}
 
-    def outputs(mode, compile="off"):
-        if (mode, compile) not in known:
-            engine = make_engine(spec, mode, compile)
+    def outputs(mode):
+        if mode not in known:
+            engine = make_engine(spec, mode)
             engine.load()
-            known[mode, compile] = outputs_of(engine, loras)
-            plain = known[mode, compile][None]
-            assert not any(torch.equal(plain, known[mode, compile][name]) for name in loras)
-        return known[mode, compile]
+            known[mode] = outputs_of(engine, loras)
+            assert not any(torch.equal(known[mode][None], known[mode][name]) for name in loras)
+        return known[mode]
 
     return outputs
 
@@ -161,14 +160,20 @@ def test_other_modes_streamed_equal_resident(spec, loras, resident, mode):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["none", "int8", "fp8"])
-def test_compiled_streams_without_recompiling(spec, loras, resident, mode):
-    expected, memory = resident(mode, "regional"), HostMemory(LIMIT, flat=True)
-    engine = make_engine(spec, mode, "regional", memory)
+def test_compiled_streams_without_recompiling(spec, loras, mode):
+    """Compiled while it streams, and compared with itself as a whole on its device."""
+    engine = make_engine(spec, mode, "regional", HostMemory(LIMIT, flat=True))
     engine.next_plan = stream(2)
     engine.load()
-    assert torch.equal(engine(make_inputs()), expected[None])
+    streamed = engine(make_inputs())
     assert (engine.compiler.count, engine.compiler.recompiles) == (2, 0)
     with torch._dynamo.config.patch(error_on_recompile=True):
+        engine.offload()
+        engine.next_plan = plan_of("none")
+        engine.load()
+        expected = outputs_of(engine, loras)
+        assert torch.equal(streamed, expected[None])
+        assert not any(torch.equal(streamed, expected[name]) for name in loras)
         for plan in EVERY_PLAN:
             engine.offload()
             engine.next_plan = plan
@@ -202,7 +207,7 @@ def test_from_the_cache_host_weights_are_pages_of_the_file(spec, loras, resident
         assert memory.host_bytes == 0
         starts = {
             tensor.untyped_storage().data_ptr()
-            for group in engine._made.weights._blocks[1:]
+            for group in engine.assembled.weights._blocks[1:]
             for parameter in group.on_host.parameters
             for tensor in stored_tensors(parameter)
         }
@@ -341,7 +346,7 @@ def test_steps_allocate_nothing_and_copy_what_is_streamed(spec):
     engine = make_engine(spec, memory=memory)
     engine.next_plan = stream(0)
     engine.load()
-    ring = engine._made.weights.ring
+    ring = engine.assembled.weights.ring
     engine(make_inputs())
     allocations, copied = memory.allocations, ring.copied_bytes
     for _ in range(3):

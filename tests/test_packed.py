@@ -104,7 +104,7 @@ def load(spec, **options) -> Engine:
 
 
 def packed_weights(engine: Engine) -> list[str]:
-    return [name for name, value in engine._made.model.named_parameters() if packed.is_packed(value)]
+    return [name for name, value in engine.assembled.model.named_parameters() if packed.is_packed(value)]
 
 
 def outputs(engine: Engine, loras: list[str]) -> list[torch.Tensor]:
@@ -123,7 +123,7 @@ def outputs(engine: Engine, loras: list[str]) -> list[torch.Tensor]:
 @needs_bf16
 def test_an_engine_computes_the_same_from_packed_weights(spec, loras, monkeypatch):
     engine = load(spec)
-    linears = sum(isinstance(module, nn.Linear) for module in engine._made.model.modules())
+    linears = sum(isinstance(module, nn.Linear) for module in engine.assembled.model.modules())
     assert len(packed_weights(engine)) == linears > 40
     assert engine.device_bytes == pytest.approx(engine.bytes, rel=0.001)
     monkeypatch.setattr(accel.offload.weights, "packs", lambda device, dtype: False)

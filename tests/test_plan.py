@@ -53,7 +53,7 @@ def engine_of(spec, quantization="none", compile="off"):
 def test_sizes_are_those_of_the_loaded_tensors(spec, quantization):
     engine = engine_of(spec, quantization)
     sizes = weight_sizes(spec, engine.dtype, find_mode(quantization))
-    model = engine._made.model
+    model = engine.assembled.model
     blocks = [*model.transformer_blocks, *model.single_transformer_blocks]
     real = [bytes_of(part for weight in block.parameters() for part in stored_tensors(weight)) for block in blocks]
     assert len(sizes.blocks) == len(real)
@@ -79,9 +79,10 @@ def test_an_engine_takes_and_copies_what_its_plan_says(spec, quantization, resid
     assert memory.peak_bytes == pytest.approx(plan.device_bytes, rel=0.02)
     assert engine.device_bytes == pytest.approx(plan.device_bytes, rel=0.02)
     if plan.copied_bytes_per_step:
-        before = engine._made.weights.ring.copied_bytes
+        ring = engine.assembled.weights.ring
+        before = ring.copied_bytes
         engine(inputs)
-        assert engine._made.weights.ring.copied_bytes - before == pytest.approx(plan.copied_bytes_per_step, rel=0.01)
+        assert ring.copied_bytes - before == pytest.approx(plan.copied_bytes_per_step, rel=0.01)
 
 
 def test_every_weight_counts_once(spec):

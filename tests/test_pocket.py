@@ -127,6 +127,7 @@ def test_the_prompt_matters(held_out):
     assert quality.following([*drawn[1:], drawn[0]], requests)["shape and colour"] < 0.3
 
 
+@pytest.mark.slow
 def test_each_lora_has_its_effect_and_leaves_no_trace(pocket, engine):
     requests = quality.plain_requests(12)
     plain = pocket.draw(engine, requests)
@@ -142,6 +143,7 @@ def test_each_lora_has_its_effect_and_leaves_no_trace(pocket, engine):
     assert all(np.array_equal(a, b) for a, b in zip(again, plain, strict=True))
 
 
+@pytest.mark.slow
 def test_lower_ranks_lose_more(pocket, engine, tmp_path):
     recipe, requests = loras.RECIPES[0], quality.plain_requests(4)
     whole = MODELS / "loras" / recipe.file

@@ -337,7 +337,7 @@ def test_lora_matrices_keep_their_dtype(engines, loras, mode):
 
     engine = engines[mode]
     engine.swap(LoraStack().with_lora(engine.read_lora(loras[7]), 1.0))
-    slots = (slot for name, slot in engine._made.model.named_parameters() if name.endswith(".lora"))
+    slots = (slot for name, slot in engine.assembled.model.named_parameters() if name.endswith(".lora"))
     bound = {
         (number, half): matrix
         for number, lora in enumerate(map(bound_to, slots))
@@ -607,9 +607,9 @@ def test_the_second_load_maps_the_file_and_computes_the_same(spec, engines, cach
     second = quantized(spec, mode, cache, observer)
     assert torch.equal(second(make_inputs()), expected)
     assert observer.said[-1].endswith(file.name)
-    assert parameter_bytes(second._made.model) == parameter_bytes(first._made.model)
+    assert parameter_bytes(second.assembled.model) == parameter_bytes(first.assembled.model)
     # Tensors are where compiled kernels expect them.
-    for _, parameter in second._made.model.named_parameters():
+    for _, parameter in second.assembled.model.named_parameters():
         for name in parameter.__tensor_flatten__()[0] if hasattr(parameter, "__tensor_flatten__") else ():
             assert getattr(parameter, name).data_ptr() % 64 == 0
     stack = LoraStack().with_lora(second.read_lora(loras[7]), 0.8)

@@ -260,9 +260,10 @@ def test_a_skipped_step_runs_the_first_block_and_adds_the_rest_of_the_last_one(e
 
     monkeypatch.setattr(eager._forward, "_double", run_double)
     monkeypatch.setattr(eager._forward, "_single", lambda *arguments: (ran.append("single"), single(*arguments))[1])
+    norm_out = eager.assembled.model.norm_out
     monkeypatch.setattr(
-        eager._made.model.norm_out, "forward",
-        lambda tokens, temb, f=eager._made.model.norm_out.forward: (finals.append(tokens.clone()), f(tokens, temb))[1],
+        norm_out, "forward",
+        lambda tokens, temb, f=norm_out.forward: (finals.append(tokens.clone()), f(tokens, temb))[1],
     )
     start, cache = make_inputs(**others), StepCache(ALWAYS)
     computed, skipped = run(eager, start, cache)

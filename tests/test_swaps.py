@@ -77,13 +77,13 @@ TIGHT = PoolBudgets(files_bytes=2 * MIB, host_bytes=32 * MIB, device_bytes=6 * M
 
 def own_device(engine, budget_bytes=TIGHT.device_bytes):
     """Let a second buffer in host memory stand in for a GPU, which takes the paths that a CPU leaves out."""
-    engine.library._loras = DeviceLoras(engine._made.slots, torch.device("cpu"), budget_bytes, share_host=False)
+    engine.library._loras = DeviceLoras(engine.assembled.slots, torch.device("cpu"), budget_bytes, share_host=False)
 
 
 def empty_pools(engine, device, **budget):
     """As release and load do, without reading the checkpoint again."""
     engine.library.clear()
-    engine.library.attach(engine._made.slots, TIGHT)
+    engine.library.attach(engine.assembled.slots, TIGHT)
     engine._applied = None
     if device:
         own_device(engine, **budget)

@@ -88,7 +88,7 @@ class Comfy:
 
     def run(self, nodes: Graph) -> PromptResult:
         """Run a graph that must succeed."""
-        return self.client.run(nodes, timeout=120, check=True)
+        return self.client.run(nodes, check=True)
 
     def sample(self, picture: Picture, edit: Edit | None = None) -> torch.Tensor:
         """The final latent of one picture, alone in its prompt."""

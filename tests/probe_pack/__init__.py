@@ -43,8 +43,9 @@ def _serial(engine):
 def _describe(key, root):
     engine = root.engine
     serial = _serial(engine)
-    if engine.loaded and engine._made is not None:
-        _weights.setdefault(serial, []).extend(weakref.ref(parameter) for parameter in engine._made.model.parameters())
+    if engine.loaded and engine.assembled is not None:
+        parameters = engine.assembled.model.parameters()
+        _weights.setdefault(serial, []).extend(weakref.ref(parameter) for parameter in parameters)
     return {
         "serial": serial,
         "path": key.file.path,
@@ -59,7 +60,7 @@ def _describe(key, root):
         "bytes": engine.bytes,
         **describe(engine, root.planner),
         "resident_stacks": len(engine.library._loras or ()),
-        "lora_files": engine.library._files.bytes,
+        "lora_files": engine.library.pools["files"][0],
     }
 
 

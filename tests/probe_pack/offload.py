@@ -16,12 +16,12 @@ def module(name):
 
 def describe(engine, planner):
     """What an engine takes, and by which plan."""
-    plan, ring = planner.plan, engine._made.weights.ring if engine._made else None
+    plan, ring = planner.plan, engine.assembled.weights.ring if engine.assembled else None
     return {
         "plan": {name: getattr(plan, name) for name in (
             "mode", "resident_blocks", "total_blocks", "device_bytes", "copied_bytes_per_step", "lora_bytes")},
         "device_bytes": engine.device_bytes + engine.library.device_bytes,
-        "host_bytes": engine._memory.host_bytes,
+        "host_bytes": engine.memory.host_bytes,
         "ring": ring is not None,
     }
 
@@ -125,8 +125,8 @@ class ProbePress:
             "load_count": engine.load_count,
             "recompiles": engine.compiler.recompiles,
             "compiles": engine.compiler.count,
-            "pool_bytes": engine._memory.bytes,
-            "pool_peak_bytes": engine._memory.peak_bytes,
+            "pool_bytes": engine.memory.bytes,
+            "pool_peak_bytes": engine.memory.peak_bytes,
             **describe(engine, model.planner),
         }
         return {"ui": {"seen": [seen]}}
