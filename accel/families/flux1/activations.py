@@ -1,13 +1,12 @@
 """What one forward of FLUX.1 needs of the device beside the weights.
 
-Between blocks there are only tokens: those that were embedded, the text and image tokens joined, and those that enter
-the block. Within one, the single block is the widest, where the MLP stands beside q, k and v. Counted in tensors of one
-token, H wide:
+Between blocks there are only tokens: those that were embedded, and those that enter the block. Within one, the single
+block is the widest, where the MLP stands beside q, k and v. Counted in tensors of one token, H wide:
 
-- the three sets of tokens, 3;
-- compiled, 3 + 2 · mlp / H: the MLP before its activation, its output joined with that of attention, and one H for
-  each of attention's output, q and k. TorchInductor's own count of the code that it generates for an H100 is 11.0 H for
-  the block, the CPU's allocator counts 11.1 (torch 2.14, mlp = 4 H);
+- the two sets of tokens, 2;
+- compiled, 3 + 2 · mlp / H: the MLP before its activation (mlp), attention's output beside the activated MLP (H + mlp),
+  q and k (2 H). TorchInductor's own count of the code that it generates for an H100 is 11.0 H for the block, the CPU's
+  allocator counts 11.1 (torch 2.14, mlp = 4 H);
 - eager, 7 + 2 · mlp / H, and 2 in float32, in which q and k are rotated.
 
 Beside them: the rotary table, and what a quantized linear makes of its input or weight. Attention takes none: the
@@ -30,7 +29,7 @@ def activation_bytes(
 ) -> int:
     """See `Family.activation_bytes`."""
     hidden, mlp = config.hidden_size, config.mlp_dim
-    per_token = (6 * hidden + 2 * mlp) * dtype.itemsize
+    per_token = (5 * hidden + 2 * mlp) * dtype.itemsize
     if not compiled:
         per_token += 4 * hidden * dtype.itemsize + 2 * hidden * FLOAT32_BYTES
     per_token += HEAD_DIM * FLOAT32_BYTES  # the rotary table: a cosine and a sine for each pair of channels
