@@ -6,12 +6,12 @@ Engine(spec, EngineSettings(...))        checks the machine
 engine.load()                            reads the weights, compiles with the first call
 engine.read_lora(path)                   checks the file       -> Adapter
 LoraStack().with_lora(adapter, 0.8)      immutable, cheap
-engine.swap(stack)                       binds the tensors     -> SwapReport
+engine.swap(stack)                       optional: binds it    -> SwapReport
 engine(inputs)                           one forward
 make_plan(demand_of(...), ...)           what fits which GPU   -> OffloadPlan
 write_report(Reported(engine))           what it is and did    -> text
 ```
-What a forward takes and gives is the family's, such as `accel.families.flux1.Flux1Inputs`. `examples/` runs all of it.
+What a forward takes and gives is the family's, such as `accel.families.flux1.Flux1Inputs`. `examples/` draws with it.
 
 Everything here is imported when it is first asked for: `import accel` itself imports nothing, not even torch.
 """

@@ -36,8 +36,8 @@ from .spec import ModelSpec
 class Engine:
     """A transformer with LoRA slots. Made from a header; `load` reads the weights.
 
-    Call order: `load`, then `swap`, then calls; `offload` or `release` at any time between calls, after which `load`
-    starts over without compiling anew.
+    Call order: `load`, then calls. After `load` no LoRA is bound; `swap` binds others at any time between calls.
+    `offload` and `release` give memory back between calls; the next `load` then compiles nothing anew.
 
     Attributes:
         spec: the checkpoint.
@@ -237,6 +237,7 @@ class Engine:
 
         Raises:
             LoraError: see `lora.pack.flat.flatten`.
+            torch.OutOfMemoryError: the device has no room for the stack after all.
         """
         if stack.active and (self.loaded or not stack.needs_base):
             # Takes long, so outside the lock: a swap must not wait for it.
@@ -256,6 +257,7 @@ class Engine:
         Raises:
             EngineStateError: the weights are not loaded.
             LoraError: see `lora.pack.flat.flatten`.
+            torch.OutOfMemoryError: the device has no room for the stack.
         """
         with self._lock:
             if not self.loaded:

@@ -332,6 +332,15 @@ def test_lora_A_of_linears_that_read_the_same_input_adjoin(spec, loras):
     assert alphabetical[f"{single}.attn.to_k"].a_start < alphabetical[f"{single}.attn.to_q"].a_start
 
 
+def test_linears_that_an_order_does_not_name_come_behind_it(loras):
+    active = stack_of(loras, ("kohya", 1.0), ("attention", 0.5)).active
+    free = flatten(active, torch.float32, pin=False)
+    order = [*reversed(free.placed)][:3]
+    ordered = flatten(active, torch.float32, pin=False, order=["of another model", *order])
+    assert list(ordered.placed) == [*order, *(module for module in free.placed if module not in order)]
+    assert ordered.buffer.abs().sum() == pytest.approx(float(free.buffer.abs().sum()))
+
+
 # What is kept.
 
 

@@ -20,7 +20,7 @@ class Adapter:
         layers: one or more per linear that it changes, in the order in which they apply.
         text_encoder_keys: keys that belong to text encoders, which the transformer does not use.
         vectors: changes of biases and norms.
-        peak: no element of any lora_B is larger; infinity where that is not known.
+        peak: no element of its layers' tensors is larger in magnitude; infinity where that is not known.
         report: what became of the file's keys.
         label: what a person calls it, if that is more than the file's name.
     """

@@ -28,7 +28,7 @@ class StackCost:
 
     Attributes:
         elements: numbers that lie on the device.
-        multiplications: for one token, or what stands in for it, in every step.
+        multiplications: for one token in every step, as if every linear ran on every token.
         linears: that have low-rank matrices.
         kronecker_linears: that have Kronecker products.
         max_rank: the ranks of all LoRAs on one linear, summed, where that is most.
@@ -66,8 +66,8 @@ class LoraStack:
 
     Attributes:
         entries: first applied first.
-        max_rank: what the summed rank on each linear is cut to, see `truncate`; 0 leaves the stack exact. Kronecker
-            products always stay exact, and do not count.
+        max_rank: what the summed rank on each linear is cut to, see `pack.truncate`; 0 leaves the stack exact.
+            Kronecker products always stay exact, and do not count.
     """
 
     entries: tuple[StackEntry, ...] = ()

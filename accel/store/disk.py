@@ -5,10 +5,10 @@ A store is a folder of entries, one file each (see `entry`): tensors, JSON besid
 - An entry is written under a temporary name of its own and gets its name when it is whole. Files are replaced and
   deleted, never changed in place: of two processes that make the same entry the last one's stays, a killed one leaves
   nothing that counts, and what another process has mapped stays whole for it.
-- An entry that was made from something else, cut off, or changed in a bit is deleted when it is opened, and its reader
-  told to make it anew.
-- What was not used for longest makes room. Only files with the store's suffix are ever deleted, because a user may
-  point it at a folder that holds others.
+- An entry that was made from something else, is cut off, or has a flipped bit is deleted when it is opened, and its
+  reader is told to make it anew.
+- What was not used for longest makes room. Only files with the store's suffix, and its own `.tmp` files, are ever
+  deleted, because a user may point it at a folder that holds others.
 - Windows neither replaces nor deletes a file that is open or mapped: eviction passes over it, and writing it anew fails
   as on a full disk. So whoever will write an entry again copies what it keeps of it.
 

@@ -54,7 +54,7 @@ class Key:
 
     @classmethod
     def of(cls, facts: Mapping[str, Any], label: str = "") -> Key:
-        """The key of facts that JSON can hold; what it cannot counts as what `str` says of it."""
+        """The key of facts; values that JSON cannot hold are stored as `str(value)`."""
         return cls(json.dumps(facts, sort_keys=True, default=str), label)
 
 
@@ -92,7 +92,7 @@ class EntryWriter:
         self._stream.seek(self._start)
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Append a tensor; unless its size is no multiple of 64 bytes, its data is written before this returns.
+        """Append a tensor. It is written before this returns if its size is a multiple of 64 bytes, else by `finish`.
 
         Raises:
             OSError: the disk is full.
@@ -163,8 +163,8 @@ def read_entry(stream: BinaryIO, key: Key, on_progress: Progress) -> Entry:
         on_progress: called with (runs checked, runs in all).
 
     Raises:
-        ValueError: it is cut off, was changed, or was made from something else. What is no such file at all raises
-            what looking into it raises, too: LookupError, TypeError, AttributeError or RecursionError.
+        ValueError: it is cut off, was changed, or was made from something else.
+        LookupError, TypeError, AttributeError, RecursionError: it is a file of another kind.
         OSError: the disk does not give it.
     """
     header, start = _read_header(stream, key)

@@ -59,7 +59,7 @@ def _describe(key, root):
         "recompile_count": engine.compiler.recompiles,
         "bytes": engine.bytes,
         **describe(engine, root.planner),
-        "resident_stacks": len(engine.library._loras or ()),
+        "resident_stacks": len(engine.library._loras._residents) if engine.library._loras else 0,
         "lora_files": engine.library.pools["files"][0],
     }
 

@@ -88,13 +88,6 @@ class DeviceLoras:
         """What the buffers take."""
         return sum(resident.bytes for resident in self._residents.values())
 
-    def __contains__(self, key: Hashable) -> bool:
-        return key in self._residents
-
-    def __len__(self) -> int:
-        """How many stacks there are."""
-        return len(self._residents)
-
     def get(self, key: Hashable) -> Prepared | None:
         """A stack as it lies on the device; None: it is not there."""
         resident = self._residents.get(key)
@@ -132,7 +125,7 @@ class DeviceLoras:
         return uploaded
 
     def bind(self, key: Hashable) -> None:
-        """Make the model compute with a stack that `upload` copied here."""
+        """Make the model compute with a stack that `upload` put here."""
         resident = self._residents[key]
         self._residents.move_to_end(key)
         self._bound = key

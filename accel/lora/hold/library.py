@@ -25,6 +25,7 @@ from ..stack import LoraStack
 from .device import DeviceLoras, Prepared
 from .slots import LoraSlots
 
+# What freed file buffers may keep: one LoRA of usual size is read into them. torch itself keeps page-locked memory.
 BUFFERS_BYTES = 512 * MIB
 
 
@@ -103,7 +104,6 @@ class LoraLibrary:
         self._spec = spec
         self._cache_dir = cache_dir
         self._order = spec.layout.modules
-        # For what the next LoRA is read into: one of usual size. Page-locked memory has its own cache in torch.
         self._buffers = HostBuffers(BUFFERS_BYTES)
         self._slots: LoraSlots | None = None
         self._dtype = dtype
@@ -230,6 +230,7 @@ class LoraLibrary:
 
         Raises:
             LoraError: see `pack.flat.flatten`.
+            torch.OutOfMemoryError: the device has no room for the stack; what is bound stays.
         """
         if not stack.active:
             return NOTHING_ACTIVE
@@ -249,11 +250,7 @@ class LoraLibrary:
         return ResidentStack(source, stack, key, resident, unscaled)
 
     def bind(self, resident: ResidentStack) -> int:
-        """Bind a stack, at its strengths.
-
-        Returns:
-            Its size on the device in bytes.
-        """
+        """Bind a stack, at its strengths. Returns its size on the device in bytes."""
         prepared, stack = resident.prepared, resident.stack
         if prepared is None:
             self._loras.bind_empty()

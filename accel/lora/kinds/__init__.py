@@ -4,11 +4,10 @@ The arithmetic is that of comfy/weight_adapter (ComfyUI 0.30), which is what a L
 
     LoRA       s · alpha / rank · B @ A, with a 1x1 middle matrix (LoCon) B @ mid @ A
     LoHa       s · alpha / rank · (w1_a @ w1_b) * (w2_a @ w2_b)
-    LoKr       s · alpha / rank · kron(w1, w2); alpha counts only if w1 or w2 is a product. Never formed, never cut: it
-               is carried as w1 and w2, or as a LoRA where its rank is so low that this is less work
+    LoKr       s · alpha / rank · kron(w1, w2); alpha counts only if w1 or w2 is a product
     GLoRA      s · alpha / rank · (weight @ a1 @ a2 + b1 @ b2); in older files a1 and a2, b1 and b2 are exchanged
     difference s · diff, as large as the weight: of a low rank, or cut to one
-    OFT        s² · (R - I)ᵀ @ weight, R the Cayley transform of skew blocks; s² is ComfyUI's, which multiplies twice
+    OFT        s² · (R - I)ᵀ @ weight, R the Cayley transform of skew blocks; the square is ComfyUI's, see `oft`
     bias       s · diff_b on the bias, alone or with any other kind
     DoRA       (1 - s) · weight + s · m / ‖rows of weight‖ · (weight + change), over LoRA, LoHa or LoKr
     PEFT DoRA  m / ‖rows of weight + s · change‖ · (weight + s · change), over LoRA: peft/tuners/lora/dora.py

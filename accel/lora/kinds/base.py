@@ -1,11 +1,14 @@
 """What a kind of change is: the contract that every module of this folder fills in.
 
 A kind says which tensors make it and how files call them, checks their shapes before any value is read, and turns the
-values into layers. All else (sorting keys, composing, packing, costs, reports) asks the kind or its layers.
+values into layers. All else (sorting keys, composing, packing, costs, reports) asks the kind or its layers, with two
+exceptions in `read.keys`: every tensor but an alpha must be of a float type, and the width of a LoRA's `A` on the
+image embedder tells which model the file is for.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -74,6 +77,8 @@ class Kind(ABC):
         name: as a person knows it; docs, reports and messages call it so.
         endings: what may stand behind a layer's name in a key -> role of that tensor. The first ending of a role is
             ComfyUI's.
+        placed_first: roles whose tensors lie in the flat buffer as the file has them, in the order in which
+            `pack.flat` writes them: all linears' of the first role, then those of the next.
         companions: roles, not of its own, that may come with it: "alpha" and those of `dora`.
         adapter_heads: beginnings of endings in which PEFT writes an adapter's name, such as `.lora_A.default.weight`.
         unread_by_comfyui: roles of its own that ComfyUI does not read.
@@ -87,6 +92,7 @@ class Kind(ABC):
 
     name: ClassVar[str]
     endings: ClassVar[Mapping[str, str]]
+    placed_first: ClassVar[tuple[str, ...]] = ()
     companions: ClassVar[tuple[str, ...]] = ()
     adapter_heads: ClassVar[tuple[str, ...]] = ()
     unread_by_comfyui: ClassVar[tuple[str, ...]] = ()
@@ -101,6 +107,10 @@ class Kind(ABC):
     def roles(self) -> frozenset[str]:
         """Of the tensors that make it."""
         return frozenset(self.endings.values())
+
+    def place(self, role: str) -> float:
+        """Sorts roles as `placed_first` has them; any other role comes behind those of every kind."""
+        return self.placed_first.index(role) if role in self.placed_first else math.inf
 
     @abstractmethod
     def check(self, shapes: Shapes) -> int:

@@ -23,7 +23,7 @@ class LayerCost:
 
     Attributes:
         elements: numbers on the device that are its own.
-        multiplications: for one token in every step, likewise.
+        multiplications: of its own matrices, for one token in every step.
         shared: a matrix that linears of one fused layer share, which then counts once; None without.
         shared_multiplications: of that matrix.
         has_kronecker: whether it is a Kronecker product.

@@ -36,6 +36,7 @@ class Lora(Kind):
         ".lora_mid.weight": "mid",
         ".lora_B.bias": "up_bias",  # PEFT with lora_bias, BFL
     }
+    placed_first: ClassVar[tuple[str, ...]] = ("A", "B")
     companions: ClassVar[tuple[str, ...]] = (ALPHA, "dora_scale", "magnitude")
     adapter_heads: ClassVar[tuple[str, ...]] = (".lora_A.", ".lora_B.")
     unread_by_comfyui: ClassVar[tuple[str, ...]] = ("up_bias",)

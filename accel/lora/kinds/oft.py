@@ -1,6 +1,7 @@
-"""OFT: s² · (R - I)ᵀ @ weight at strength s, R the Cayley transforms of skew-symmetric blocks.
+"""OFT: a linear's output rotated block by block; the formula stands in `kinds`.
 
-The square is ComfyUI's, which multiplies with the strength twice. BOFT, whose blocks have four dimensions, is refused.
+The square of the strength is ComfyUI's, which multiplies by the strength twice. BOFT, whose blocks have four
+dimensions, is refused.
 """
 
 from __future__ import annotations
@@ -67,8 +68,8 @@ class Oft(Kind):
         shape = header.shape
         if len(shape) == 4:
             raise LoraError(
-                f"{shapes.source}: '{header.key}' is BOFT, whose butterfly mixes all rows of the "
-                f"weight: beside the weights it would cost another one of its size. {INSTEAD}"
+                f"{shapes.source}: '{header.key}' is BOFT, whose butterfly mixes all rows of the weight: carrying it "
+                f"beside the weight would take a matrix of the weight's size. {INSTEAD}"
             )
         good = len(shape) == 3 and shape[1] == shape[2] and shape[0] * shape[1] == out_features and shape[1] > 1
         shapes.expect("oft_blocks", good, f"(blocks, b, b) with blocks · b = {out_features}")
@@ -82,7 +83,11 @@ class Oft(Kind):
 
 
 def _rotation_delta(change: Change, tensors: Mapping[str, Tensor]) -> Tensor:
-    """(R - I)ᵀ of the rotations R that the blocks define: (blocks, b, b) float32."""
+    """(R - I)ᵀ of the rotations R that the blocks define: (blocks, b, b) float32.
+
+    Raises:
+        LoraError: the file rescales the rotated weight.
+    """
     if "rescale" in tensors and bool((to_float(tensors["rescale"]) != 1.0).any()):
         raise LoraError(
             f"{change.source}: '{change.headers['rescale'].key}' rescales the rotated weight, which ComfyUI leaves "
@@ -100,11 +105,19 @@ def _rotation_delta(change: Change, tensors: Mapping[str, Tensor]) -> Tensor:
 
 
 def _split(change: Change, delta: Tensor) -> tuple[RotationLayer, ...]:
-    """Give each linear of a target its blocks of a rotation."""
+    """Give each linear of a target its blocks of a rotation.
+
+    Args:
+        change: its target has blocks · b rows.
+        delta: (blocks, b, b) float32.
+
+    Raises:
+        LoraError: a block crosses two linears, or two halves that change places.
+    """
     target, size = change.target, delta.shape[1]
     if any(rows % size for rows in _borders(target)):
         raise LoraError(
-            f"LoRA {change.source}: '{change.name}': its OFT blocks of {size} rows lie across the {len(target.parts)} "
+            f"{change.source}: '{change.name}': its OFT blocks of {size} rows lie across the {len(target.parts)} "
             "layers that the model splits this one into, which it cannot carry. Use ComfyUI's Load Diffusion Model "
             "for this file."
         )

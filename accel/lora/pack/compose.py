@@ -61,10 +61,11 @@ def parts_of(module: str, layers: Sequence[tuple[Layer, float]], base: BaseWeigh
 def parts_by_module(
     entries: Sequence[StackEntry], base: BaseWeights | None, order: Sequence[str]
 ) -> dict[str, Parts]:
-    """What each linear gets that a stack changes, in an order of linears, or in the stack's where that has none."""
+    """What each linear gets that a stack changes: first those of an order, in it; then all others, in the stack's."""
     by_module: dict[str, list[tuple[Layer, float]]] = defaultdict(list)
     for entry in entries:
         for layer in entry.adapter.layers:
             by_module[layer.module].append((layer, entry.strength))
-    ordered = [module for module in order if module in by_module] or list(by_module)
+    known = set(order)
+    ordered = [*filter(by_module.__contains__, order), *(module for module in by_module if module not in known)]
     return {module: parts_of(module, by_module[module], base) for module in ordered}

@@ -67,11 +67,11 @@ def flatten(
     Args:
         entries: at least one; strengths are not 0.
         dtype: the transformer's dtype.
-        pin: whether to use page-locked memory, from which a copy to a CUDA device is asynchronous and twice as fast.
+        pin: whether to use page-locked memory, from which a copy to a CUDA device is asynchronous.
         base: the model's weights, for changes that depend on them, and of biases and norms.
         buffers: where memory comes from that is not page-locked; None takes it from the system, which is slower.
-        order: modules in the order in which they run. lora_A of linears that read the same input then adjoin, and one
-            product serves them all, see `linear.operators`.
+        order: modules in the order in which they run; others come behind them. lora_A of linears that read the same
+            input then adjoin, and one product serves them all, see `linear.operators`.
         background: see `write.Writer`.
 
     Returns:
@@ -108,7 +108,19 @@ def flat_buffer(
     *,
     background: bool = False,
 ) -> tuple[Tensor, dict[str, Placed]]:
-    """Write low-rank layers, module by module, into one buffer, behind what is reserved already; see `flatten`."""
+    """Write low-rank layers, module by module, into one buffer, behind what is reserved already.
+
+    Args:
+        by_module: the layers of each linear.
+        dtype: see `flatten`; so are `pin`, `buffers` and `background`.
+        pin: whether the buffer is page-locked.
+        buffers: where it comes from otherwise.
+        layout: where there is room; its gaps are filled with zeros, and what it had reserved before stays unwritten.
+        background: see `write.Writer`.
+
+    Returns:
+        The buffer, (layout.end,) of dtype on the CPU; and module -> place.
+    """
     placed = place_low_rank(by_module, dtype, layout)
     if pin or buffers is None:
         buffer = torch.empty(layout.end, dtype=dtype, pin_memory=pin)

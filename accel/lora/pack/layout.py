@@ -24,7 +24,14 @@ LowRanks = Sequence[tuple[LoraLayer, float]]
 
 @dataclass(frozen=True)
 class Placed:
-    """Where one linear's matrices lie in the flat buffer, in elements."""
+    """Where one linear's matrices lie in the flat buffer.
+
+    Attributes:
+        a_start: first element of lora_A.
+        a_shape: (rank, in_features).
+        b_start: first element of lora_B.
+        b_shape: (out_features, rank).
+    """
 
     a_start: int
     a_shape: tuple[int, int]
@@ -62,8 +69,11 @@ def aligned_rank(rank: int) -> int:
 def place_low_rank(
     by_module: Mapping[str, LowRanks], dtype: torch.dtype, layout: BufferLayout
 ) -> dict[str, Placed]:
-    """Reserve every lora_A, then every lora_B: another strength is one product over these, see `strength`."""
-    downs: dict[str, tuple[int, tuple[int, int]]] = {}
+    """Reserve every lora_A, then every lora_B.
+
+    So another strength is one product over all lora_B, see `pack.strength`.
+    """
+    a_places: dict[str, tuple[int, tuple[int, int]]] = {}
     shared: dict[tuple[tuple[int, float], ...], int] = {}
     for module, layers in by_module.items():
         rank = aligned_rank(sum(layer.rank for layer, _ in layers))
@@ -73,9 +83,9 @@ def place_low_rank(
         a_shape = (rank, first.lora_A.shape[1])
         if same not in shared:
             shared[same] = layout.reserve(math.prod(a_shape))
-        downs[module] = shared[same], a_shape
+        a_places[module] = shared[same], a_shape
     placed: dict[str, Placed] = {}
-    for module, (a_start, a_shape) in downs.items():
+    for module, (a_start, a_shape) in a_places.items():
         b_shape = by_module[module][0][0].rows, a_shape[0]
         placed[module] = Placed(a_start, a_shape, layout.reserve(math.prod(b_shape)), b_shape)
     return placed
@@ -84,7 +94,7 @@ def place_low_rank(
 def place_kroneckers(
     terms: Mapping[str, Sequence[KroneckerTerm]], layout: BufferLayout
 ) -> dict[str, tuple[Term, ...]]:
-    """Reserve right matrices and mixings, then every left matrix: another strength is one product over these."""
+    """Reserve right matrices and mixings, then every left matrix: so another strength is one product over these."""
     rights: dict[int, int] = {}
     mixings: list[int] = []
     for term in (term for of_module in terms.values() for term in of_module):

@@ -86,8 +86,8 @@ class Writer:
     def _parts(self, place: Tensor, matrix: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Rows of both, in parts that torch works on with the calling thread alone, unless they are very many.
 
-        A thousand small operations that wait for other threads each take five times as long on a machine that is busy.
-        Where dtypes differ torch makes a copy of what it multiplies: of parts, not of a whole LoRA.
+        A thousand small operations that each wait for other threads are slow on a busy machine. Where dtypes differ,
+        torch makes a copy of what it multiplies: of parts, not of a whole LoRA.
         """
         parallel = not self._background and place.numel() >= PARALLEL_ELEMENTS
         if parallel and matrix.dtype == place.dtype:

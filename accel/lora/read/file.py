@@ -15,16 +15,13 @@ from ...spec import ModelSpec
 from ..adapter import Adapter
 from ..kinds.base import ALPHA, Change
 from ..kinds.lowrank import Tolerance
-from .assemble import convert_all, make_report
+from .convert import convert_all, make_report
 from .factor_cache import Products
 from .keys import FileKeys, account
 from .origins import name_format
 from .peft_config import adapter_config
 from .stream import BulkReader
 from .values import FiniteValues
-
-# Role -> where its tensors stand among the wanted ones; all others behind.
-_ROLE_ORDER = {"A": 0, "B": 1}
 
 
 def read_lora(
@@ -89,11 +86,11 @@ def _scale(file: TensorFile) -> Callable[[Change], float | None]:
 def _wanted(keys: FileKeys, known: Collection[str], modules: Sequence[str]) -> list[str]:
     """Keys of all tensors that are needed: not those of matrices that a known product stands for.
 
-    As `flatten` will place them: lora_A in the order of the model's linears, then lora_B.
+    As `flatten` will place them: lora_A in the order of the model's linears, then lora_B, then all others.
     """
     position = {module: index for index, module in enumerate(modules)}
     wanted = [
-        (_ROLE_ORDER.get(role, len(_ROLE_ORDER)), position[change.target.parts[0].module], header.key)
+        (change.kind.place(role), position[change.target.parts[0].module], header.key)
         for change in keys.changes
         for role, header in change.headers.items()
         if change.name not in known or role not in change.kind.roles

@@ -13,7 +13,7 @@ from ...families.layout import LoraTarget, VectorWeight
 from ...files import FLOAT_DTYPES, TensorFile
 from ...spec import ModelSpec
 from .. import kinds
-from ..kinds.base import Change
+from ..kinds.base import ALPHA, Change
 from ..kinds.shapes import INSTEAD, OTHER, TensorHeader
 from .names import ModuleNames, Target, cuts, known_names
 from .origins import origin
@@ -112,7 +112,7 @@ def account(file: TensorFile, spec: ModelSpec) -> FileKeys:
     for change in changes:
         for role, header in change.headers.items():
             dtype = file.tensors[header.key].dtype
-            if role != "alpha" and dtype not in (*FLOAT_DTYPES, torch.float64):
+            if role != ALPHA and dtype not in (*FLOAT_DTYPES, torch.float64):
                 raise LoraError(
                     f"{source}: '{header.key}' is stored as {dtype}, expected a float type. Get the file in float16 or "
                     "bfloat16."

@@ -22,7 +22,7 @@ from ..kinds.base import ALPHA, Change
 from ..kinds.layers import VectorLayer
 from ..kinds.lowrank import Tolerance
 from ..kinds.shapes import INSTEAD, TensorHeader
-from .assemble import convert_all, make_report
+from .convert import convert_all, make_report
 from .factor_cache import Products
 from .keys import FileKeys
 from .values import check_finite
