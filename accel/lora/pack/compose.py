@@ -66,6 +66,5 @@ def parts_by_module(
     for entry in entries:
         for layer in entry.adapter.layers:
             by_module[layer.module].append((layer, entry.strength))
-    known = set(order)
-    ordered = [*filter(by_module.__contains__, order), *(module for module in by_module if module not in known)]
-    return {module: parts_of(module, by_module[module], base) for module in ordered}
+    ordered = dict.fromkeys((*order, *by_module))
+    return {module: parts_of(module, by_module[module], base) for module in ordered if module in by_module}
