@@ -457,6 +457,9 @@ def test_the_names_are_those_of_the_settings():
         Quantization("auto")
     with pytest.raises(SettingsError, match="quantization is 'q8', expected one of: auto, none"):
         choose("q8", CPU)
+    assert find_mode("none") is None
+    with pytest.raises(SettingsError, match="quantization is 'q8', expected one of: none, fp8"):
+        find_mode("q8")
 
 
 @pytest.mark.parametrize("mode", ON_CPU)
