@@ -27,6 +27,8 @@ BUDGETS = PoolBudgets(1, 1 * GIB, 1 * GIB)
 TOKENS = 512
 # Long enough that a LoRA is prepared meanwhile.
 STEP_S, QUICK_STEP_S = 2.0, 0.2
+# A quick step may be over on a busy machine before its thread has begun.
+QUICK_WAIT_S = 60.0
 
 
 class Prefetching:
@@ -43,6 +45,7 @@ class Prefetching:
     ) -> None:
         """Write the LoRAs' files, and find out how many products are long enough."""
         self.prepared_count = 0
+        self._wait_s = QUICK_WAIT_S if quick else 0.0
         self._paths = [str(folder / f"prefetch-{lora.name}.safetensors") for lora in loras]
         for path, lora in zip(self._paths, loras, strict=True):
             save_file(lora.state_dict(KEY_PREFIX), path)
@@ -90,6 +93,7 @@ class Prefetching:
         self._prefetcher.start()
 
     def _stop(self) -> None:
+        self._done.wait(self._wait_s)
         self._prefetcher.stop()
         self._prefetcher.join(60)
         if not self._done.is_set():

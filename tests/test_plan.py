@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from packaging.version import Version
 from torch.profiler import ProfilerActivity, profile
 
 from accel.checkpoint import inspect_checkpoint
@@ -134,7 +135,9 @@ def test_activations_are_near_the_measured_peak(spec, quantization, compile):
     workload = Workload(768, 768, batch=1, text_tokens=256)
     engine = engine_of(spec, quantization, compile)
     planned = workload.activation_bytes(spec, engine.dtype, find_mode(quantization), compile == "regional")
-    assert 0.93 < planned / peak_of(engine, workload) < 1.12
+    # TorchInductor of torch 2.11 keeps one tensor of tokens longer, see docs/versions.md.
+    lowest = 0.93 if Version(torch.__version__) >= Version("2.12") else 0.91
+    assert lowest < planned / peak_of(engine, workload) < 1.12
 
 
 def test_activations_grow_with_the_tokens(spec):
