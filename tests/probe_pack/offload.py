@@ -76,7 +76,7 @@ class ProbePool:
         return (_pools[key].clone(),)
 
     def _root(self, engine, mode, free_bytes):
-        plan, memory = module(".accel.offload.plan"), module(".accel.offload.memory")
+        plan, memory = module(".accel.offload.plan"), module(".accel.memory.cpu")
         settings = module(".accel.settings").Offload(mode, reserve_gb=0.0)
         pooled = module(".accel.engine").Engine(
             engine.spec,
