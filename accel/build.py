@@ -1,4 +1,4 @@
-"""From a checkpoint, or the cache of its quantized weights, to a diffusers model in memory."""
+"""From a checkpoint to a diffusers model in memory, quantized on the way."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def linears_bytes(linears: Linears, rank: int, fused: bool) -> int:
 
     and with a LoRA:
 
-    - the first product, see `_down_bytes`;
+    - the first product, see `_lora_A_bytes`;
     - the second product, per linear: its hidden states and lora_B, read. In the fused kernel it is added before the
       output is written. By itself it reads the output and writes it again, and so does GELU then.
 
@@ -73,7 +73,7 @@ def linears_bytes(linears: Linears, rank: int, fused: bool) -> int:
         total += (1 + 2 * again) * rows * out_features * WIDTH
     if not rank:
         return total
-    total += _down_bytes(linears, rank * len(linears.out_features), fused)
+    total += _lora_A_bytes(linears, rank * len(linears.out_features), fused)
     for out_features in linears.out_features:
         total += WIDTH * (rows + out_features) * rank
         if not fused:
@@ -83,8 +83,8 @@ def linears_bytes(linears: Linears, rank: int, fused: bool) -> int:
     return total
 
 
-def _down_bytes(linears: Linears, ranks: int, fused: bool) -> int:
-    """The product with every lora_A of a call, side by side: see `accel.linear.inputs.down`.
+def _lora_A_bytes(linears: Linears, ranks: int, fused: bool) -> int:
+    """The product with every lora_A of a call, side by side: see `accel.linear.inputs.times_lora_A`.
 
     It reads what the input consists of and lora_A, and writes the hidden states, rows × ranks. The activated last part
     is written out and read, unless it is GELU, which the kernel applies to what it reads. What is done to the columns

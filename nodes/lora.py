@@ -65,11 +65,11 @@ class FluxHotswapLora(io.ComfyNode):
             show_text(f"{lora_name} is off: strength 0")
             return io.NodeOutput(ours.with_max_rank(max_rank), clip)
         path = find_file(FOLDER, lora_name)
-        weights = _read(ours.engine, path, lora_name, clip)
-        patched_clip, said = _patch_clip(clip, path, weights, strength_clip)
-        patched = ours.with_lora(weights, strength, keyframes).with_max_rank(max_rank)
-        log.info("Flux Hotswap: LoRA %s: %s", weights.name, weights.report)
-        show_text("\n".join([str(weights.report), *said, _describe_cost(patched)]))
+        adapter = _read(ours.engine, path, lora_name, clip)
+        patched_clip, said = _patch_clip(clip, path, adapter, strength_clip)
+        patched = ours.with_lora(adapter, strength, keyframes).with_max_rank(max_rank)
+        log.info("Flux Hotswap: LoRA %s: %s", adapter.name, adapter.report)
+        show_text("\n".join([str(adapter.report), *said, _describe_cost(patched)]))
         return io.NodeOutput(patched, patched_clip)
 
 
@@ -79,14 +79,14 @@ def _read(engine: Engine, path: str, name: str, clip: Any) -> Adapter:
     Raises:
         LoraError: see `Engine.read_lora`; or it changes text encoders alone, and there is no CLIP.
     """
-    weights = replace(engine.read_lora(path), label=name)
-    if clip is None and not (weights.layers or weights.vectors):
-        count = len(weights.text_encoder_keys)
+    adapter = replace(engine.read_lora(path), label=name)
+    if clip is None and not (adapter.layers or adapter.vectors):
+        count = len(adapter.text_encoder_keys)
         raise LoraError(
             f"LoRA '{name}' changes only text encoders ({count} keys), expected keys for a {engine.spec.family.name} "
             "transformer. Connect clip to use it."
         )
-    return weights
+    return adapter
 
 
 def _describe_cost(model: AcceleratedModelPatcher) -> str:
@@ -100,7 +100,7 @@ def _describe_cost(model: AcceleratedModelPatcher) -> str:
     )
 
 
-def _patch_clip(clip: Any, path: str, weights: Adapter, strength: float) -> tuple[Any, list[str]]:
+def _patch_clip(clip: Any, path: str, adapter: Adapter, strength: float) -> tuple[Any, list[str]]:
     """Apply the text-encoder part of a LoRA; without a CLIP, say that it waits.
 
     Returns:
@@ -109,24 +109,24 @@ def _patch_clip(clip: Any, path: str, weights: Adapter, strength: float) -> tupl
     Raises:
         LoraError: the file has keys for text encoders alone, and this CLIP has a place for none of them.
     """
-    keys = weights.text_encoder_keys
+    keys = adapter.text_encoder_keys
     if not keys:
         return clip, []
     if clip is None:
         waits = f"{len(keys)} text encoder keys; connect clip to Hotswap LoRA to use them"
-        log.info("Flux Hotswap: '%s' has %s.", weights.name, waits)
+        log.info("Flux Hotswap: '%s' has %s.", adapter.name, waits)
         return None, [f"Not used: {waits}"]
     if strength == 0.0:
         return clip, [f"{len(keys)} keys for text encoders are off: strength_clip 0"]
     if not contract.holds(CLIP_LORAS):
         raise SettingsError(
-            f"LoRA '{weights.name}' has {len(keys)} text encoder keys, which this version of ComfyUI takes in another "
+            f"LoRA '{adapter.name}' has {len(keys)} text encoder keys, which this version of ComfyUI takes in another "
             "way than this pack hands them over (its log says more). Disconnect clip, or update this pack."
         )
     patched, found = patch_clip(clip, path, keys, strength)
-    if not (found.applied or weights.layers or weights.vectors):
-        raise LoraError(f"LoRA '{weights.name}' changes only text encoders, and nothing of this CLIP: {found}.")
-    log.log(logging.WARNING if found.left else logging.INFO, "Flux Hotswap: LoRA %s: %s", weights.name, found)
+    if not (found.applied or adapter.layers or adapter.vectors):
+        raise LoraError(f"LoRA '{adapter.name}' changes only text encoders, and nothing of this CLIP: {found}.")
+    log.log(logging.WARNING if found.left else logging.INFO, "Flux Hotswap: LoRA %s: %s", adapter.name, found)
     return patched, [str(found)]
 
 

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ..accel.history import Sampling
-from ..accel.offload.sizes import Workload, activation_bytes
+from ..accel.offload.sizes import activation_bytes
 from ..accel.quantize import find_mode
 from .native_lora import NativeLoras
 from .sampling import SamplingRecord
-from .transformer import GUIDANCE, STEP_CACHE, EngineTransformer
+from .transformer import STEP_CACHE, EngineTransformer
 
 if TYPE_CHECKING:
     from .families.base import ComfyFamily
@@ -78,20 +78,41 @@ class AcceleratedModel:
         engine = self.diffusion_model.engine
         batch, _, height, width = input_shape
         references = sum(math.prod(shape[2:]) for shape in (cond_shapes or {}).get("ref_latents", ()))
-        tokens = Workload.text_tokens + (height * width + references) / self.diffusion_model.patch_size**2
+        tokens = engine.spec.family.text_tokens + (height * width + references) / self.diffusion_model.patch_size**2
         mode = find_mode(engine.settings.quantization.mode)
         compiled = engine.settings.compile != "off"
         return activation_bytes(engine.spec, math.ceil(batch * tokens), engine.dtype, mode, compiled)
 
     def _apply_model(
-        self, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, *args, **kwargs
-    ):
+        self,
+        x: Tensor,
+        t: Tensor,
+        c_concat: Tensor | None = None,
+        c_crossattn: Tensor | None = None,
+        control: dict[str, Any] | None = None,
+        transformer_options: dict[str, Any] | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Run the model once, with this step's LoRAs.
+
+        Args:
+            x: (B, C, h, w) noisy latents.
+            t: (B,) sigmas.
+            c_concat: (B, C', h, w) that is concatenated to x.
+            c_crossattn: (B, T, width) hidden states of the text.
+            control: what a ControlNet adds.
+            transformer_options: ComfyUI's and other nodes' patches and wrappers.
+            args: what else a version of ComfyUI hands over.
+            kwargs: the family's other conditions.
+
+        Returns:
+            (B, C, h, w), the denoised latents.
+        """
         # A ControlNet with a VAE reloads models in the middle of sampling, without pre_run; and schedules move on here.
         begin_call = None
         if self.current_patcher is not None:
             self.current_patcher.ensure_applied(transformer_options)
             begin_call = self.sampling_record.note_call(x.shape, transformer_options or {})
-        # super() casts every condition to the model's dtype, and guidance is multiplied by 1000 afterwards: 3.5 would
-        # become 3504 in bfloat16. It travels beside the others, in float32.
-        options = {**(transformer_options or {}), GUIDANCE: kwargs.pop("guidance", None), STEP_CACHE: begin_call}
+        options = {**(transformer_options or {}), STEP_CACHE: begin_call}
         return super()._apply_model(x, t, c_concat, c_crossattn, control, options, *args, **kwargs)

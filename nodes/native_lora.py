@@ -191,7 +191,7 @@ def _target(key: Any, linear: FusedLinear) -> LoraTarget:
         # ComfyUI's only function over a weight swaps the halves back: the LoRA stands in diffusers' order, as
         # ours does.
         if linear.swap_halves and rows is None:
-            return LoraTarget(linear.parts, linear.in_features, linear.out_features, False, bias=linear.bias)
+            return LoraTarget(linear.parts, linear.in_features, linear.out_features, False, linear.bias)
         raise LoraError(f"LoRA: '{linear.name}' comes with a function over its weight. {INSTEAD}")
     dim, start, length = rows
     parts = [part for part in linear.parts if start <= part.start and part.start + part.rows <= start + length]
@@ -201,4 +201,4 @@ def _target(key: Any, linear: FusedLinear) -> LoraTarget:
             f"{INSTEAD}"
         )
     moved = tuple(LinearPart(part.module, part.start - start, part.rows) for part in parts)
-    return LoraTarget(moved, linear.in_features, length, False, bias=linear.bias)
+    return LoraTarget(moved, linear.in_features, length, False, linear.bias)

@@ -85,11 +85,17 @@ class AcceleratedModelPatcher(ResidentPatcher):
         return copy
 
     def with_lora(
-        self, weights: Adapter, strength: float, keyframes: Keyframes = ()
+        self, adapter: Adapter, strength: float, keyframes: Keyframes = ()
     ) -> AcceleratedModelPatcher:
-        """A clone with one more LoRA on its stack."""
+        """A clone with one more LoRA on its stack.
+
+        Args:
+            adapter: what was read of the LoRA's file.
+            strength: what its change is multiplied by.
+            keyframes: how the strength changes while a picture is sampled; none: it stays.
+        """
         copy = self.clone()
-        copy.loras = self.loras.with_lora(weights, strength, keyframes)
+        copy.loras = self.loras.with_lora(adapter, strength, keyframes)
         return copy
 
     def with_max_rank(self, max_rank: int) -> AcceleratedModelPatcher:
@@ -115,11 +121,11 @@ class AcceleratedModelPatcher(ResidentPatcher):
             raise self._no_merging()
         name = chosen_lora()
         try:
-            weights, keys = self.model.native_loras.read(patches)
+            adapter, keys = self.model.native_loras.read(patches)
         except LoraError as exc:
             raise LoraError(str(exc).replace("LoRA: ", f"LoRA '{name}': ", 1) if name else str(exc)) from exc
-        if weights is not None:
-            self.loras = self.loras.with_lora(replace(weights, label=name), strength_patch)
+        if adapter is not None:
+            self.loras = self.loras.with_lora(replace(adapter, label=name), strength_patch)
             self.patches_uuid = uuid.uuid4()
         return keys
 

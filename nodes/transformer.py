@@ -16,8 +16,8 @@ from .planning import out_of_memory
 
 log = logging.getLogger(__name__)
 
-# Entries of transformer_options: guidance (B,) in float32, and what asks the step cache in this call, or None.
-GUIDANCE = "flux_hotswap_guidance"
+# An entry of transformer_options: a function that starts a call of the step cache, see `SamplingRecord.note_call`; or
+# None.
 STEP_CACHE = "flux_hotswap_step_cache"
 
 

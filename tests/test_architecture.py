@@ -24,7 +24,7 @@ LAYERS = (
     "errors observer",
     "hardware tensors",
     "memory settings",
-    "files step_cache history families.layout",
+    "files step_cache history families.layout families.wording",
     "store",
     "compile prove",
     "families.base linear",

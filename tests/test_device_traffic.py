@@ -111,7 +111,7 @@ def forward(request, skeleton, fake, monkeypatch):
     # A fake Parameter is not of Parameter's type.
     monkeypatch.setattr(layers, "is_plain", lambda base: not hasattr(base.weight, "qdata"))
     # A FakeTensor has no address, and Triton cannot read one.
-    monkeypatch.setattr(operators, "_down", lambda multiply, matrices: [multiply(matrix) for matrix in matrices])
+    monkeypatch.setattr(operators, "_times_each_lora_A", lambda multiply, lora_A: [multiply(each) for each in lora_A])
     # PyTorch does not say what the one that writes to a given tensor does to fake ones.
     multiply = torch._scaled_mm
     monkeypatch.setattr(torch, "_scaled_mm", lambda *args, out=None, **given: written(multiply(*args, **given), out))

@@ -114,10 +114,15 @@ def close(output, expected):
 # The contract.
 
 
-def test_every_family_supplies_everything():
+@pytest.mark.parametrize("name", [name for name in Family.__annotations__ if not hasattr(Family, name)])
+def test_a_family_that_lacks_an_attribute_is_refused_where_it_is_defined(name):
+    attributes = {each: value for each, value in vars(Toy).items() if each in Family.__annotations__ and each != name}
+    with pytest.raises(TypeError, match=f"the family Incomplete lacks {name}:"):
+        type("Incomplete", (Family,), attributes)
+
+
+def test_every_family_answers_for_its_published_models():
     for family in registry.FAMILIES:
-        missing = [name for name in Family.__annotations__ if not hasattr(family, name)]
-        assert not missing, f"{family.name}: {missing}"
         for config in family.published.values():
             assert hash(config) == hash(config)
             assert config.variant

@@ -431,8 +431,8 @@ def operators(run):
     return seen.names, result
 
 
-def down(rows, lora_A):
-    names, hidden = operators(lambda: lora_operators._down(lambda matrix: rows @ matrix.t(), lora_A))
+def times_each_lora_A(rows, lora_A):
+    names, hidden = operators(lambda: lora_operators._times_each_lora_A(lambda matrix: rows @ matrix.t(), lora_A))
     for low, matrix in zip(hidden, lora_A, strict=True):
         if matrix is not None:
             torch.testing.assert_close(low, rows @ matrix.t(), atol=1e-5, rtol=1e-5)
@@ -462,7 +462,7 @@ def side_by_side(*ranks):
     ],
 )
 def test_lora_a_products_that_can_be_one_are_one(products, make):
-    assert down(torch.randn(10, 64), make()) == ["mm"] * products
+    assert times_each_lora_A(torch.randn(10, 64), make()) == ["mm"] * products
 
 
 def run_linears(x, linear, lora):

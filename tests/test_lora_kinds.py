@@ -1123,7 +1123,7 @@ def test_rows_of_one_layer_as_patches_of_one_name_stay_apart(spec, tmp_path):
     patches = []
     for seed, part in enumerate(linear.parts):
         values = lora_kinds.kind_tensors("LoHa", (part.rows, linear.in_features), rank=12, seed=seed)
-        target = LoraTarget((LinearPart(part.module, 0, part.rows),), linear.in_features, part.rows, False)
+        target = LoraTarget((LinearPart(part.module, 0, part.rows),), linear.in_features, part.rows, False, True)
         patches.append(LinearPatch("diffusion_model.double_blocks.0.img_attn.qkv.weight", target, values))
     for _ in range(2):  # computed, and from the disk
         read = from_patches(patches, tensor_digest, cache_dir=tmp_path)

@@ -24,6 +24,7 @@ from accel.checkpoint import inspect_checkpoint
 from accel.compile.tracing import batch_can_be_unbacked
 from accel.engine import Engine
 from accel.errors import CheckpointError, SettingsError
+from accel.hardware import hardware_of
 from accel.linear.layers import LoraLinear
 from accel.linear.slot import NOTHING, Bound, make_slot
 from accel.lora.stack import LoraStack
@@ -450,6 +451,7 @@ def test_fp8_loses_at_most_half_of_what_merging_loses(scale):
 
 def test_the_names_are_those_of_the_settings():
     assert ("none", *MODES) == QUANTIZATION_MODES
+    assert {name for name, mode in MODES.items() if mode.lacks(hardware_of(CPU)) is None} == set(ON_CPU)
     assert all(set(mode.instead) <= set(MODES) - {mode.name} for mode in MODES.values())
     with pytest.raises(SettingsError, match="quantization is 'q8', expected one of: none, fp8"):
         Quantization("q8")
@@ -457,6 +459,9 @@ def test_the_names_are_those_of_the_settings():
         Quantization("auto")
     with pytest.raises(SettingsError, match="quantization is 'q8', expected one of: auto, none"):
         choose("q8", CPU)
+    assert find_mode("none") is None
+    with pytest.raises(SettingsError, match="quantization is 'q8', expected one of: none, fp8"):
+        find_mode("q8")
 
 
 @pytest.mark.parametrize("mode", ON_CPU)

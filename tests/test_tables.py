@@ -4,7 +4,10 @@ Names come from the registries; each place is text, or a collection of names. A 
 stored format or attention backend fails here until every place has it.
 """
 
+import ast
+import importlib
 import json
+import pkgutil
 import re
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -14,6 +17,7 @@ import pytest
 import torch
 
 import accel.lora.kinds
+import accel.quantize
 from accel.attention import BACKENDS
 from accel.checkpoint.gguf_file import FLOATS
 from accel.checkpoint.scales import STORED_AS
@@ -22,6 +26,7 @@ from accel.hardware import dtype_name
 from accel.lora.kinds import KINDS, dora
 from accel.lora.kinds.difference import Difference
 from accel.lora.kinds.table import KindTable
+from accel.quantize import Mode
 from accel.quantize.modes import MODES
 from accel.settings import ATTENTION_BACKENDS, QUANTIZATION_MODES
 from harness import lora_kinds
@@ -45,6 +50,16 @@ def rows(path: str, heading: str) -> str:
 
 def tooltip(language: str, node: str, name: str) -> str:
     return json.loads(page(f"locales/{language}/nodeDefs.json"))[node]["inputs"][name]["tooltip"]
+
+
+def tooltip_in_code(path: str, name: str) -> str:
+    """What a node's own source says of one of its inputs: shown where there is no translation."""
+    for node in ast.walk(ast.parse(page(path))):
+        if isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            said = {each.arg: each.value for each in node.keywords}
+            if node.args[0].value == name and "tooltip" in said:
+                return ast.literal_eval(said["tooltip"])
+    raise LookupError(f"{path} has no input '{name}' with a tooltip")
 
 
 def has(place: Place, name: str) -> bool:
@@ -102,10 +117,21 @@ def lora_names(kinds: KindTable) -> list[str]:
 def mode_tooltips() -> dict[str, Place]:
     """Modes that differ in that end only are described together there."""
     modes = [mode for mode in MODES if not mode.endswith("_weight_only")]
+    places = {
+        "the tooltip of mode in nodes/quantize.py": tooltip_in_code("nodes/quantize.py", "mode"),
+        **tooltips("FluxQuantizeTransformer", "mode"),
+    }
     return {
         title: [mode for mode in MODES if has(text, mode if mode in modes else "…_weight_only")]
-        for title, text in tooltips("FluxQuantizeTransformer", "mode").items()
+        for title, text in places.items()
     }
+
+
+def defined_modes() -> set[str]:
+    """Names of the modes that the modules of `accel.quantize` define."""
+    names = [each.name for each in pkgutil.iter_modules(accel.quantize.__path__, "accel.quantize.")]
+    modules = [importlib.import_module(name) for name in names]
+    return {each.name for module in modules for each in vars(module).values() if isinstance(each, Mode)}
 
 
 def stored_names() -> list[str]:
@@ -131,6 +157,10 @@ def test_every_place_has_every_name(names):
 )
 def test_settings_offer_nothing_that_is_not_there(listed, registry):
     assert set(listed) - {"auto", "none"} == set(registry)
+
+
+def test_every_mode_that_a_module_defines_can_be_chosen():
+    assert defined_modes() == set(MODES)
 
 
 def test_every_adapter_of_comfyui_lists_roles_that_are_known():

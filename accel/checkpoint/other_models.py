@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from ..families.base import STOCK_CHECKPOINT, STOCK_MODEL, KnownNames
+from ..families.wording import STOCK_CHECKPOINT, STOCK_MODEL, KnownNames
 
 TEXT_ENCODER = "Flux Text Encoder Loader"
 

@@ -12,8 +12,9 @@ import torch
 
 from ..errors import CheckpointError
 from ..families import registry
-from ..families.base import Config, Family, KnownNames
+from ..families.base import Config, Family
 from ..families.layout import Layout
+from ..families.wording import KnownNames
 from ..files import TensorInfo
 from ..spec import ModelSpec, StoredTensor
 from . import wording

@@ -13,7 +13,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +21,10 @@ from typing_extensions import TypeVar  # with `default`; torch needs the package
 
 from ..files import TensorInfo
 from .layout import Layout, LoraTarget, VectorWeight
+from .wording import KnownKeys, KnownModels, KnownNames, Wording
 
 if TYPE_CHECKING:
     from ..attention import Attention
-
-STOCK_MODEL = "ComfyUI's own Load Diffusion Model"
-STOCK_CHECKPOINT = "ComfyUI's own Load Checkpoint"
 
 Region = Callable[..., Any]
 """A function that runs one kind of block, or all of them: what is compiled as one."""
@@ -47,33 +45,6 @@ class FamilyConfig(Protocol):
 Config = TypeVar("Config", bound=FamilyConfig, default=FamilyConfig)
 
 
-class KnownNames(NamedTuple):
-    """Tensor names by which another model is told, for messages."""
-
-    pattern: str
-    """A regular expression for the beginning of a name."""
-    what: str
-    """What has such names, such as `a Chroma checkpoint`."""
-    loader: str
-    """What loads it."""
-
-
-class KnownKeys(NamedTuple):
-    """LoRA keys by which another model, or another program's format, is told, for messages."""
-
-    pattern: str
-    """A regular expression for a part of a key."""
-    what: str
-    """What has such keys, such as `Qwen-Image`."""
-
-
-class Inputs(NamedTuple):
-    """The published models that read so many channels per token, and whether they run here."""
-
-    models: str
-    runs: bool
-
-
 @dataclass(frozen=True)
 class LoraNames:
     """By which names LoRA files call a model's layers; without words before them, see `lora.read.names`.
@@ -88,26 +59,6 @@ class LoraNames:
     linears: Mapping[str, LoraTarget]
     norms: Mapping[str, VectorWeight]
     absent: Mapping[str, str]
-
-
-@dataclass(frozen=True)
-class Wording:
-    """What messages say to a person who chose the wrong file.
-
-    Attributes:
-        runs: the models that run here, such as `FLUX.1 (dev, schnell, …)`.
-        layouts: the layouts of checkpoints that are read, after `in`, with the names that they begin with.
-        example: a checkpoint's file name; `example_gguf` likewise.
-        lora_keys: an example of a LoRA's key in each common spelling.
-        author: whose names the original layout has.
-    """
-
-    runs: str
-    layouts: str
-    example: str
-    example_gguf: str
-    lora_keys: tuple[str, ...]
-    author: str
 
 
 @dataclass(frozen=True)
@@ -181,11 +132,23 @@ class Family(Protocol[Config]):
             of them is not this family's.
         lora_relatives: the same of LoRA keys.
         image_embedder: the diffusers module that reads the latents.
-        inputs: channels that the image embedder of a published model reads -> that model.
+        models_by_channels: channels that an image embedder reads -> the published models whose embedder does.
+        text_tokens: how many a usual prompt is.
         pixels_per_latent: along one side of a picture; `pixels_per_token` likewise.
         autoencoder: see there.
         published: name -> sizes of models that a plan can be asked for without a file.
     """
+
+    def __init_subclass__(cls) -> None:
+        """Refuse a family that lacks one of the attributes, where it is defined.
+
+        Raises:
+            TypeError: it does. Methods that it lacks Python refuses when the class is instantiated.
+        """
+        super().__init_subclass__()
+        missing = [name for name in Family.__annotations__ if not hasattr(cls, name)]
+        if missing:
+            raise TypeError(f"the family {cls.__name__} lacks {', '.join(missing)}: see the attributes of `Family`.")
 
     # What a checkpoint is.
 
@@ -224,11 +187,11 @@ class Family(Protocol[Config]):
     def layout(self, config: Config) -> Layout:
         """Every tensor, as the original checkpoint has it, and the diffusers module that it becomes."""
 
-    # What LoRAs call it.
+    # What LoRAs call it, and which LoRAs are not for it.
 
     lora_relatives: Sequence[KnownKeys] = ()
     image_embedder: str
-    inputs: Mapping[int, Inputs]
+    models_by_channels: Mapping[int, KnownModels]
 
     @abstractmethod
     def lora_names(self, config: Config) -> LoraNames:
@@ -268,6 +231,7 @@ class Family(Protocol[Config]):
 
     # What it needs of a device, and around it.
 
+    text_tokens: int
     pixels_per_latent: int
     pixels_per_token: int
     autoencoder: Autoencoder

@@ -104,16 +104,16 @@ class LoraTarget:
         in_features: columns of lora_A.
         out_features: rows of lora_B.
         swap_halves: lora_B's rows stand in the original checkpoint's order, see `FusedLinear`.
-        narrow_in_features: columns of lora_A in a LoRA for models that read less, see `FusedLinear`.
         bias: whether the linears have biases that a LoRA can change.
+        narrow_in_features: columns of lora_A in a LoRA for models that read less, see `FusedLinear`.
     """
 
     parts: tuple[LinearPart, ...]
     in_features: int
     out_features: int
     swap_halves: bool
+    bias: bool
     narrow_in_features: int = 0
-    bias: bool = True
 
     @classmethod
     def whole(cls, linear: FusedLinear) -> LoraTarget:
@@ -123,8 +123,8 @@ class LoraTarget:
             linear.in_features,
             linear.out_features,
             linear.swap_halves,
-            linear.narrow_in_features,
             linear.bias,
+            linear.narrow_in_features,
         )
 
 
@@ -142,7 +142,7 @@ class Layout:
     """Every tensor that a checkpoint of one configuration holds.
 
     Attributes:
-        linears: in the order in which they run.
+        linears: those of blocks in the order in which blocks run; those outside may stand anywhere.
         vectors: everything that is no linear's.
         blocks: the diffusers modules that are blocks, such as `transformer_blocks.0`, in the order in which they run.
     """
@@ -153,12 +153,12 @@ class Layout:
 
     @property
     def modules(self) -> tuple[str, ...]:
-        """Every diffusers linear, in the order in which they run."""
+        """Every diffusers linear, in the order of `linears`."""
         return tuple(self.by_module)
 
     @cached_property
     def by_module(self) -> Mapping[str, ModelLinear]:
-        """Every diffusers linear by its name, in the order in which they run."""
+        """Every diffusers linear by its name, in the order of `linears`."""
         return {
             part.module: ModelLinear(
                 part.module,

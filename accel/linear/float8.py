@@ -9,7 +9,7 @@ kernel takes its place where that is faster: it scales before it writes.
 
 Which way a device takes is decided once: by what proved itself there, and among those by time.
 
-Shapes: m rows, k columns (in_features), n columns of the result (out_features).
+Shapes: m rows, k in_features, o out_features.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ ERROR = 5e-3
 # An unscaled product reaches 448 · 448 · in_features, beyond float16, and bfloat16 would round it twice. So it is
 # float32, for that many elements at a time: 64 MB.
 RUN_ELEMENTS = 2**24
-# (m, k, n): small, with no multiple of any kernel's tile among the rows; and a large transformer's to take the time.
+# (m, k, o): small, with no multiple of any kernel's tile among the rows; and a large transformer's to take the time.
 PROOF_SHAPE = (134, 512, 384)
 TIMED_SHAPE = (4_096, 3_072, 3_072)
 REPEATS = 5
@@ -47,12 +47,12 @@ class Operands:
 
     Attributes:
         rows: ``m k`` float8_e4m3fn, contiguous.
-        weight: ``n k`` float8_e4m3fn, contiguous.
+        weight: ``o k`` float8_e4m3fn, contiguous.
         row_scales: ``m 1`` float32.
-        weight_scales: ``n 1`` float32.
-        bias: ``n`` of `dtype`, or None.
+        weight_scales: ``o 1`` float32.
+        bias: ``o`` of `dtype`, or None.
         dtype: of the result, bfloat16, float16 or float32.
-        out: contiguous ``m n`` to write to; None for a new one.
+        out: contiguous ``m o`` to write to; None for a new one.
     """
 
     rows: Tensor
@@ -132,7 +132,7 @@ def way_on(device: torch.device, dtype: torch.dtype) -> Way:
 
 
 def multiply(x: Operands) -> Tensor:
-    """The product, ``m n``, as this device computes it best.
+    """The product, ``m o``, as this device computes it best.
 
     Raises:
         SettingsError: the device cannot; `way_on` says so before anything is loaded.

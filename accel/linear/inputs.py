@@ -48,7 +48,7 @@ class Columns:
 
     Attributes:
         parts: one or more, of one dtype.
-        activation: what the last part has yet to go through; then it is as wide as `activate` leaves it.
+        activation: still to be applied to the last part; k counts that part as `activate` leaves it.
     """
 
     parts: tuple[Tensor, ...]
@@ -56,12 +56,12 @@ class Columns:
 
     @property
     def recipe(self) -> Recipe:
-        """For `down`."""
+        """For `times_lora_A`."""
         return self.activation
 
     @property
     def sources(self) -> list[Tensor]:
-        """For `down`."""
+        """For `times_lora_A`."""
         return list(self.parts)
 
     def after(self, first: Tensor) -> Columns:
@@ -96,12 +96,12 @@ class Modulated:
 
     @property
     def recipe(self) -> Recipe:
-        """For `down`."""
+        """For `times_lora_A`."""
         return MODULATED
 
     @property
     def sources(self) -> list[Tensor]:
-        """For `down`."""
+        """For `times_lora_A`."""
         return [self.hidden_states, self.rstd, self.shift, self.scale]
 
     def value(self) -> Tensor:
@@ -131,7 +131,7 @@ def as_input(x: Tensor | Input) -> Input:
     return Columns((x,)) if isinstance(x, Tensor) else x
 
 
-def down(recipe: Recipe, sources: Sequence[Tensor], lora_A: Tensor) -> Tensor:
+def times_lora_A(recipe: Recipe, sources: Sequence[Tensor], lora_A: Tensor) -> Tensor:
     """The product of an input with lora_A, from what the input is computed from.
 
     Args:
@@ -143,7 +143,7 @@ def down(recipe: Recipe, sources: Sequence[Tensor], lora_A: Tensor) -> Tensor:
         ``(b n) r``, the dtype of lora_A.
     """
     if recipe == MODULATED:
-        return _modulated_down(*sources, lora_A)
+        return _modulated_times_lora_A(*sources, lora_A)
     *before, last = (part.flatten(0, -2) for part in sources)
     widths = [part.shape[1] for part in before]
     *matrices, matrix = lora_A.split([*widths, lora_A.shape[1] - sum(widths)], dim=1)
@@ -172,7 +172,7 @@ def down(recipe: Recipe, sources: Sequence[Tensor], lora_A: Tensor) -> Tensor:
 
 
 def written_out(recipe: Recipe, sources: Sequence[Tensor]) -> Tensor:
-    """An input itself, ``(b n) k``, from what it is computed from; see `down`."""
+    """An input itself, ``(b n) k``, from what it is computed from; see `times_lora_A`."""
     if recipe == MODULATED:
         hidden_states, *others = sources
         mean = hidden_states.float().mean(dim=-1, keepdim=True)
@@ -182,7 +182,9 @@ def written_out(recipe: Recipe, sources: Sequence[Tensor]) -> Tensor:
     return value.flatten(0, -2)
 
 
-def _modulated_down(hidden_states: Tensor, rstd: Tensor, shift: Tensor, scale: Tensor, lora_A: Tensor) -> Tensor:
+def _modulated_times_lora_A(
+    hidden_states: Tensor, rstd: Tensor, shift: Tensor, scale: Tensor, lora_A: Tensor
+) -> Tensor:
     """The product without the norm written out: what it does to columns is done to those of lora_A.
 
     With C taking the mean from what it is multiplied by, and s = 1 + scale: (rstd · (h C) ∘ s + shift) Aᵀ

@@ -4,7 +4,7 @@ A LoRA beside a linear is little arithmetic and much memory traffic: the linear'
 Here the second product, hidden · Bᵀ, is accumulated in the registers that hold the first. Whether that is faster than
 cuBLAS and a second product `autotune` measures.
 
-Shapes: m rows, k columns of what is read, n columns of the result, r rank of the LoRA; tensors are contiguous unless
+Shapes: m rows, k columns of what is read, o columns of the result, r rank of the LoRA; tensors are contiguous unless
 said otherwise.
 """
 
@@ -66,17 +66,17 @@ def fused_linear(
 
     Args:
         x: ``m k``, bfloat16, float16 or, with scales, float8_e4m3fn.
-        weight: ``n k``, of x's dtype; its rows contiguous.
-        bias: ``n``, or ``m n`` of what is added to each row, which may be `out`; None for nothing.
+        weight: ``o k``, of x's dtype; its rows contiguous.
+        bias: ``o``, or ``m o`` of what is added to each row, which may be `out`; None for nothing.
         hidden: ``m r``, its columns contiguous; the product with lora_A.
-        lora_B: ``n r``.
-        scales: of x's rows, ``m``, and of the weight's rows, ``n``, float32; None for unscaled.
+        lora_B: ``o r``.
+        scales: of x's rows, ``m``, and of the weight's rows, ``o``, float32; None for unscaled.
         config: tile sizes.
         activation: "none" or "gelu_tanh", see `inputs`.
-        out: ``m n`` to write to; None for a new one.
+        out: ``m o`` to write to; None for a new one.
 
     Returns:
-        ``m n`` of `hidden`'s dtype.
+        ``m o`` of `hidden`'s dtype.
     """
     output = x.new_empty((x.shape[0], weight.shape[0]), dtype=hidden.dtype) if out is None else out
     _launch(x, weight, bias, hidden, lora_B, output, scales, config, activation=activation)
@@ -88,8 +88,8 @@ def activated_product(x: Tensor, matrix: Tensor, added: Tensor | None, activatio
 
     Args:
         x: ``m k``, bfloat16 or float16.
-        matrix: A, ``n k``, of x's dtype; its rows contiguous.
-        added: ``m n``, which is written to and returned; None for a new one and nothing to add.
+        matrix: A, ``o k``, of x's dtype; its rows contiguous.
+        added: ``m o``, which is written to and returned; None for a new one and nothing to add.
         activation: see `fused_linear`.
         config: tile sizes.
     """
@@ -114,12 +114,12 @@ def _launch(
 ) -> None:
     import triton
 
-    (m, k), n, rank = x.shape, weight.shape[0], lora_B.shape[1]
+    (m, k), o, rank = x.shape, weight.shape[0], lora_B.shape[1]
     x_scale, weight_scale = scales or (output, output)
-    grid = (triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n),)
+    grid = (triton.cdiv(m, config.block_m) * triton.cdiv(o, config.block_n),)
     kernel()[grid](
         x, weight, output if bias is None else bias, hidden, lora_B, output, x_scale, weight_scale,
-        m, n, k, rank,
+        m, o, k, rank,
         weight.stride(0), bias.stride(0) if bias is not None and bias.ndim == 2 else 0, hidden.stride(0),
         SCALED=scales is not None, BIAS=bias is not None, ACTIVATION_X=activation_x, ACTIVATION=activation,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,

@@ -1,5 +1,7 @@
 """Kronecker products beside a linear's weight: how they lie in memory, and how they are computed without being formed.
 
+Letters are those of the factors, left ``a b`` and right ``m n``; N counts the rows of x, of all tokens.
+
 With x as b runs of n columns, x kron(left, right)ᵀ is left times the runs, each times rightᵀ: two small products in
 either order, (a, b) and (m, n), in the place of one with (a · m, b · n).
 """

@@ -32,7 +32,7 @@ class LoraLinear(nn.Module):
     """
 
     def __init__(self, base: nn.Module) -> None:
-        """Wrap a linear. It runs after something was bound, see `slots.LoraSlots`."""
+        """Wrap a linear. It runs after something was bound, see `lora.hold.slots.LoraSlots`."""
         super().__init__()
         self.base = base
         self.in_features = base.in_features
@@ -50,8 +50,8 @@ def linears(x: Tensor | Input, *layers: LoraLinear, activation: Activation = NON
     Args:
         x: ``… k``, or a description of it.
         layers: one or more.
-        activation: what the last output goes through. That output is an `Input` of the linear after it, because who
-            computes the activation best depends on what computes the two linears.
+        activation: applied to the last output. That one is returned as an `Input`, because it may have to be applied
+            by the product that reads it.
 
     Returns:
         ``… o`` of each layer, the dtype of x; with an activation the last one is a `Columns`.
@@ -128,7 +128,7 @@ def split_linears(joint: Tensor, text_tokens: int, text_layer: LoraLinear, image
 
 
 def fuses(x: Tensor) -> bool:
-    """Whether a product does best to take what surrounds it along: on a GPU, whose libraries and kernels can.
+    """Whether the product should also compute its bias, LoRA and activation: on a GPU.
 
     On a CPU inductor's own kernels around the products are faster than what is in PyTorch's library.
     """
@@ -141,9 +141,9 @@ def is_plain(base: nn.Module) -> bool:
 
 
 def _operands(x: Input, bases: Sequence[nn.Module]) -> tuple[Recipe, list[Tensor], list[Tensor]] | None:
-    """How the operators take an input: its recipe and sources, and its float8 rows with their scale, or nothing.
+    """The operators' view of an input: (recipe, sources, [float8 rows, their scales] or []).
 
-    None where they cannot run these linears.
+    None where the operators cannot multiply these weights.
     """
     if all(is_plain(base) for base in bases):
         if fuses(x.sources[0]) and x.recipe == NONE:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from . import kronecker
-from .inputs import NONE, Activation, Recipe, down, written_out
+from .inputs import NONE, Activation, Recipe, times_lora_A, written_out
 from .product import Product
 from .slot import Bound, bound_to
 
@@ -59,7 +59,7 @@ def _joint_linears(
     """``b (t i) o`` of each pair of linears; `parameters` are those of the text's linears, then of the images'."""
     text, image = text_sources[0], image_sources[0]
     count, text_tokens = len(parameters[0]) // 2, text.shape[1]
-    outputs = _fake_joint_linears(text_recipe, text_sources, None, None, image_sources, None, parameters[0])
+    outputs = _new_joint_outputs(text, image, parameters[0])
     streams = (
         (text_recipe, text_sources, text_quantized, slice(0, text_tokens), slice(0, count)),
         (image_recipe, image_sources, image_quantized, slice(text_tokens, None), slice(count, None)),
@@ -79,6 +79,12 @@ def _joint_linears(
     return outputs
 
 
+def _new_joint_outputs(text: Tensor, image: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
+    """What joint linears write to, ``b (t i) o`` of each pair, for ``b t k``, ``b i k`` and all weights, ``o k``."""
+    size = (image.shape[0], text.shape[1] + image.shape[1])
+    return [image.new_empty((*size, weight.shape[0])) for weight in weights[: len(weights) // 2]]
+
+
 def _split_linears(
     joint: Tensor, quantized: Sequence[Tensor], *parameters: Sequence[Tensor | None] | int
 ) -> list[Tensor]:
@@ -95,6 +101,7 @@ def _split_linears(
 def _products(
     sources: Sequence[Tensor], quantized: Sequence[Tensor], weights: Sequence[Tensor], weight_scales: Sequence[Tensor]
 ) -> list[Product]:
+    """The product of each linear with ``(b n) k``: the float8 rows where there are some, else the sources."""
     dtype = sources[0].dtype
     if quantized:
         rows, scale = quantized
@@ -114,14 +121,17 @@ def _run(
 ) -> list[Tensor]:
     """``(b n) o`` of each linear, with what is in its slot, written where its product says."""
     bound = [bound_to(slot) for slot in slots]
-    hidden = _down(lambda matrix: down(recipe, sources, matrix), [lora.lora_A for lora in bound])
+    hidden = _times_each_lora_A(lambda matrix: times_lora_A(recipe, sources, matrix), [lora.lora_A for lora in bound])
     x = written_out(recipe, sources) if any(lora.terms for lora in bound) else None
     linears = zip(products, biases, bound, hidden, strict=True)
     return [_run_one(product, bias, lora, low, x) for product, bias, lora, low in linears]
 
 
 def _run_one(product: Product, bias: Tensor | None, lora: Bound, hidden: Tensor | None, x: Tensor | None) -> Tensor:
-    """One linear; hidden, ``(b n) r``, is the product with its lora_A, and x, ``(b n) k``, what it reads."""
+    """``(b n) o`` of one linear; hidden, ``(b n) r``, is the product with its lora_A, x, ``(b n) k``, what it reads.
+
+    Each is None where nothing that is bound needs it.
+    """
     if lora.mixing is None and not lora.terms:
         return product.without_lora(bias) if hidden is None else product.with_lora(bias, hidden, lora.lora_B)
     if lora.mixing is not None:
@@ -145,7 +155,7 @@ def _add_loras_(
     """Add what is bound to the outputs of linears, ``b n o``, which others computed of x, ``b n k``; in place."""
     bound = [bound_to(slot) for slot in slots]
     rows = x.reshape(-1, x.shape[-1])
-    hidden = _down(lambda matrix: rows @ matrix.t(), [lora.lora_A for lora in bound])
+    hidden = _times_each_lora_A(lambda matrix: rows @ matrix.t(), [lora.lora_A for lora in bound])
     for output, bias, lora, low in zip(outputs, biases, bound, hidden, strict=True):
         flat = output.view(-1, output.shape[-1])
         if lora.mixing is not None:
@@ -167,7 +177,9 @@ def _add_kroneckers_(output: Tensor, x: Tensor, lora: Bound) -> None:
         output.add_(_mix(added, term.blocks(lora.buffer, rows)) if term.width else added)
 
 
-def _down(multiply: Callable[[Tensor], Tensor], lora_A: Sequence[Tensor | None]) -> list[Tensor | None]:
+def _times_each_lora_A(
+    multiply: Callable[[Tensor], Tensor], lora_A: Sequence[Tensor | None]
+) -> list[Tensor | None]:
     """The product with each lora_A, ``r k``, or None; one for all matrices that are the same or adjoin in memory."""
     hidden: list[Tensor | None] = [None] * len(lora_A)
     start = 0
@@ -216,16 +228,14 @@ def _fake_linears(
 def _fake_joint_linears(
     text_recipe: Recipe,
     text_sources: Sequence[Tensor],
-    text_quantized: Sequence[Tensor] | None,
-    image_recipe: Recipe | None,
+    text_quantized: Sequence[Tensor],
+    image_recipe: Recipe,
     image_sources: Sequence[Tensor],
-    image_quantized: Sequence[Tensor] | None,
+    image_quantized: Sequence[Tensor],
     weights: Sequence[Tensor],
     *_: object,
 ) -> list[Tensor]:
-    text, image = text_sources[0], image_sources[0]
-    size = (image.shape[0], text.shape[1] + image.shape[1])
-    return [image.new_empty((*size, weight.shape[0])) for weight in weights[: len(weights) // 2]]
+    return _new_joint_outputs(text_sources[0], image_sources[0], weights)
 
 
 def _fake_split_linears(

@@ -58,7 +58,7 @@ def unpacked(weight: Tensor) -> Tensor:
 
 
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Compute x · Wᵀ + bias: ``n k`` with a packed ``o k`` and ``o`` or None -> ``n o``."""
+    """Compute x · Wᵀ + bias: ``m k`` with a packed ``o k`` and ``o`` or None -> ``m o``."""
     return torch.ops.mkldnn._linear_pointwise(x, getattr(weight, _PACKED), bias, "none", [], "")
 
 

@@ -1,6 +1,6 @@
 """One matrix product of a linear, and what comes right after it: bias, LoRA, activation.
 
-Shapes: m rows, k columns (in_features), n columns of the result (out_features), r rank.
+Shapes: m rows, of all tokens; k in_features, o out_features, r rank.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ class Product:
 
     Attributes:
         parts: ``m k1``, ``m k2``, …: x, its columns in one or more tensors.
-        weight: ``n k``, packed or not.
-        scales: of x's rows, ``m 1``, and of the weight's, ``n 1``, float32; or None. With them x has one part.
+        weight: ``o k``, packed or not.
+        scales: of x's rows, ``m 1``, and of the weight's, ``o 1``, float32; or None. With them x has one part.
         dtype: of the result.
         activation: what the result goes through: a key of `IN_PLACE`.
-        out: where it is written, ``m n``; None for a tensor of its own.
+        out: where it is written, ``m o``; None for a tensor of its own.
     """
 
     parts: Sequence[Tensor]
@@ -52,7 +52,12 @@ class Product:
     out: Tensor | None = None
 
     def linear(self, bias: Tensor | None, parts: int | None = None) -> Tensor:
-        """The product and its bias, ``n`` or None; of the first parts alone, if a number is given."""
+        """The product with the bias added, ``m o``.
+
+        Args:
+            bias: ``o``; None for nothing.
+            parts: how many of x's parts are multiplied, from the first on; None for all.
+        """
         if self.scales is not None:
             operands = float8.Operands(self.parts[0], self.weight, *self.scales, bias, self.dtype, self.out)
             return float8.multiply(operands)
@@ -77,13 +82,13 @@ class Product:
         return IN_PLACE[self.activation](output)
 
     def without_lora(self, bias: Tensor | None) -> Tensor:
-        """The result, ``m n``, where no LoRA is bound."""
+        """The result, ``m o``, where no LoRA is bound."""
         if bias is not None and self._gelu_fuses():
             return _product_with_gelu(bias, self.parts[0], self.weight)
         return self.activate_(self.linear(bias))
 
     def with_lora(self, bias: Tensor | None, hidden: Tensor, lora_B: Tensor) -> Tensor:
-        """The result, ``m n``, with a LoRA: hidden, ``m r``, is its first product, lora_B is ``n r``."""
+        """The result, ``m o``, with a LoRA: hidden, ``m r``, is the product of x with its lora_A, lora_B is ``o r``."""
 
         def separate() -> Tensor:
             return self.activate_(self.linear(bias).addmm_(hidden, lora_B.t()))
@@ -109,8 +114,8 @@ class Product:
     def _gelu_fuses(self) -> bool:
         """Whether GELU is to be applied by the call that multiplies and adds the bias."""
         x = self.parts[0]
-        fits = self.activation == GELU_TANH and x.is_cuda and len(self.parts) == 1 and self.out is None
-        return fits and gelu_fuses(x.device, x.dtype)
+        plain = self.scales is None and len(self.parts) == 1 and self.out is None
+        return plain and self.activation == GELU_TANH and x.is_cuda and gelu_fuses(x.device, x.dtype)
 
     def _weights(self) -> Sequence[Tensor]:
         if len(self.parts) == 1:

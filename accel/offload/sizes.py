@@ -22,13 +22,13 @@ class Workload:
     Attributes:
         width: of the picture in pixels; `height` likewise.
         batch: pictures at once; twice as many where two conditions run together.
-        text_tokens: length of the text stream.
+        text_tokens: length of the text stream; None: of the family's usual prompt.
     """
 
     width: int = 1024
     height: int = 1024
     batch: int = 1
-    text_tokens: int = 512
+    text_tokens: int | None = None
 
     def __str__(self) -> str:
         """For sentences."""
@@ -37,7 +37,8 @@ class Workload:
     def activation_bytes(self, spec: ModelSpec, dtype: torch.dtype, mode: Mode | None, compiled: bool) -> int:
         """What one forward holds beside the weights; see `activation_bytes`."""
         side = spec.family.pixels_per_token
-        tokens = self.batch * (self.text_tokens + -(-self.width // side) * -(-self.height // side))
+        text = spec.family.text_tokens if self.text_tokens is None else self.text_tokens
+        tokens = self.batch * (text + -(-self.width // side) * -(-self.height // side))
         return activation_bytes(spec, tokens, dtype, mode, compiled)
 
 

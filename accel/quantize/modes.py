@@ -41,8 +41,16 @@ class ModeChoice:
 
 
 def find_mode(name: str) -> Mode | None:
-    """The mode of that name; None for "none"."""
-    return MODES.get(name)
+    """The mode of that name; None for "none".
+
+    Raises:
+        SettingsError: there is none of that name.
+    """
+    if name == "none":
+        return None
+    if name not in MODES:
+        raise _unknown(name, "none", *MODES)
+    return MODES[name]
 
 
 def choose(name: str, device: torch.device, dtype: torch.dtype | None = None) -> ModeChoice:
@@ -61,7 +69,7 @@ def choose(name: str, device: torch.device, dtype: torch.dtype | None = None) ->
     if name == "none":
         return ModeChoice("none", "the weights keep their precision")
     if name not in MODES:
-        raise SettingsError(f"quantization is '{name}', expected one of: auto, none, {', '.join(MODES)}.")
+        raise _unknown(name, "auto", "none", *MODES)
     check(MODES[name], device, dtype)
     return ModeChoice(name, MODES[name].summary)
 
@@ -97,6 +105,10 @@ def refusal(mode: Mode, device: torch.device, dtype: torch.dtype | None = None) 
 def preferences(hardware: Hardware) -> tuple[tuple[str, str], ...]:
     """Modes that "auto" tries, best first, each with why."""
     return PREFERENCES.get(hardware.kind, ())
+
+
+def _unknown(name: str, *known: str) -> SettingsError:
+    return SettingsError(f"quantization is '{name}', expected one of: {', '.join(known)}.")
 
 
 def _best(device: torch.device, dtype: torch.dtype | None) -> ModeChoice:

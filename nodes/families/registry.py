@@ -17,7 +17,7 @@ FOLDERS: Mapping[str, str] = {
     "FLUX.1": "flux1",
 }
 # Nodes that serve one family: module and class of each, and what must hold for it.
-NODES: Sequence[tuple[str, str, Part]] = (("flux1.text_encoder", "FluxTextEncoderLoader", TEXT_ENCODERS),)
+NODES: Sequence[tuple[str, str, Part]] = (("flux1.text_encoder_node", "FluxTextEncoderLoader", TEXT_ENCODERS),)
 
 
 @functools.cache

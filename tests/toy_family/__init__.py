@@ -17,13 +17,12 @@ from accel.families.base import (
     Autoencoder,
     BlockWeights,
     Family,
-    Inputs,
     LoraNames,
     TextEncoder,
-    Wording,
     Workspace,
 )
 from accel.families.layout import FusedLinear, Layout, LoraTarget, VectorWeight
+from accel.families.wording import KnownModels, Wording
 from accel.files import TensorInfo
 
 from .model import HEAD_WIDTH, ToyForward, ToyModel, block_region, whole_region
@@ -76,7 +75,8 @@ class Toy(Family[ToyConfig]):
     diffusers_class = "ToyModel"
     gguf_architecture = "toy"
     image_embedder = "embed"
-    inputs: Mapping[int, Inputs] = {4: Inputs("Toy small", True)}
+    models_by_channels: Mapping[int, KnownModels] = {4: KnownModels("Toy small", True)}
+    text_tokens = 16
     pixels_per_latent = 8
     pixels_per_token = 8
     autoencoder = Autoencoder(1_000_000, 100)

@@ -12,7 +12,7 @@ from ...files import TensorInfo
 from ..base import Autoencoder, BlockWeights, Family, LoraNames, Region, TextEncoder, Workspace
 from ..layout import Layout
 from .activations import activation_bytes
-from .config import AXES_DIM, DIFFUSERS, HEAD_DIM, INPUTS, PATCH_SIZE, Flux1Config
+from .config import AXES_DIM, DIFFUSERS, HEAD_DIM, MODELS_BY_CHANNELS, PATCH_SIZE, Flux1Config
 from .config import recognise as recognise_config
 from .forward import Flux1Forward
 from .inputs import Flux1Inputs
@@ -37,7 +37,8 @@ class Flux1(Family[Flux1Config]):
     relatives = RELATIVES
     lora_relatives = LORA_RELATIVES
     image_embedder = "x_embedder"
-    inputs = INPUTS
+    models_by_channels = MODELS_BY_CHANNELS
+    text_tokens = 512
     pixels_per_latent = 8
     pixels_per_token = 16
     # In bf16, and comfy/sd.py: 2178 · 64 / 64 elements for each pixel.

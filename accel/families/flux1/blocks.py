@@ -40,7 +40,8 @@ def double_block(
         hidden_states: ``b i h``.
         encoder_hidden_states: ``b t h``.
         temb: ``b h``, SiLU already applied.
-        rotary: ``2 b 1 n (d / 2)`` cosines and sines, float32, text positions first; one for all of the batch, or each.
+        rotary: ``2 b 1 n (d / 2)`` cosines and sines, float32, text positions first;
+            b is 1 or the batch size.
         mask: see `accel.attention.sdpa`, or None.
         attention: the engine's attention backend.
 
@@ -100,6 +101,7 @@ def single_block(
 
 
 def _feed_forward(x: Modulated, feed_forward: nn.Module) -> Tensor:
+    """``b n h -> b n h`` through diffusers' `FeedForward`: linear, GELU (tanh), linear."""
     activation, _, output = feed_forward.net
     return linears(linears(x, activation.proj, activation=GELU_TANH)[0], output)[0]
 
@@ -146,6 +148,7 @@ def _rotate(heads: Tensor, rotary: Tensor) -> Tensor:
 
 
 def _within_float16(hidden_states: Tensor) -> Tensor:
+    """The same, ``b n h``; in float16 clamped to its range, NaN to 0."""
     # FLUX's residual stream exceeds float16's range; ComfyUI and diffusers clamp at the same places.
     if hidden_states.dtype == torch.float16:
         return hidden_states.nan_to_num(nan=0.0, posinf=FLOAT16_MAX, neginf=-FLOAT16_MAX)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ...errors import CheckpointError
 from ...files import TensorInfo
-from ..base import Inputs
+from ..wording import KnownModels
 
 HEAD_DIM = 128
 AXES_DIM = (16, 56, 56)
@@ -23,12 +23,12 @@ DEPTH, DEPTH_SINGLE = 19, 38
 VARIANT_BY_IN_CHANNELS = {64: "base", 128: "control", 384: "fill"}
 # The same as a person knows these models; and models made of FLUX.1 whose further inputs nothing here supplies.
 # Source: ostris/Flex.2-preview; ali-vilab/ACE_plus (the fine-tuned model, not its LoRAs).
-INPUTS = {
-    64: Inputs("FLUX.1 dev, schnell, Krea or Kontext", True),
-    128: Inputs("FLUX.1 Canny or Depth", True),
-    384: Inputs("FLUX.1 Fill", True),
-    196: Inputs("Flex.2-preview (a mask, a picture to fill and a control picture beside the latent)", False),
-    448: Inputs("ACE++ FFT (one more picture than FLUX.1 Fill)", False),
+MODELS_BY_CHANNELS = {
+    64: KnownModels("FLUX.1 dev, schnell, Krea or Kontext", True),
+    128: KnownModels("FLUX.1 Canny or Depth", True),
+    384: KnownModels("FLUX.1 Fill", True),
+    196: KnownModels("Flex.2-preview (a mask, a picture to fill and a control picture beside the latent)", False),
+    448: KnownModels("ACE++ FFT (one more picture than FLUX.1 Fill)", False),
 }
 
 
@@ -145,8 +145,9 @@ def recognise(tensors: Mapping[str, TensorInfo], file_name: str, names: Names = 
             f"are {HEAD_DIM} wide). This is not a FLUX.1 checkpoint: choose another file."
         )
     if in_channels not in VARIANT_BY_IN_CHANNELS:
-        known = ", ".join(f"{channels} ({INPUTS[channels].models})" for channels in VARIANT_BY_IN_CHANNELS)
-        found = INPUTS[in_channels].models if in_channels in INPUTS else "no published FLUX.1 does"
+        known = ", ".join(f"{channels} ({MODELS_BY_CHANNELS[channels].names})" for channels in VARIANT_BY_IN_CHANNELS)
+        other = MODELS_BY_CHANNELS.get(in_channels)
+        found = "no published FLUX.1 does" if other is None else other.names
         raise CheckpointError(
             f"'{name}': {names.image} reads {in_channels} channels, as {found}; expected {known}. It was made of "
             "FLUX.1 with inputs of its own, which this loader does not supply: load it with the nodes that its author "

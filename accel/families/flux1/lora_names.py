@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from ..base import KnownKeys, LoraNames
+from ..base import LoraNames
 from ..layout import FusedLinear, Layout, LinearPart, LoraTarget, VectorWeight
+from ..wording import KnownKeys
 from .config import DEPTH, DEPTH_SINGLE, Flux1Config
 from .layout import checkpoint_layout
 
@@ -83,7 +84,7 @@ def lora_linears(layout: Layout) -> dict[str, LoraTarget]:
         for index, part in enumerate(linear.parts):
             # A LoRA in diffusers' names already stands in diffusers' row order: nothing to swap.
             rows = (LinearPart(part.module, 0, part.rows),)
-            alone = LoraTarget(rows, linear.in_features, part.rows, False, linear.narrow_in_features)
+            alone = LoraTarget(rows, linear.in_features, part.rows, False, linear.bias, linear.narrow_in_features)
             names[part.module] = alone
             names |= dict.fromkeys(_renamed(part.module, LYCORIS), alone)
             if len(linear.parts) > 1:
@@ -143,4 +144,4 @@ def _diffusers_block(name: str) -> str:
 def _attention(linear1: FusedLinear) -> LoraTarget:
     """The q, k and v rows of a single block's first linear, without its MLP."""
     parts = linear1.parts[:3]
-    return LoraTarget(parts, linear1.in_features, sum(part.rows for part in parts), False)
+    return LoraTarget(parts, linear1.in_features, sum(part.rows for part in parts), False, linear1.bias)

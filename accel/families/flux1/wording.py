@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..base import STOCK_MODEL, KnownNames, Wording
+from ..wording import STOCK_MODEL, KnownNames, Wording
 
 WORDING = Wording(
     runs="FLUX.1 (dev, schnell, Krea, Kontext, Fill, Canny, Depth)",

@@ -193,12 +193,12 @@ def _check_inputs(file: TensorFile, spec: ModelSpec, keys: _Sorted) -> None:
         shape = headers["A"].shape if "A" in headers else ()
         if target.parts[0].module != spec.family.image_embedder or len(shape) != 2:
             continue
-        reads = spec.family.inputs.get(shape[1])
+        reads = spec.family.models_by_channels.get(shape[1])
         if reads is not None and shape[1] not in (target.in_features, target.narrow_in_features):
             instead = "Choose that model in Accelerated Flux Loader. " if reads.runs else ""
             raise LoraError(
                 f"LoRA '{file.name}': '{headers['A'].key}' is {shape}, expected (rank, {target.in_features}): it is "
-                f"for {reads.models}, trained on that model or made to turn another into it. That reads {shape[1]} "
+                f"for {reads.names}, trained on that model or made to turn another into it. That reads {shape[1]} "
                 f"channels; this model reads {target.in_features}, and a compiled model keeps its shape. {instead}"
                 f"{INSTEAD}"
             )

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from ...families.base import Family, KnownKeys
+from ...families.base import Family
 from ...families.layout import Layout
+from ...families.wording import KnownKeys
 from ...files import TensorFile
 from ...spec import ModelSpec
 

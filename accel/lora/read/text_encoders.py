@@ -141,7 +141,7 @@ def _fits(tensors: Mapping[str, TensorInfo], roles: Mapping[str, str], size: tup
     if size is None:
         return True
     headers = {role: TensorHeader(key, tensors[key].shape) for role, key in roles.items()}
-    shapes = Shapes("", "", LoraTarget((), size[1], size[0], False), headers)
+    shapes = Shapes("", "", LoraTarget((), size[1], size[0], swap_halves=False, bias=True), headers)
     try:
         for kind in kinds.KINDS.found(headers):
             if kind.sized_by_linear:

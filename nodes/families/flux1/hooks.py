@@ -31,6 +31,8 @@ def hooks_of(options: dict[str, Any], config: Flux1Config) -> Hooks:
 
 
 def _embedding_hook(patch: Callable, options: dict[str, Any]) -> EmbeddingHook:
+    """Let a `patches["post_input"]` function change image and text tokens and their positions, see `Hooks`."""
+
     def hook(image: Tensor, text: Tensor, image_ids: Tensor, text_ids: Tensor) -> tuple[Tensor, ...]:
         out = patch(
             {"img": image, "txt": text, "img_ids": image_ids, "txt_ids": text_ids, "transformer_options": options}
@@ -41,7 +43,11 @@ def _embedding_hook(patch: Callable, options: dict[str, Any]) -> EmbeddingHook:
 
 
 def _block_hook(patch: Callable, options: dict[str, Any]) -> BlockHook:
-    """Let a `patches_replace["dit"]` function run around one block, with the arguments of ComfyUI's model."""
+    """Let a `patches_replace["dit"]` function run around one block, with the arguments of ComfyUI's model.
+
+    Shapes are those of `BlockState`: in a single block "img" is all tokens, text first, and "img_slice" says which of
+    them are the image's.
+    """
 
     def hook(state: BlockState, run: Callable[[BlockState], BlockState]) -> BlockState:
         def original_block(args: dict[str, Any]) -> dict[str, Tensor]:

@@ -11,8 +11,11 @@ from torch import Tensor
 from ....accel.families.flux1 import PATCH_SIZE, Flux1Inputs
 from ....accel.families.flux1.inputs import Residuals
 from ....accel.families.flux1.positions import RopeOptions
-from ...transformer import GUIDANCE, STEP_CACHE, EngineTransformer
+from ...transformer import STEP_CACHE, EngineTransformer
 from .hooks import hooks_of
+
+# An entry of transformer_options: guidance, (B,) float32, see `model.AcceleratedFlux`; or None.
+GUIDANCE = "flux_hotswap_guidance"
 
 
 class Flux1Transformer(EngineTransformer):
@@ -40,7 +43,7 @@ class Flux1Transformer(EngineTransformer):
             timestep: (B,) float32 in 0–1.
             context: (B, T, 4096) hidden states of the text.
             y: (B, 768) pooled text; None: zeros.
-            guidance: (B,); only used where the options do not have it in float32, see `AcceleratedModel`.
+            guidance: (B,); only used where the options do not have it in float32.
             ref_latents: (1 or B, 16, h_i, w_i) each.
             control: "input" and "output", what a ControlNet adds after each double and each single block.
             transformer_options: ComfyUI's and other nodes' patches and wrappers.
