@@ -30,7 +30,7 @@ TOKENS = 333
 COMPILED = ("cudnn", "flash_2", "flash_4", "flex")
 # Attention in generated code: operators of PyTorch, of the libraries and ours, and TorchInductor's own template.
 KERNEL = re.compile(
-    r"torch\.ops\.(aten\._scaled_dot_product_\w+|flux_hotswap\.attention|flash_attn\w*\._flash_attn_forward)\.default\("
+    r"torch\.ops\.(aten\._scaled_dot_product_\w+|flux_hotswap\.attention_\w+|flash_attn\w*\._flash_attn_forward)\.default\("
     r"|(triton_tem_fused)\w*\.run\("
 )
 # Triton kernels of everything else.
