@@ -27,7 +27,7 @@ from harness.paths import CACHE, REPO
 from harness.prompt_result import ComfyError, Event, PromptResult
 from harness.server import ComfyServer, ServerFailed
 
-WORKFLOW = REPO / "workflows" / "api" / "flux_hotswap_pocket.json"
+WORKFLOW = REPO / "example_workflows" / "api" / "flux_hotswap_pocket.json"
 OUTLINE = "pocket-outline-kohya.safetensors"
 NEON = "pocket-neon-diffusers.safetensors"
 STRIPES = "pocket-stripes-comfyui.safetensors"

@@ -95,7 +95,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Write every template's picture; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m harness.template_pictures", description=__doc__.splitlines()[0])
     parser.add_argument("--demo", type=Path, default=REPO / "demo-output", help="folder of the demo's images")
-    parser.add_argument("--output", type=Path, default=REPO / "workflows", help="folder of the pictures")
+    parser.add_argument("--output", type=Path, default=REPO / "example_workflows", help="folder of the pictures")
     options = parser.parse_args(arguments)
     try:
         for template in TEMPLATES:

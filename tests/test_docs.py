@@ -28,6 +28,6 @@ def test_links_lead_somewhere(page):
 def test_the_version_is_one():
     version = re.search(r'^version = "(.+)"', (REPO / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)[1]
     assert f"\n## {version}" in (REPO / "CHANGELOG.md").read_text(encoding="utf-8")
-    for workflow in (REPO / "workflows").glob("*.json"):
+    for workflow in (REPO / "example_workflows").glob("*.json"):
         found = re.findall(r'"cnr_id": "flux-hotswap",\s*"ver": "(.+?)"', workflow.read_text(encoding="utf-8"))
         assert set(found) == {version}, workflow.name

@@ -18,7 +18,8 @@ from harness.prompt_result import PromptLost
 from harness.server import PACK_NAME, ComfyServer
 from harness.tensor_files import write_tensors
 
-WORKFLOWS = REPO / "workflows"
+# Not `workflows`: ComfyUI takes `examples`, which holds programs, for a folder of templates as well, and looks there first.
+WORKFLOWS = REPO / "example_workflows"
 NAMES = ("flux_hotswap_text_to_image", "flux_hotswap_two_loras", "flux_hotswap_pocket", "flux_hotswap_low_vram")
 NODES = {
     "FluxAccelLoader": "Accelerated Flux Loader",
