@@ -740,7 +740,7 @@ def trace_of(spec, resident_blocks, steps, skipped=()):
             if any(True for _ in module.parameters(recurse=False)):
                 weights.placed(name)
         weights.complete()
-        slots = LoraSlots(model, spec.layout.modules, memory.device, weights.own)
+        slots = LoraSlots(model, spec.layout.modules, memory.device, weights.own_parameters)
         weights.place(plan)
         slots.bind(slots.empty)
         sources = weights.ring._sources

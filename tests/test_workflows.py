@@ -18,7 +18,7 @@ from harness.prompt_result import PromptLost
 from harness.server import PACK_NAME, ComfyServer
 from harness.tensor_files import write_tensors
 
-# Not `workflows`: ComfyUI takes `examples`, which holds programs, for a folder of templates as well, and looks there first.
+# Not `workflows`: ComfyUI takes `examples`, which holds programs, for a folder of templates too, and looks there first.
 WORKFLOWS = REPO / "example_workflows"
 NAMES = ("flux_hotswap_text_to_image", "flux_hotswap_two_loras", "flux_hotswap_pocket", "flux_hotswap_low_vram")
 NODES = {
