@@ -118,12 +118,14 @@ class Formula(nn.Linear):
     """A linear over a format's values, its input rounded likewise if the mode does that."""
 
     def __init__(self, weight, bias, stored, read):
-        super().__init__(weight.shape[1], weight.shape[0], device="meta")
-        self.weight, self.bias = (nn.Parameter(each, requires_grad=False) for each in (stored(weight), bias))
+        super().__init__(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+        self.weight = nn.Parameter(stored(weight), requires_grad=False)
+        if bias is not None:
+            self.bias = nn.Parameter(bias.float(), requires_grad=False)
         self.read = read
 
     def forward(self, x):
-        return F.linear(self.read(x).float(), self.weight, self.bias.float()).to(x.dtype)
+        return F.linear(self.read(x).float(), self.weight, self.bias).to(x.dtype)
 
 
 def unrounded(x):
