@@ -114,5 +114,9 @@ class AcceleratedModel:
         if self.current_patcher is not None:
             self.current_patcher.ensure_applied(transformer_options)
             begin_call = self.sampling_record.note_call(x.shape, transformer_options or {})
-        options = {**(transformer_options or {}), STEP_CACHE: begin_call}
+        options = {**(transformer_options or {}), **self.exact_conditions(kwargs), STEP_CACHE: begin_call}
         return super()._apply_model(x, t, c_concat, c_crossattn, control, options, *args, **kwargs)
+
+    def exact_conditions(self, conditions: dict[str, Any]) -> dict[str, Any]:
+        """Take what ComfyUI must not cast to the model's dtype out of a call's conditions: it goes with the options."""
+        return {}

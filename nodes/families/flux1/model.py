@@ -6,7 +6,6 @@ from typing import Any
 
 import comfy.model_base
 import comfy.supported_models
-from torch import Tensor
 
 from ....accel.engine import Engine
 from ....accel.offload.planner import Planner
@@ -29,19 +28,6 @@ class AcceleratedFlux(AcceleratedModel, comfy.model_base.Flux):
         skeleton = make_skeleton(model_config.unet_config, engine.dtype)
         super().__init__(family, Flux1Transformer(engine, planner, skeleton), model_config, kind)
 
-    def _apply_model(
-        self,
-        x: Tensor,
-        t: Tensor,
-        c_concat: Tensor | None = None,
-        c_crossattn: Tensor | None = None,
-        control: dict[str, Any] | None = None,
-        transformer_options: dict[str, Any] | None = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Tensor:
-        """See `AcceleratedModel`; guidance, (B,) float32, goes past ComfyUI's model."""
-        # That casts every condition to the model's dtype, and guidance is multiplied by 1000 afterwards: 3.5 would
-        # become 3504 in bfloat16. It travels beside the others, in float32.
-        options = {**(transformer_options or {}), GUIDANCE: kwargs.pop("guidance", None)}
-        return super()._apply_model(x, t, c_concat, c_crossattn, control, options, *args, **kwargs)
+    def exact_conditions(self, conditions: dict[str, Any]) -> dict[str, Any]:
+        """Guidance, (B,) float32: ComfyUI multiplies it by 1000 after the cast, and 3.5 would be 3504 in bfloat16."""
+        return {GUIDANCE: conditions.pop("guidance", None)}
