@@ -154,7 +154,7 @@ class Switch:
         self._hot.bind(lora.name)
 
     def _expect_absent(self, lora: RandomLora) -> None:
-        if lora.name in self._warm:
+        if self._warm.get(lora.name) is not None:
             raise BenchmarkError(f"warm: '{lora.name}' is still on the device, so there would be nothing to copy.")
 
     def _put_and_bind(self, lora: RandomLora) -> None:
