@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from accel.attention import Attention, Target, choose_attention
 from accel.compile.compiler import RegionCompiler
-from accel.families.flux1 import Flux1, Flux1Config
+from accel.families.flux1 import POSITIONS, Flux1, Flux1Config
 from accel.families.flux1.blocks import double_block, single_block
-from accel.families.flux1.positions import rotary_table
 from accel.files import FileIdentity
 from accel.lora.adapter import Adapter
 from accel.lora.hold.slots import Bindings, LoraSlots
@@ -270,7 +269,7 @@ def _inputs(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         normal(1, case.image_tokens, case.hidden),
         normal(1, case.text_tokens, case.hidden),
         normal(1, case.hidden),
-        rotary_table(positions.float()),
+        POSITIONS.rotary_table(positions.float()),
     )
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from accel.families.flux1 import Flux1, Flux1Config
 from accel.families.flux1.blocks import double_block, single_block
-from accel.families.flux1.config import HEAD_DIM
+from accel.families.streams.layout import HEAD_DIM
 from accel.linear.inputs import MODULATED, NONE
 from accel.lora.hold.slots import LoraSlots
 

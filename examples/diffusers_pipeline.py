@@ -12,7 +12,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 
 from accel import Engine, EngineSettings, LoraStack, inspect_checkpoint
 from accel.families.flux1.diffusers_pipeline import PipelineTransformer
-from accel.families.flux1.positions import unpack
+from accel.families.streams.positions import unpack
 from examples.pocket_files import MODEL, NEON, OUTLINE, STEPS, STRIPES, encode_prompt, save_pictures
 
 engine = Engine(inspect_checkpoint(MODEL), EngineSettings(dtype="fp32", compile="off"))
@@ -26,6 +26,6 @@ drawn = []
 for lora in (OUTLINE, NEON, STRIPES):
     engine.swap(LoraStack().with_lora(engine.read_lora(lora), 1.0))
     tokens = pipeline(**prompt, **size, generator=torch.Generator().manual_seed(7)).images
-    drawn.append(unpack(tokens, rows=6, columns=6))
+    drawn.append(unpack(tokens, rows=6, columns=6, patch_size=2))
 
 save_pictures(sys.argv[1] if len(sys.argv) > 1 else "diffusers_pipeline.png", drawn)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from accel.families.flux1 import Flux1, Flux1Config, Flux1Inputs
-from accel.families.flux1.config import HEAD_DIM
 from accel.families.flux1.forward import Flux1Forward
 from accel.families.flux1.layout import checkpoint_layout
+from accel.families.streams.layout import HEAD_DIM
 
 CONFIG = Flux1Config(
     hidden_size=128,

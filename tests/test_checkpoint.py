@@ -65,8 +65,8 @@ def test_every_value_arrives(dev):
 def test_the_loaded_model_is_what_diffusers_computes(dev):
     """diffusers' own forward over the loaded weights, where it does the same: a timestep that needs no rounding."""
     from accel.engine import Engine
-    from accel.families.flux1 import Flux1Inputs
-    from accel.families.flux1.positions import Placement, image_ids, pack, place, unpack
+    from accel.families.flux1 import PATCH_SIZE, POSITIONS, Flux1Inputs
+    from accel.families.streams.positions import pack, unpack
     from accel.settings import EngineSettings
 
     spec = inspect_checkpoint(dev)
@@ -76,20 +76,20 @@ def test_the_loaded_model_is_what_diffusers_computes(dev):
     latent = torch.randn(2, 16, 12, 20, generator=generator)
     text, pooled = torch.randn(2, 77, 768, generator=generator), torch.randn(2, 768, generator=generator)
     timestep, guidance = torch.full((2,), 0.5), torch.full((2,), 4.0)
-    placement = place(latent, (), "offset", 77, Placement(0, ()).rope)
+    placement = POSITIONS.place(latent, (), None, 77)
     with torch.inference_mode():
         reference = load(spec)(
-            hidden_states=pack(latent),
+            hidden_states=pack(latent, PATCH_SIZE),
             encoder_hidden_states=text,
             pooled_projections=pooled,
             timestep=timestep,
             guidance=guidance,
-            img_ids=image_ids(placement, CPU),
+            img_ids=POSITIONS.image_ids(placement, CPU),
             txt_ids=torch.zeros(77, 3),
             return_dict=False,
         )[0]
     ours = engine(Flux1Inputs(latent, timestep, text, pooled, guidance))
-    assert (ours - unpack(reference, 6, 10)).norm() < 1e-5 * ours.norm()
+    assert (ours - unpack(reference, 6, 10, PATCH_SIZE)).norm() < 1e-5 * ours.norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float16])

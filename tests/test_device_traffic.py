@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from accel.families.flux1 import Flux1, Flux1Inputs
-from accel.families.flux1.inputs import BlockState, Hooks, Residuals
+from accel.families.streams.inputs import BlockState, Hooks, Residuals
 from accel.linear import float8, layers, operators, product
 from accel.linear.autotune import Autotuner
 from accel.linear.slot import Bound
@@ -228,7 +228,7 @@ def test_control_a_copy_or_a_wait_is_noticed(forward, body):
 @pytest.mark.parametrize("forward", ["bf16"], indirect=True)
 def test_control_a_copy_in_a_hook_is_noticed(forward):
     def hook(state: BlockState, run):
-        return replace(run(state), conditioning=state.conditioning.cpu().to(CUDA))
+        return replace(run(state), rotary=state.rotary.cpu().to(CUDA))
 
     run = forward()
     given = inputs(hooks=Hooks((), {("single", 0): hook}))

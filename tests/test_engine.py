@@ -14,7 +14,7 @@ from accel.compile.tracing import batch_can_be_unbacked
 from accel.engine import Engine
 from accel.errors import EngineStateError, LoraError, SettingsError
 from accel.families.flux1 import Flux1Inputs
-from accel.families.flux1.inputs import Residuals
+from accel.families.streams.inputs import Residuals
 from accel.lora.pack.flat import flatten
 from accel.lora.stack import LoraStack
 from accel.observer import Silent

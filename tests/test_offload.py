@@ -19,7 +19,7 @@ from accel.build import empty_model
 from accel.checkpoint import inspect_checkpoint
 from accel.engine import Engine
 from accel.families.flux1 import Flux1Inputs
-from accel.families.flux1.inputs import Hooks
+from accel.families.streams.inputs import Hooks
 from accel.lora.hold.slots import LoraSlots
 from accel.lora.stack import LoraStack
 from accel.memory.budgets import PoolBudgets

@@ -11,7 +11,7 @@ from accel.checkpoint import inspect_checkpoint
 from accel.engine import Engine
 from accel.errors import SettingsError
 from accel.families.flux1 import Flux1Inputs
-from accel.families.flux1.inputs import Hooks, Residuals
+from accel.families.streams.inputs import Hooks, Residuals
 from accel.lora.stack import LoraStack
 from accel.settings import EngineSettings, Quantization
 from accel.step_cache import StepCache, StepCacheSettings

@@ -11,8 +11,9 @@ from torch import nn
 from ...files import TensorInfo
 from ..base import Autoencoder, BlockWeights, Family, LoraNames, Region, TextEncoder, Workspace
 from ..layout import Layout
+from ..streams.layout import HEAD_DIM, canonical
 from .activations import activation_bytes
-from .config import AXES_DIM, DIFFUSERS, HEAD_DIM, MODELS_BY_CHANNELS, PATCH_SIZE, Flux1Config
+from .config import DIFFUSERS, MODELS_BY_CHANNELS, PATCH_SIZE, POSITIONS, Flux1Config
 from .config import recognise as recognise_config
 from .forward import Flux1Forward
 from .inputs import Flux1Inputs
@@ -24,7 +25,7 @@ from .wording import RELATIVES, WORDING
 if TYPE_CHECKING:
     from ...attention import Attention
 
-__all__ = ["AXES_DIM", "PATCH_SIZE", "Flux1", "Flux1Config", "Flux1Inputs"]
+__all__ = ["PATCH_SIZE", "POSITIONS", "Flux1", "Flux1Config", "Flux1Inputs"]
 
 
 class Flux1(Family[Flux1Config]):
@@ -57,8 +58,8 @@ class Flux1(Family[Flux1Config]):
         return None if config is None else (config, checkpoint_layout(config).separate())
 
     def canonical(self, name: str) -> str:
-        """The layout's name of a tensor: ComfyUI saves the scales of RMS norms as `.weight`."""
-        return f"{name.removesuffix('.weight')}.scale" if name.endswith("_norm.weight") else name
+        """See `streams.layout.canonical`."""
+        return canonical(name)
 
     def diffusers_config(self, config: Flux1Config) -> Mapping[str, Any]:
         """What diffusers' `config.json` says about a model with these sizes."""
@@ -73,7 +74,7 @@ class Flux1(Family[Flux1Config]):
             "joint_attention_dim": config.context_dim,
             "pooled_projection_dim": config.pooled_dim,
             "guidance_embeds": config.guidance,
-            "axes_dims_rope": AXES_DIM,
+            "axes_dims_rope": POSITIONS.axes_dim,
         }
 
     def layout(self, config: Flux1Config) -> Layout:

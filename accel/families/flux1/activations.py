@@ -19,7 +19,8 @@ from __future__ import annotations
 import torch
 
 from ..base import Workspace
-from .config import HEAD_DIM, Flux1Config
+from ..streams.layout import HEAD_DIM
+from .config import Flux1Config
 
 FLOAT32_BYTES = 4
 

@@ -13,15 +13,12 @@ SingleStreamBlock.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from ...attention import Attention
 from ...linear.inputs import GELU_TANH, Modulated, modulated
 from ...linear.layers import joint_linears, linears, split_linears
-from .config import HEAD_DIM
-
-FLOAT16_MAX = 65504.0
+from ..streams.heads import attend, heads, joint_heads, within_float16
 
 
 def double_block(
@@ -59,8 +56,8 @@ def double_block(
         (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj),
         (attn.to_q, attn.to_k, attn.to_v),
     )
-    query, key = _joint_heads(attn, query, key, text_tokens, rotary)
-    joint = _attend(query, key, value, mask, attention)
+    query, key = joint_heads(attn, query, key, text_tokens, rotary)
+    joint = attend(query, key, value, mask, attention)
     text, image = split_linears(joint, text_tokens, attn.to_add_out, attn.to_out[0])
 
     hidden_states = hidden_states + gate * image
@@ -70,7 +67,7 @@ def double_block(
     encoder_hidden_states = encoder_hidden_states + c_gate * text
     text = modulated(encoder_hidden_states, c_shift_mlp, c_scale_mlp, block.norm2_context.eps)
     encoder_hidden_states = encoder_hidden_states + c_gate_mlp * _feed_forward(text, block.ff_context)
-    return hidden_states, _within_float16(encoder_hidden_states)
+    return hidden_states, within_float16(encoder_hidden_states)
 
 
 def single_block(
@@ -93,63 +90,13 @@ def single_block(
     shift, scale, gate = block.norm.linear(temb)[:, None].chunk(3, dim=-1)
     normed = modulated(hidden_states, shift, scale, block.norm.norm.eps)
     query, key, value, mlp = linears(normed, attn.to_q, attn.to_k, attn.to_v, block.proj_mlp, activation=GELU_TANH)
-    query = _rotate(_norm(query, attn.norm_q.weight, attn.norm_q.eps), rotary)
-    key = _rotate(_norm(key, attn.norm_k.weight, attn.norm_k.eps), rotary)
-    attended = _attend(query, key, value, mask, attention)
+    query, key = heads(attn, query, key, rotary)
+    attended = attend(query, key, value, mask, attention)
     hidden_states = hidden_states + gate * linears(mlp.after(attended), block.proj_out)[0]
-    return _within_float16(hidden_states)
+    return within_float16(hidden_states)
 
 
 def _feed_forward(x: Modulated, feed_forward: nn.Module) -> Tensor:
     """``b n h -> b n h`` through diffusers' `FeedForward`: linear, GELU (tanh), linear."""
     activation, _, output = feed_forward.net
     return linears(linears(x, activation.proj, activation=GELU_TANH)[0], output)[0]
-
-
-def _joint_heads(
-    attn: nn.Module, query: Tensor, key: Tensor, text_tokens: int, rotary: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Query and key of both streams, ``b (t i) (heads d)``, normed by each stream's scales and turned."""
-    is_text = torch.arange(query.shape[1], device=query.device)[:, None, None] < text_tokens
-    query_scale = torch.where(is_text, attn.norm_added_q.weight, attn.norm_q.weight)
-    key_scale = torch.where(is_text, attn.norm_added_k.weight, attn.norm_k.weight)
-    query = _rotate(_norm(query, query_scale, attn.norm_q.eps), rotary)
-    key = _rotate(_norm(key, key_scale, attn.norm_k.eps), rotary)
-    return query, key
-
-
-def _split_last(x: Tensor, width: int) -> Tensor:
-    """``… (k width) -> … k width``, a view."""
-    # Not `unflatten`: under a default device (torch.set_default_device) torch 2.11 cannot trace it.
-    return x.view(*x.shape[:-1], -1, width)
-
-
-def _norm(projected: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """RMS norm of each head: ``b n (heads d) -> b n heads d`` float32; scale ``d``, or ``n 1 d`` of each token."""
-    heads = _split_last(projected, HEAD_DIM).float()
-    return heads * torch.rsqrt(heads.square().mean(dim=-1, keepdim=True) + eps) * scale.float()
-
-
-def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, attention: Attention) -> Tensor:
-    """Attention over query and key, ``b n heads d`` float32, and value, ``b n (heads d)``: ``b n (heads d)``."""
-    # As the linears leave them and the next one reads them: attention gets a transposed view, ``b heads n d``.
-    query, key, value = query.to(value.dtype), key.to(value.dtype), _split_last(value, HEAD_DIM)
-    query, key, value = (heads.transpose(1, 2) for heads in (query, key, value))
-    return attention(query, key, value, mask).transpose(1, 2).flatten(2)
-
-
-def _rotate(heads: Tensor, rotary: Tensor) -> Tensor:
-    """Turn ``b n heads (pairs 2)`` float32 by the angles of the rotary table, ``2 b 1 n pairs``."""
-    # Pairs of neighbouring channels turn together, as in black-forest-labs/flux math.py, apply_rope(). Written as one
-    # sum over whole heads, which inductor computes in one kernel; two halves that are stacked it writes out.
-    cos, sin = (table.transpose(1, 2).unsqueeze(-1).expand(-1, -1, -1, -1, 2).flatten(-2) for table in rotary)
-    even, odd = _split_last(heads, 2).unbind(-1)
-    return heads * cos + torch.stack([-odd, even], dim=-1).flatten(-2) * sin
-
-
-def _within_float16(hidden_states: Tensor) -> Tensor:
-    """The same, ``b n h``; in float16 clamped to its range, NaN to 0."""
-    # FLUX's residual stream exceeds float16's range; ComfyUI and diffusers clamp at the same places.
-    if hidden_states.dtype == torch.float16:
-        return hidden_states.nan_to_num(nan=0.0, posinf=FLOAT16_MAX, neginf=-FLOAT16_MAX)
-    return hidden_states

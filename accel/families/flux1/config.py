@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ...errors import CheckpointError
 from ...files import TensorInfo
+from ..streams.layout import HEAD_DIM
+from ..streams.positions import INDEX, OFFSET, UXO, Positions
+from ..streams.recognise import Header
 from ..wording import KnownModels
 
-HEAD_DIM = 128
-AXES_DIM = (16, 56, 56)
-TIMESTEP_DIM = 256
 PATCH_SIZE = 2
+POSITIONS = Positions((16, 56, 56), 10000.0, PATCH_SIZE, (OFFSET, INDEX, UXO))
 
 # Double and single blocks of every FLUX.1 by Black Forest Labs; models that were pruned have fewer.
 DEPTH, DEPTH_SINGLE = 19, 38
@@ -128,22 +128,17 @@ def recognise(tensors: Mapping[str, TensorInfo], file_name: str, names: Names = 
     Raises:
         CheckpointError: it looks like FLUX.1 but is damaged.
     """
-    name = file_name
-    depth = _count(tensors, names.double, name)
-    depth_single = _count(tensors, names.single, name)
+    header, name = Header(tensors, file_name, "FLUX.1"), file_name
+    depth, depth_single = header.count(names.double), header.count(names.single)
     # SD3, Qwen-Image and others have "transformer_blocks" too.
     if not depth_single and (names is DIFFUSERS or not depth):
         return None
-    hidden_size, in_channels = _matrix(tensors, names.image, name)
-    _, context_dim = _matrix(tensors, names.text, name)
-    _, pooled_dim = _matrix(tensors, names.pooled, name)
-    out_channels, _ = _matrix(tensors, names.out, name)
-    mlp_dim, _ = _matrix(tensors, f"{names.double}.0.{names.mlp}", name)
-    if hidden_size % HEAD_DIM:
-        raise CheckpointError(
-            f"'{name}': {names.image}.weight has {hidden_size} rows, expected a multiple of {HEAD_DIM} (FLUX.1 heads "
-            f"are {HEAD_DIM} wide). This is not a FLUX.1 checkpoint: choose another file."
-        )
+    _, in_channels = header.matrix(names.image)
+    _, context_dim = header.matrix(names.text)
+    _, pooled_dim = header.matrix(names.pooled)
+    out_channels, _ = header.matrix(names.out)
+    mlp_dim, _ = header.matrix(f"{names.double}.0.{names.mlp}")
+    hidden_size = header.hidden_size(names.image)
     if in_channels not in VARIANT_BY_IN_CHANNELS:
         known = ", ".join(f"{channels} ({MODELS_BY_CHANNELS[channels].names})" for channels in VARIANT_BY_IN_CHANNELS)
         other = MODELS_BY_CHANNELS.get(in_channels)
@@ -164,33 +159,3 @@ def recognise(tensors: Mapping[str, TensorInfo], file_name: str, names: Names = 
         mlp_dim=mlp_dim,
         guidance=f"{names.guidance}.weight" in tensors,
     )
-
-
-def _count(tensors: Mapping[str, TensorInfo], block: str, name: str) -> int:
-    pattern = re.compile(rf"{block}\.(\d+)\.")
-    found = {int(match.group(1)) for key in tensors if (match := pattern.match(key))}
-    last = max(found, default=-1)
-    # Not a range up to `last`: a damaged name may hold a number of any size.
-    missing = next((index for index in range(len(found)) if index not in found), None)
-    if missing is not None:
-        raise CheckpointError(
-            f"'{name}': {block}.{missing} is missing, though {block}.{last} is there. The file is incomplete: "
-            "get it again."
-        )
-    return len(found)
-
-
-def _matrix(tensors: Mapping[str, TensorInfo], linear: str, name: str) -> tuple[int, int]:
-    key = f"{linear}.weight"
-    info = tensors.get(key)
-    if info is None:
-        raise CheckpointError(
-            f"'{name}': looks like FLUX.1, but '{key}' is missing. The file is incomplete, or another model's: get the "
-            "complete transformer."
-        )
-    if len(info.shape) != 2:
-        raise CheckpointError(
-            f"'{name}': '{key}' has shape {info.shape}, expected a matrix. It is damaged, or packed in a format that "
-            "the file does not name: choose the bf16, fp8 or GGUF file."
-        )
-    return info.shape[0], info.shape[1]

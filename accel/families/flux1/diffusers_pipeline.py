@@ -14,8 +14,9 @@ from diffusers.configuration_utils import FrozenDict
 from torch import Tensor
 
 from ...errors import SettingsError
+from ..streams.positions import pack, unpack
+from .config import PATCH_SIZE
 from .inputs import Flux1Inputs
-from .positions import pack, unpack
 
 if TYPE_CHECKING:
     from ...engine import Engine
@@ -86,13 +87,13 @@ class PipelineTransformer:
         rows, columns = _grid(img_ids, txt_ids, hidden_states.shape[1])
         batch = hidden_states.shape[0]
         inputs = Flux1Inputs(
-            latent=unpack(hidden_states, rows, columns).to(self.dtype),
+            latent=unpack(hidden_states, rows, columns, PATCH_SIZE).to(self.dtype),
             timestep=timestep.float(),
             encoder_hidden_states=encoder_hidden_states.to(self.dtype),
             pooled_projections=None if pooled_projections is None else pooled_projections.to(self.dtype),
             guidance=None if guidance is None else guidance.float().expand(batch),
         )
-        return (pack(self.engine(inputs)).to(hidden_states.dtype),)
+        return (pack(self.engine(inputs), PATCH_SIZE).to(hidden_states.dtype),)
 
 
 def _grid(img_ids: Tensor, txt_ids: Tensor, tokens: int) -> tuple[int, int]:

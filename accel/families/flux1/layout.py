@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ..layout import FusedLinear, Layout, VectorWeight
-from .config import HEAD_DIM, TIMESTEP_DIM, Flux1Config
+from ..streams.layout import TIMESTEP_DIM, double_norms, single_norms
+from .config import Flux1Config
 
 
 def checkpoint_layout(config: Flux1Config) -> Layout:
@@ -18,10 +19,10 @@ def checkpoint_layout(config: Flux1Config) -> Layout:
     vectors: list[VectorWeight] = []
     for index in range(config.depth):
         linears += _double_block(config, index)
-        vectors += _double_norms(index)
+        vectors += double_norms(index)
     for index in range(config.depth_single):
         linears += _single_block(config, index)
-        vectors += _single_norms(index)
+        vectors += single_norms(index)
     blocks = [f"transformer_blocks.{index}" for index in range(config.depth)]
     blocks += [f"single_transformer_blocks.{index}" for index in range(config.depth_single)]
     return Layout(tuple(linears), tuple(vectors), tuple(blocks))
@@ -71,19 +72,3 @@ def _single_block(config: Flux1Config, index: int) -> Iterator[FusedLinear]:
     parts = [(f"{new}.attn.{module}", hidden) for module in ("to_q", "to_k", "to_v")]
     yield FusedLinear.of(f"{old}.linear1", hidden, *parts, (f"{new}.proj_mlp", mlp))
     yield FusedLinear.of(f"{old}.linear2", hidden + mlp, (f"{new}.proj_out", hidden))
-
-
-def _double_norms(index: int) -> Iterator[VectorWeight]:
-    old, new = f"double_blocks.{index}", f"transformer_blocks.{index}.attn"
-    for stream, names in (("img", ("norm_q", "norm_k")), ("txt", ("norm_added_q", "norm_added_k"))):
-        for kind, module in zip(("query", "key"), names, strict=True):
-            yield VectorWeight(f"{old}.{stream}_attn.norm.{kind}_norm.scale", f"{new}.{module}.weight", HEAD_DIM)
-
-
-def _single_norms(index: int) -> Iterator[VectorWeight]:
-    for kind, module in (("query", "norm_q"), ("key", "norm_k")):
-        yield VectorWeight(
-            f"single_blocks.{index}.norm.{kind}_norm.scale",
-            f"single_transformer_blocks.{index}.attn.{module}.weight",
-            HEAD_DIM,
-        )

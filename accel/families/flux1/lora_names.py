@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from ..base import LoraNames
 from ..layout import FusedLinear, Layout, LinearPart, LoraTarget, VectorWeight
+from ..streams.layout import diffusers_block
 from ..wording import KnownKeys
 from .config import DEPTH, DEPTH_SINGLE, Flux1Config
 from .layout import checkpoint_layout
@@ -80,7 +81,7 @@ def lora_linears(layout: Layout) -> dict[str, LoraTarget]:
         whole = LoraTarget.whole(linear)
         names[linear.name] = whole
         names |= dict.fromkeys(_renamed(linear.name, XLABS), whole)
-        names |= dict.fromkeys(_renamed(_diffusers_block(linear.name), FUSED_DIFFUSERS), whole)
+        names |= dict.fromkeys(_renamed(diffusers_block(linear.name), FUSED_DIFFUSERS), whole)
         for index, part in enumerate(linear.parts):
             # A LoRA in diffusers' names already stands in diffusers' row order: nothing to swap.
             rows = (LinearPart(part.module, 0, part.rows),)
@@ -95,7 +96,7 @@ def lora_linears(layout: Layout) -> dict[str, LoraTarget]:
             block = linear.name.removesuffix("linear1")
             qkv = _attention(linear)
             names[f"{block}processor.qkv_lora"] = names[f"{block}linear1_qkv"] = qkv
-            names[f"{_diffusers_block(block)}attn.to_qkv"] = qkv
+            names[f"{diffusers_block(block)}attn.to_qkv"] = qkv
     return names
 
 
@@ -135,10 +136,6 @@ def _renamed(name: str, ends: dict[str, str]) -> Iterator[str]:
     for end, other in ends.items():
         if name.endswith(end):
             yield name.removesuffix(end) + other
-
-
-def _diffusers_block(name: str) -> str:
-    return name.replace("single_blocks", "single_transformer_blocks").replace("double_blocks", "transformer_blocks")
 
 
 def _attention(linear1: FusedLinear) -> LoraTarget:

@@ -11,8 +11,9 @@ from ....accel.engine import Engine
 from ....accel.offload.planner import Planner
 from ...model import AcceleratedModel
 from ..base import ComfyFamily
+from ..streams.transformer import take_guidance
 from .skeleton import make_skeleton, unet_config
-from .transformer import GUIDANCE, Flux1Transformer
+from .transformer import Flux1Transformer
 
 
 class AcceleratedFlux(AcceleratedModel, comfy.model_base.Flux):
@@ -29,5 +30,5 @@ class AcceleratedFlux(AcceleratedModel, comfy.model_base.Flux):
         super().__init__(family, Flux1Transformer(engine, planner, skeleton), model_config, kind)
 
     def exact_conditions(self, conditions: dict[str, Any]) -> dict[str, Any]:
-        """Guidance, (B,) float32: ComfyUI multiplies it by 1000 after the cast, and 3.5 would be 3504 in bfloat16."""
-        return {GUIDANCE: conditions.pop("guidance", None)}
+        """See `take_guidance`."""
+        return take_guidance(conditions)

@@ -9,7 +9,7 @@ import comfy.ldm.flux.model
 import torch
 from torch import nn
 
-from ....accel.families.flux1 import AXES_DIM, PATCH_SIZE, Flux1, Flux1Config
+from ....accel.families.flux1 import PATCH_SIZE, POSITIONS, Flux1, Flux1Config
 from ...operations import EagerOperations
 
 
@@ -26,8 +26,8 @@ def unet_config(config: Flux1Config) -> dict[str, Any]:
         "num_heads": config.num_heads,
         "depth": config.depth,
         "depth_single_blocks": config.depth_single,
-        "axes_dim": list(AXES_DIM),
-        "theta": 10000,
+        "axes_dim": list(POSITIONS.axes_dim),
+        "theta": int(POSITIONS.theta),
         "patch_size": PATCH_SIZE,
         "qkv_bias": True,
         "guidance_embed": config.guidance,
@@ -48,7 +48,7 @@ def make_skeleton(sizes: dict[str, Any], dtype: torch.dtype) -> nn.Module:
 
 def nameless_weights() -> list[str]:
     """Weights of a small model's linears that its skeleton lacks: LoRAs for them would find no place."""
-    width = sum(AXES_DIM)
+    width = sum(POSITIONS.axes_dim)
     config = Flux1Config(
         hidden_size=width, depth=1, depth_single=1, in_channels=64, out_channels=64, context_dim=width,
         pooled_dim=width, mlp_dim=4 * width, guidance=True,

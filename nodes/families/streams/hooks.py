@@ -1,23 +1,33 @@
-"""Patches between blocks, as other nodes write them for ComfyUI's FLUX.1, as hooks of the engine's forward."""
+"""Patches between blocks, as other nodes write them for ComfyUI's models, as hooks of the engine's forward."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
-from ....accel.families.flux1 import Flux1Config
-from ....accel.families.flux1.inputs import BlockHook, BlockState, EmbeddingHook, Hooks
+from ....accel.families.streams.inputs import BlockHook, BlockState, EmbeddingHook, Hooks
 
 
-def hooks_of(options: dict[str, Any], config: Flux1Config) -> Hooks:
+class Vec(Protocol):
+    """What ComfyUI's model gives a block's patch as "vec", and takes back, for a family's conditioning."""
+
+    def of(self, conditioning: Any, kind: str) -> Any:
+        """The vec of a "double" or "single" block."""
+
+    def changed(self, conditioning: Any, vec: Any, kind: str) -> Any:
+        """The conditioning with what a patch made of the vec."""
+
+
+def hooks_of(options: dict[str, Any], config: Any, vec: Vec) -> Hooks:
     """What `patches["post_input"]` and `patches_replace["dit"]` ask for.
 
     Args:
         options: ComfyUI's transformer options.
         config: of the model: a block's patch is told how many blocks of its kind there are.
+        vec: the family's.
     """
     after_embedding = [_embedding_hook(patch, options) for patch in options.get("patches", {}).get("post_input", ())]
     around_block = {}
@@ -26,7 +36,7 @@ def hooks_of(options: dict[str, Any], config: Flux1Config) -> Hooks:
         if name in totals:
             kind = name.removesuffix("_block")
             known = {**options, "block_type": kind, "block_index": index, "total_blocks": totals[name]}
-            around_block[kind, index] = _block_hook(patch, known)
+            around_block[kind, index] = _block_hook(patch, known, vec)
     return Hooks(after_embedding, around_block)
 
 
@@ -42,23 +52,39 @@ def _embedding_hook(patch: Callable, options: dict[str, Any]) -> EmbeddingHook:
     return hook
 
 
-def _block_hook(patch: Callable, options: dict[str, Any]) -> BlockHook:
+def _block_hook(patch: Callable, options: dict[str, Any], vec: Vec) -> BlockHook:
     """Let a `patches_replace["dit"]` function run around one block, with the arguments of ComfyUI's model.
 
     Shapes are those of `BlockState`: in a single block "img" is all tokens, text first, and "img_slice" says which of
     them are the image's.
     """
+    kind = options["block_type"]
 
     def hook(state: BlockState, run: Callable[[BlockState], BlockState]) -> BlockState:
+        given = vec.of(state.conditioning, kind)
+
+        def with_(args: dict[str, Any]) -> BlockState:
+            conditioning = state.conditioning
+            if args["vec"] is not given:
+                conditioning = vec.changed(conditioning, args["vec"], kind)
+            return dataclasses.replace(
+                state,
+                hidden_states=args["img"],
+                encoder_hidden_states=args.get("txt"),
+                conditioning=conditioning,
+                rotary=args["pe"],
+                mask=args.get("attn_mask"),
+            )
+
         def original_block(args: dict[str, Any]) -> dict[str, Tensor]:
-            return _as_output(run(_with(state, args)))
+            return _as_output(run(with_(args)))
 
         known = options
         if state.encoder_hidden_states is None:
             known = {**options, "img_slice": [state.text_tokens, state.hidden_states.shape[1]]}
         args = {
             "img": state.hidden_states,
-            "vec": state.conditioning,
+            "vec": given,
             "pe": state.rotary,
             "attn_mask": state.mask,
             "transformer_options": known,
@@ -66,20 +92,9 @@ def _block_hook(patch: Callable, options: dict[str, Any]) -> BlockHook:
         if state.encoder_hidden_states is not None:
             args["txt"] = state.encoder_hidden_states
         out = patch(args, {"original_block": original_block})
-        return _with(state, {**args, **out})
+        return with_({**args, **out})
 
     return hook
-
-
-def _with(state: BlockState, args: dict[str, Any]) -> BlockState:
-    return dataclasses.replace(
-        state,
-        hidden_states=args["img"],
-        encoder_hidden_states=args.get("txt"),
-        conditioning=args["vec"],
-        rotary=args["pe"],
-        mask=args.get("attn_mask"),
-    )
 
 
 def _as_output(state: BlockState) -> dict[str, Tensor]:

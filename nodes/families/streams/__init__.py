@@ -1,0 +1,1 @@
+"""What ComfyUI's models of double and single blocks share. Nothing is imported here."""
