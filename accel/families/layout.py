@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -197,21 +198,20 @@ class Layout:
             shapes[vector.name] = (vector.size,)
         return shapes
 
-    def separate(self) -> Layout:
-        """The same model as diffusers saves it: every part by itself, under its module's name, in its order of rows."""
-        linears = tuple(
-            FusedLinear.of(
-                part.module,
-                linear.in_features,
-                (part.module, part.rows),
-                bias=linear.bias,
-                per_picture=linear.per_picture,
-            )
-            for linear in self.linears
-            for part in linear.parts
-        )
+    def separate(self, fused: Mapping[str, str] = MappingProxyType({})) -> Layout:
+        """The same model as diffusers saves it: every part by itself, under its module's name, in its order of rows.
+
+        Args:
+            fused: linears that diffusers does not take apart either -> what it calls them.
+        """
+        linears: list[FusedLinear] = []
+        for linear in self.linears:
+            options = {"bias": linear.bias, "per_picture": linear.per_picture}
+            parts = [(part.module, part.rows) for part in linear.parts]
+            groups = [(fused[linear.name], parts)] if linear.name in fused else [(part[0], [part]) for part in parts]
+            linears += [FusedLinear.of(name, linear.in_features, *group, **options) for name, group in groups]
         vectors = tuple(VectorWeight(vector.parameter, vector.parameter, vector.size) for vector in self.vectors)
-        return Layout(linears, vectors, self.blocks)
+        return Layout(tuple(linears), vectors, self.blocks)
 
 
 def swap_halves(rows: Tensor) -> Tensor:

@@ -113,17 +113,19 @@ class Modulated:
 Input = Columns | Modulated
 
 
-def modulated(hidden_states: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Modulated:
+def modulated(hidden_states: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Input:
     """Take a layer norm's statistics in float32.
 
     Args:
         hidden_states: ``b n k``.
-        shift: ``b 1 k``.
-        scale: ``b 1 k``.
+        shift: ``b 1 k``, or ``b n k`` where each token has its own; then the input is written out: what a LoRA's
+            first product would have to do to its columns differs from row to row.
+        scale: likewise.
         eps: added to the variance.
     """
     variance, mean = torch.var_mean(hidden_states.float(), dim=-1, correction=0, keepdim=True)
-    return Modulated(hidden_states, mean, torch.rsqrt(variance + eps), shift, scale)
+    described = Modulated(hidden_states, mean, torch.rsqrt(variance + eps), shift, scale)
+    return described if shift.shape[1] == 1 else Columns((described.value(),))
 
 
 def as_input(x: Tensor | Input) -> Input:

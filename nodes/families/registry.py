@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 # The name of a family in `accel.families` -> its folder here, with what `base` describes.
 FOLDERS: Mapping[str, str] = {
     "FLUX.1": "flux1",
+    "FLUX.2": "flux2",
 }
 # Nodes that serve one family: module and class of each, and what must hold for it.
 NODES: Sequence[tuple[str, str, Part]] = (("flux1.text_encoder_node", "FluxTextEncoderLoader", TEXT_ENCODERS),)

@@ -168,7 +168,7 @@ def test_a_model_whose_weights_have_no_names_is_noticed(core, contract, monkeypa
     monkeypatch.setattr(comfy.model_management, "WINDOWS", True)  # a further condition before 0.30
     assert list(contract.describe()) == []
     contract.mismatches.cache_clear()
-    monkeypatch.setattr(core("nodes.families.flux1.skeleton"), "EagerOperations", comfy.ops.disable_weight_init)
+    monkeypatch.setattr(core("nodes.families.streams.skeleton"), "EagerOperations", comfy.ops.disable_weight_init)
     [line] = contract.describe()
     assert "weights have no name, such as 'img_in.weight'" in line
     assert "use Hotswap LoRA" in line

@@ -41,7 +41,7 @@ class Flux1Forward(StreamForward):
 
     positions: ClassVar[Positions] = POSITIONS
 
-    def _condition(self, inputs: Flux1Inputs, hidden_states: Tensor) -> Conditioning:
+    def _condition(self, inputs: Flux1Inputs, hidden_states: Tensor, image_tokens: int) -> Conditioning:
         embed, dtype = self._model.time_text_embed, hidden_states.dtype
         pooled = inputs.pooled_projections
         if pooled is None:

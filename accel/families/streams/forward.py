@@ -72,12 +72,13 @@ class StreamForward(ABC):
         self._rotary = functools.lru_cache(maxsize=ROTARY_TABLES)(self.positions.table_of)
 
     @abstractmethod
-    def _condition(self, inputs: Any, hidden_states: Tensor) -> Any:
+    def _condition(self, inputs: Any, hidden_states: Tensor, image_tokens: int) -> Any:
         """The family's conditioning; its attribute `temb`, ``b h``, is what the last norm reads.
 
         Args:
             inputs: the family's.
             hidden_states: ``b i h``, the embedded image tokens as hooks left them.
+            image_tokens: how many are the image's own; references follow them.
         """
 
     @abstractmethod
@@ -111,7 +112,7 @@ class StreamForward(ABC):
             )
         else:
             rotary = self._rotary(placement, latent.device)
-        conditioning = self._condition(inputs, hidden_states)
+        conditioning = self._condition(inputs, hidden_states, image_tokens)
         state = BlockState(
             hidden_states,
             encoder_hidden_states,

@@ -6,6 +6,7 @@ from ....accel.engine import Engine
 from ....accel.families.flux1 import Flux1
 from ....accel.families.layout import VectorWeight
 from ....accel.offload.planner import Planner
+from ..streams.family import scale_names
 from .model import AcceleratedFlux
 
 
@@ -19,9 +20,8 @@ class Flux1InComfy:
         return AcceleratedFlux(self, engine, planner)
 
     def scale_names(self, vector: VectorWeight) -> tuple[str, ...]:
-        """ComfyUI calls the scale of an RMS norm `scale` up to 0.18 and `weight` later."""
-        stem = vector.name.removesuffix("scale")
-        return f"{stem}scale", f"{stem}weight"
+        """See `streams.family.scale_names`."""
+        return scale_names(vector)
 
 
 FAMILY = Flux1InComfy()

@@ -11,8 +11,9 @@ from ....accel.engine import Engine
 from ....accel.offload.planner import Planner
 from ...model import AcceleratedModel
 from ..base import ComfyFamily
+from ..streams.skeleton import make_skeleton
 from ..streams.transformer import take_guidance
-from .skeleton import make_skeleton, unet_config
+from .skeleton import unet_config
 from .transformer import Flux1Transformer
 
 

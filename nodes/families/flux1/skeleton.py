@@ -1,16 +1,11 @@
-"""ComfyUI's own FLUX.1 model without data: its names and shapes, by which other nodes match LoRAs and read sizes."""
+"""The sizes of FLUX.1 as ComfyUI writes them, for its model without data; see `streams.skeleton`."""
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
-import comfy.ldm.flux.model
-import torch
-from torch import nn
-
 from ....accel.families.flux1 import PATCH_SIZE, POSITIONS, Flux1, Flux1Config
-from ...operations import EagerOperations
+from ..streams.skeleton import nameless
 
 
 def unet_config(config: Flux1Config) -> dict[str, Any]:
@@ -36,22 +31,11 @@ def unet_config(config: Flux1Config) -> dict[str, Any]:
     }
 
 
-def make_skeleton(sizes: dict[str, Any], dtype: torch.dtype) -> nn.Module:
-    """ComfyUI's model of these sizes, see `unet_config`, on the meta device."""
-    # Versions of ComfyUI differ in the fields that they know.
-    known = {field.name for field in dataclasses.fields(comfy.ldm.flux.model.FluxParams)}
-    params = {name: value for name, value in sizes.items() if name in known}
-    return comfy.ldm.flux.model.Flux(
-        **params, dtype=dtype, device="meta", operations=EagerOperations
-    ).requires_grad_(False)
-
-
 def nameless_weights() -> list[str]:
-    """Weights of a small model's linears that its skeleton lacks: LoRAs for them would find no place."""
+    """See `streams.skeleton.nameless`."""
     width = sum(POSITIONS.axes_dim)
     config = Flux1Config(
         hidden_size=width, depth=1, depth_single=1, in_channels=64, out_channels=64, context_dim=width,
         pooled_dim=width, mlp_dim=4 * width, guidance=True,
     )  # fmt: skip
-    names = make_skeleton(unet_config(config), torch.float32).state_dict()
-    return [name for linear in Flux1().layout(config).linears if (name := f"{linear.name}.weight") not in names]
+    return nameless(unet_config(config), Flux1().layout(config))
