@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from accel.families.flux1 import Flux1, Flux1Config, Flux1Inputs
 from accel.families.flux1.forward import Flux1Forward
 from accel.families.flux1.layout import checkpoint_layout
+from accel.families.streams.forward import Regions
 from accel.families.streams.layout import HEAD_DIM
 
 CONFIG = Flux1Config(
@@ -52,7 +53,7 @@ def forward(model: nn.Module, latents: Tensor, timestep: Tensor, text: Tensor, b
         bias: see `text.attention_bias`, or None.
     """
     inputs = Flux1Inputs(latents, timestep, text, attention_mask=bias)
-    return Flux1Forward(CONFIG, model, _double, _single)(inputs)
+    return Flux1Forward(CONFIG, model, Regions(_double, _single, None, _double, _single))(inputs)
 
 
 def sample(model: nn.Module, noise: Tensor, text: Tensor, bias: Tensor | None, steps: int) -> Tensor:

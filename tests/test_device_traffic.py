@@ -119,7 +119,7 @@ def forward(request, skeleton, fake, monkeypatch):
     monkeypatch.setattr(Autotuner, "fastest", lambda self, x, shape, fused, separate, configs=(): separate())
 
     def make(attend=attention):
-        return Flux1().forward(config, model, Flux1().regions(attend))
+        return Flux1().forward(config, model, Flux1().regions(attend), attend)
 
     return make
 

@@ -11,6 +11,7 @@ from torch import nn
 from ...files import TensorInfo
 from ..base import Autoencoder, BlockWeights, Family, LoraNames, Region, TextEncoder, Workspace
 from ..layout import Layout
+from ..streams.forward import Regions
 from ..streams.layout import HEAD_DIM, canonical
 from .activations import activation_bytes
 from .config import CHANNELS, DIFFUSERS, MODELS_BY_CHANNELS, PATCH_SIZE, POSITIONS, Flux2Config
@@ -114,11 +115,19 @@ class Flux2(Family[Flux2Config]):
         return whole_region(attention)
 
     def forward(
-        self, config: Flux2Config, model: nn.Module, regions: Sequence[Region], weights: BlockWeights | None = None
+        self,
+        config: Flux2Config,
+        model: nn.Module,
+        regions: Sequence[Region],
+        attention: Attention,
+        weights: BlockWeights | None = None,
     ) -> Flux2Forward:
         """See `forward.Flux2Forward`."""
+        from .regions import open_regions
+
         double, single, *whole = regions
-        return Flux2Forward(config, model, double, single, whole[0] if whole else None, weights)
+        made = Regions(double, single, whole[0] if whole else None, *open_regions(attention))
+        return Flux2Forward(config, model, made, weights)
 
     def activation_bytes(
         self, config: Flux2Config, tokens: int, dtype: torch.dtype, workspace: Workspace, compiled: bool
