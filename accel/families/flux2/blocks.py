@@ -41,7 +41,7 @@ def double_block(
         text_modulation: ``b 1 (6 h)``.
         rotary: see `streams.blocks.double_stream`.
         mask: likewise.
-        references: ``i 1`` bool, which image tokens the second of two modulations is for; None: there is one.
+        references: ``i`` bool, which image tokens the second of two modulations is for; None: there is one.
         attention: see `streams.blocks.double_stream`.
         inside: likewise.
 
@@ -74,7 +74,7 @@ def single_block(
         modulation: ``b m (3 h)``.
         rotary: see `double_block`.
         mask: see `double_block`.
-        references: ``(t i) 1``, see `double_block`.
+        references: ``(t i)``, see `double_block`.
         attention: see `double_block`.
         inside: see `double_block`.
 
@@ -102,7 +102,7 @@ def _of_tokens(modulation: Tensor, count: int, references: Tensor | None) -> Mod
     if references is None:
         return modulation.chunk(count, dim=-1)
     others, of_references = (each.chunk(count, dim=-1) for each in modulation.split(1, dim=1))
-    return [torch.where(references, *pair) for pair in zip(of_references, others, strict=True)]
+    return [torch.where(references[:, None], *pair) for pair in zip(of_references, others, strict=True)]
 
 
 def _feed_forward(x: Input, feed_forward: nn.Module) -> Tensor:

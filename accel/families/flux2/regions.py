@@ -42,7 +42,7 @@ def whole_region(attention: Attention) -> Region:
             )
         hidden_states = torch.cat([encoder_hidden_states, hidden_states], dim=1)
         if references is not None:
-            references = F.pad(references, (0, 0, text_tokens, 0))
+            references = F.pad(references, (text_tokens, 0))
         for block in model.single_transformer_blocks:
             hidden_states = single_block(block, hidden_states, modulation, rotary, mask, references, attention)
         return hidden_states
