@@ -103,7 +103,9 @@ def draw_klein(transformer, references=0):
     ids = pipeline._prepare_image_ids(latents).expand(2, -1, -1) if latents else None
     # Without an autoencoder: its whitening of latents, and what it makes of pictures.
     whitening = {"running_mean": torch.zeros(128), "running_var": torch.ones(128)}
-    pipeline.vae = SimpleNamespace(bn=SimpleNamespace(**whitening), config=SimpleNamespace(batch_norm_eps=0.0))
+    pipeline.vae = SimpleNamespace(
+        bn=SimpleNamespace(**whitening), config=SimpleNamespace(batch_norm_eps=0.0), dtype=torch.float32
+    )
     pipeline.prepare_image_latents = lambda **_: (tokens, ids)
     prompt = {"prompt_embeds": torch.randn(1, 5, 32, generator=random), "num_images_per_prompt": 2}
     negative = {"negative_prompt_embeds": torch.randn(1, 5, 32, generator=random), "guidance_scale": 2.0}
