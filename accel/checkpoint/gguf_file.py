@@ -27,6 +27,8 @@ FLOATS: Mapping[str, torch.dtype] = {"F32": torch.float32, "F16": torch.float16,
 # A quantized weight has no dtype of its own; bfloat16 holds what its 8 bits and fewer distinguish.
 QUANTIZED_DTYPE = torch.bfloat16
 _READ_FIELDS = ("general.", ORIGINAL_SHAPE)
+# The name of a language model's way to cut text; the vocabulary itself is large, and read by `read_fields`.
+VOCABULARY_KIND = "tokenizer.ggml.pre"
 # What the package's reader raises for a file that ends early or holds nonsense.
 DAMAGE = (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError, OSError)
 
@@ -80,8 +82,7 @@ class GgufCheckpoint:
         """Map the file; see `source.Checkpoint.open`."""
         import numpy
 
-        if self.located.identity() != self.identity:
-            raise FileError(f"'{self.name}' was changed after it was read. Queue the prompt again to use the new file.")
+        self.check_unchanged()
         gguf = _package(self.name)
         data = numpy.memmap(self.identity.path, mode="r", dtype=numpy.uint8)
 
@@ -93,6 +94,11 @@ class GgufCheckpoint:
             return stored.whole().reshape(info.shape)
 
         yield rows
+
+    def check_unchanged(self) -> None:
+        """Raise a FileError if the file is another one than the header is of."""
+        if self.located.identity() != self.identity:
+            raise FileError(f"'{self.name}' was changed after it was read. Queue the prompt again to use the new file.")
 
 
 class _GgufRows:
@@ -143,7 +149,8 @@ def read_gguf(located: Located) -> GgufCheckpoint:
     gguf = _package(name)
     try:
         reader = gguf.GGUFReader(str(path))
-        fields = {key: field.contents() for key, field in reader.fields.items() if key.startswith(_READ_FIELDS)}
+        wanted = (key for key in reader.fields if key.startswith(_READ_FIELDS) or key == VOCABULARY_KIND)
+        fields = {key: reader.fields[key].contents() for key in wanted}
         tensors = {tensor.name: _describe(tensor, fields, name) for tensor in reader.tensors}
     except DAMAGE as exc:
         raise FileError(
@@ -155,6 +162,17 @@ def read_gguf(located: Located) -> GgufCheckpoint:
     _check_kinds(tensors, gguf, name)
     metadata = {key: value for key, value in fields.items() if isinstance(value, str)}
     return GgufCheckpoint(name, located, identity, tensors, metadata)
+
+
+def read_fields(file: GgufCheckpoint, *keys: str) -> list[Any]:
+    """Large fields of a file's metadata, such as a vocabulary; None for each that it lacks.
+
+    Raises:
+        FileError: the file was changed since its header was read.
+    """
+    file.check_unchanged()
+    fields = _package(file.name).GGUFReader(str(file.identity.path)).fields
+    return [fields[key].contents() if key in fields else None for key in keys]
 
 
 def _package(name: str) -> ModuleType:

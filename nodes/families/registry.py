@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 FOLDERS: Mapping[str, str] = {
     "FLUX.1": "flux1",
 }
-# Nodes that serve one family: module and class of each, and what must hold for it.
-NODES: Sequence[tuple[str, str, Part]] = (("flux1.text_encoder_node", "FluxTextEncoderLoader", TEXT_ENCODERS),)
+# Nodes that know families: module and class of each, and what must hold for it.
+NODES: Sequence[tuple[str, str, Part]] = (("text_encoder_node", "FluxTextEncoderLoader", TEXT_ENCODERS),)
 
 
 @functools.cache
@@ -30,6 +30,7 @@ def reliances() -> Iterator[Reliance]:
     """What the families need of ComfyUI; imports nothing of it."""
     for contract in _contracts().values():
         yield from contract.RELIANCES
+    yield from _module("flux2", "contract").TEXT_ENCODER_RELIANCES
 
 
 def nameless_weights() -> Mapping[str, Sequence[str]]:
