@@ -1,4 +1,4 @@
-"""Small language models in the formats that FLUX.2's users have: Qwen3 and Mistral, safetensors and llama.cpp's GGUF."""
+"""Small language models in the formats that FLUX.2's users have: Qwen3 and Mistral, safetensors and GGUF."""
 
 import base64
 import math
@@ -116,7 +116,7 @@ def gguf_name(name: str) -> str:
 
 
 def permuted(weight: Tensor, heads: int) -> Tensor:
-    """Queries or keys as llama.cpp's converter orders the rows for `llama` (conversion/llama.py, LlamaModel.permute)."""
+    """Rows of queries or keys as llama.cpp's converter orders them (conversion/llama.py, LlamaModel.permute)."""
     rows = weight.shape[0]
     return weight.reshape(heads, 2, rows // heads // 2, -1).swapaxes(1, 2).reshape(rows, -1)
 

@@ -5,6 +5,7 @@ ComfyUI's own `klein_te` and `flux2_te` load small language models when they are
 
 import functools
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,9 +19,8 @@ from harness.tiny_models import seeded_normal
 
 CPU = torch.device("cpu")
 PROMPT = "a red fox jumps over the blue moon"
-# |ours − fp32| / |fp32| of the hidden states, measured 0.027, 0.113, 0.465: far more than of a trained model, whose layers
-# do not all change everything.
-DISTANCE = {"int8": 0.036, "fp8": 0.155, "nf4": 0.63}
+# |ours − fp32| / |fp32| of the hidden states, measured 0.027, 0.113, 0.382: each of 27 random layers changes everything.
+DISTANCE = {"int8": 0.036, "fp8": 0.155, "nf4": 0.52}
 
 
 @pytest.fixture(autouse=True)
@@ -84,7 +84,7 @@ def sizes(config: files.TinyLanguageModel) -> dict[str, int]:
 
 @pytest.fixture
 def stock(core, paths, monkeypatch, tmp_path):
-    """ComfyUI's own CLIP for FLUX.2, as `load_text_encoder_state_dicts` makes it, with the sizes of the small models."""
+    """ComfyUI's own CLIP for FLUX.2, as `load_text_encoder_state_dicts` makes it, in the sizes of the small models."""
     import comfy.sd
     import comfy.text_encoders.flux as flux
     import comfy.utils
@@ -93,17 +93,17 @@ def stock(core, paths, monkeypatch, tmp_path):
         tensors, metadata = comfy.utils.load_torch_file(str(paths.get(name, name)), return_metadata=True)
         tensors, _ = comfy.utils.convert_old_quants(tensors, model_prefix="", metadata=metadata)
 
-        class Target:
-            params = {}
-            clip = (flux.flux2_te if config is TINY_MISTRAL else flux.klein_te)(
-                **comfy.sd.llama_detect([tensors]), **({} if config is TINY_MISTRAL else {"model_type": model})
-            )
-            tokenizer = {"qwen3_4b": flux.KleinTokenizer, "qwen3_8b": flux.KleinTokenizer8B}.get(
-                model, flux.Flux2Tokenizer)  # fmt: skip
-
+        stored = comfy.sd.llama_detect([tensors])
+        target = {
+            "qwen3_4b": lambda: (flux.klein_te(**stored, model_type="qwen3_4b"), flux.KleinTokenizer),
+            "qwen3_8b": lambda: (flux.klein_te(**stored, model_type="qwen3_8b"), flux.KleinTokenizer8B),
+            "mistral3_24b": lambda: (flux.flux2_te(**stored), flux.Flux2Tokenizer),
+        }
+        made, tokenizer = target[model]()
         return comfy.sd.CLIP(
-            Target, tokenizer_data={"tekken_model": tensors.get("tekken_model")}, state_dict=[tensors],
-            model_options={f"{model}_model_config": sizes(config)}, disable_dynamic=True,
+            SimpleNamespace(params={}, clip=made, tokenizer=tokenizer),
+            tokenizer_data={"tekken_model": tensors.get("tekken_model")}, 
+            state_dict=[tensors], model_options={f"{model}_model_config": sizes(config)}, disable_dynamic=True,
         )  # fmt: skip
 
     # ComfyUI 0.30 calls a converter of transformers 4; this is the one of transformers 5, which wants a file.
@@ -142,7 +142,7 @@ def check_same(ours, theirs) -> None:
 # What it encodes.
 
 
-@pytest.mark.parametrize("text", [PROMPT, "", "weights (do:1.3) not count ((here)) " * 30], ids=["plain", "empty", "long"])
+@pytest.mark.parametrize("text", [PROMPT, "", "(weights:1.3) do not count " * 100], ids=["plain", "empty", "long"])
 def test_bit_equal_to_stock(make, stock, text):
     ours, theirs = make(), stock()
     tokens = ours.tokenize(text)
@@ -308,7 +308,7 @@ def test_what_it_does_not_do(make):
     clip = make("bf16", "int8")
     with pytest.raises(Exception, match=r"Qwen3.*writes no text"):
         clip.generate(clip.tokenize(PROMPT))
-    with pytest.raises(Exception, match=r"The Qwen3 'qwen-bf16.safetensors' is quantized \(int8\), and cannot be saved"):
+    with pytest.raises(Exception, match=r"The Qwen3 'qwen-bf16.safetensors' is quantized \(int8\), and cannot be"):
         clip.get_sd()
 
 

@@ -14,7 +14,7 @@ from .. import kinds
 from ..kinds.shapes import Shapes, TensorHeader
 from .names import WORDS, ModuleNames, cuts
 
-# A CLIP with a language model has nothing beside it: files call it by its own names, ComfyUI's, or as the first encoder.
+# It has nothing beside it in a CLIP: files call it by ComfyUI's names for its sizes, or as the first encoder.
 LANGUAGE_MODEL = "language model"
 # Encoder, as ComfyUI's CLIP calls it -> what files call it. CLIP-L comes first and T5 second; sd-scripts and SD3's
 # trainers count T5 as the third, behind a CLIP-G.
