@@ -248,6 +248,23 @@ def test_another_quantization_format_is_named(qwen3, tmp_path):
         spec_of(write_scaled_fp8_metadata(tmp_path / "nvfp4.safetensors", qwen3, form="nvfp4"))
 
 
+def test_in_an_all_in_one_file(qwen3, tmp_path):
+    """Beside a transformer whose layers are named alike, and its scales."""
+    others = {"model.diffusion_model.layers.0.attention.qkv.weight": torch.zeros(4, 4).to(torch.float8_e4m3fn),
+              "model.diffusion_model.layers.0.attention.qkv.comfy_quant": json_tensor({"format": "nvfp4"}),
+              "vae.encoder.conv_in.weight": torch.zeros(4)}  # fmt: skip
+    tensors = {f"{files.PREFIX}{name}": tensor for name, tensor in qwen3.items()}
+    spec = spec_of(write_tensors(tmp_path / "all.safetensors", {**others, **tensors}))
+    assert {tensor.key for tensor in spec.weights.values()} == {files.PREFIX + name for name in needed(qwen3)}
+
+
+def test_a_shard_is_named(qwen3, tmp_path):
+    half = {name: tensor for name, tensor in qwen3.items() if ".2" not in name}
+    with pytest.raises(CheckpointError, match=r"'model-00001-of-00002.safetensors' is one shard of a model, not all"):
+        spec_of(write_tensors(tmp_path / "model-00001-of-00002.safetensors", half))
+    assert spec_of(write_tensors(tmp_path / "model-00001-of-00001.safetensors", qwen3)).config.model is QWEN3
+
+
 def test_the_place_of_each_file(paths, tmp_path):
     clip = write_tensors(tmp_path / "clip.safetensors", tiny_clip_l_state_dict(hidden=64, layers=1))
     t5 = write_tensors(tmp_path / "t5.safetensors", tiny_t5_state_dict())

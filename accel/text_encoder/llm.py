@@ -23,7 +23,7 @@ from .tekken import has_vocabulary
 
 LAYER = r"model\.layers\.(\d+)\."
 # Names of a layer's tensors, after what stands before them: of the models here, and of whatever language model.
-NAMES = rf"(.*?){LAYER}.*"
+NAMES = rf"((?:.*?\.)?){LAYER}.*"
 ANY = re.compile(r"(?:.*\.)?model\.(?:language_model\.)?layers\.\d+\.|blk\.\d+\.")
 # Where a norm of each head has no size to tell it: every published one.
 HEAD_DIM = 128

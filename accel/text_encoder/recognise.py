@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from ..checkpoint.locate import SHARD
 from ..checkpoint.other_models import OTHERS as OTHER_MODELS
 from ..checkpoint.other_models import first_match, is_lora
 from ..checkpoint.recognise import looks_like
@@ -74,7 +75,15 @@ def encoder_spec(file: Checkpoint) -> EncoderSpec:
             f"'{file.name}' is {_guess(file)}, expected {expected()}. Their tensors are named encoder.block.* or "
             f"model.layers.*, in GGUF enc.blk.* or blk.*. Choose a file such as {examples()} as t5_name."
         )
-    return found.read(file)
+    try:
+        return found.read(file)
+    except CheckpointError as exc:
+        if not SHARD.search(file.name):
+            raise
+        raise CheckpointError(
+            f"'{file.name}' is one shard of a model, not all of it. Choose one file that holds the whole text encoder, "
+            f"such as {examples()}."
+        ) from exc
 
 
 def clip_spec(file: Checkpoint) -> EncoderSpec:

@@ -17,11 +17,12 @@ from ...accel.text_encoder.config import LlmConfig
 from ...accel.text_encoder.modes import MODES, check_mode, choose_mode
 from ...accel.text_encoder.recognise import check_not_swapped, clip_spec, encoder_spec
 from ...accel.text_encoder.spec import EncoderSpec
+from .. import contract
 from ..clip import RememberingClip
 from ..files import CATEGORY, find_file, fingerprint
 from ..progress import say
 from .flux1.clip import FluxClip
-from .flux2.clip import Flux2Clip
+from .flux2.contract import TEXT_ENCODERS as LANGUAGE_MODELS
 
 FOLDER = "text_encoders"
 NONE = "none"
@@ -111,6 +112,13 @@ def _clip(main: EncoderSpec, clip: EncoderSpec | None, quantization: str, device
     places = device, comfy.model_management.text_encoder_offload_device(), folder_paths.get_folder_paths("embeddings")
     if not isinstance(main.config, LlmConfig):
         return FluxClip(main, clip, mode, *places)
+    if not contract.holds(LANGUAGE_MODELS):
+        raise SettingsError(
+            f"'{main.file.name}' is a text encoder of FLUX.2, for which this ComfyUI lacks what the log names at its "
+            "start. Update ComfyUI."
+        )
+    from .flux2.clip import Flux2Clip  # not every version of ComfyUI has what it imports
+
     say(describe(main.config))
     return Flux2Clip(main, mode, *places)
 

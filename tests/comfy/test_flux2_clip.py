@@ -361,3 +361,9 @@ def test_a_second_file_is_refused(node, paths):
     name = paths["bf16"].name
     with pytest.raises(Exception, match=rf"clip_l_name is '{paths['fp16'].name}', expected 'none'.*'{name}' is Qwen3"):
         node.execute(name, paths["fp16"].name, "none")
+
+
+def test_a_comfyui_that_cannot(core, node, paths, monkeypatch):
+    monkeypatch.setattr(core("nodes.contract"), "holds", lambda part: "FLUX.2" not in part.without)
+    with pytest.raises(Exception, match=r"'qwen-bf16.safetensors' is a text encoder of FLUX.2.*Update ComfyUI"):
+        node.execute(paths["bf16"].name, "none", "none")

@@ -132,7 +132,6 @@ class _Decoder(comfy.text_encoders.llama.BaseLlama, nn.Module):
             num_attention_heads=config.num_heads,
             num_key_value_heads=config.num_kv_heads,
             final_norm=False,
-            lm_head=False,
         )
         decoder_config.head_dim = config.head_dim  # no field of the class, which has it as 128
         self.num_layers = config.num_layers

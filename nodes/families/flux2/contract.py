@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from ...reliance import READ, TEXT_ENCODERS, Reliance, each
+from ...reliance import READ, Part, Reliance, each
+
+TEXT_ENCODERS = Part("Flux Text Encoder Loader loads no text encoder of FLUX.2")
 
 TEXT_ENCODER_RELIANCES: tuple[Reliance, ...] = (
     Reliance(
@@ -25,7 +27,7 @@ TEXT_ENCODER_RELIANCES: tuple[Reliance, ...] = (
             f"comfy.text_encoders.llama:{config}",
             (TEXT_ENCODERS,),
             ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-             "num_key_value_heads", "final_norm", "lm_head"),
+             "num_key_value_heads", "final_norm"),
             READ,
         )
         for config in ("Qwen3_4BConfig", "Mistral3Small24BConfig")
