@@ -179,6 +179,8 @@ def test_the_origin_of_a_file_is_told_by_what_only_that_has(tmp_path, spec, key)
 
 CLIP_L = "text_model.encoder.layers.0.self_attn.q_proj"
 T5 = "encoder.block.0.layer.0.SelfAttention.q"
+QWEN3 = "layers.0.self_attn.q_proj"
+LANGUAGE_MODEL = f"qwen3_4b.transformer.model.{QWEN3}.weight"
 WEIGHTS = {"clip_l": f"clip_l.transformer.{CLIP_L}.weight", "t5xxl": f"t5xxl.transformer.{T5}.weight"}
 SPELLED = {
     "clip_l": ["clip_l.", "clip_l.transformer.", "text_encoder.", "text_encoder_1.", "te.", "te1.", "lora_te_",
@@ -198,6 +200,22 @@ def test_any_spelling_of_an_encoders_layer_finds_it(encoder):
         bare = before == "" and spelling.startswith("encoder") and encoder == "clip_l"
         assert names.find(before + spelling) == (None if bare else WEIGHTS[encoder]), before + spelling
         assert split_encoder(f"{before}{spelling}.lora_A.weight") is not None or bare
+
+
+@pytest.mark.parametrize("before", [
+    "qwen3_4b.transformer.model.", "text_encoders.qwen3_4b.transformer.model.", "text_encoders.transformer.model.",
+    "text_encoder.model.", "text_encoder.base_model.model.model.", "lora_te_", "lora_te1_", "lora_te_model_", "model.",
+    "text_encoders.qwen3_8b.transformer.model.", "text_encoder.model.language_model.", "",
+])  # fmt: skip
+def test_any_spelling_of_a_language_models_layer_finds_it(before):
+    """Whatever size a file says that it is for: the matrices tell."""
+    names = EncoderNames([LANGUAGE_MODEL])
+    for spelling in spellings(QWEN3):
+        assert names.find(before + spelling) == LANGUAGE_MODEL, before + spelling
+        assert split_encoder(f"{before}{spelling}.lora_A.weight") is not None
+    assert "of which nothing is read" in names.missing(f"{before}layers.35.mlp.up_proj")
+    assert "which the connected CLIP does not have" in names.missing(f"clip_l.{CLIP_L}")
+    assert "which the connected CLIP does not have" in EncoderNames(WEIGHTS.values()).missing(before + QWEN3)
 
 
 LEFT = {
