@@ -24,6 +24,8 @@ MODELS_BY_CHANNELS = {CHANNELS: KnownModels("FLUX.2 dev or klein", True)}
 
 # hidden size -> what is published in it. dev also has guidance, which klein lacks.
 KLEIN = {3072: "klein 4B", 4096: "klein 9B"}
+# hidden size -> double and single blocks of what is published in it; models that were pruned have fewer.
+DEPTHS = {3072: (5, 20), 4096: (8, 24), 6144: (8, 48)}
 
 
 @dataclass(frozen=True)
