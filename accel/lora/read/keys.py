@@ -103,7 +103,8 @@ def account(file: TensorFile, spec: ModelSpec) -> FileKeys:
     """
     source = f"LoRA '{file.name}'"
     keys = _sort(file, spec, source)
-    _check_inputs(file, spec, keys)
+    if origin(keys.unknown, spec.family) is None:
+        _check_inputs(file, spec, keys)
     if keys.unknown or not (keys.fits or keys.text_encoder):
         raise LoraError(_unknown_message(file, spec, keys))
     _check_double(source, [(target.parts, name) for name, (target, _) in keys.modules.items()])
