@@ -784,10 +784,11 @@ FACTORS_OF_FLUX2 = {
     "single_stream_modulation.lin": [(2, 1)],
 }
 FLAT = [("FLUX.1", *each) for each in FACTORS.items()] + [("FLUX.2", *each) for each in FACTORS_OF_FLUX2.items()]
+FLAT_IDS = [f"{name}-{module}" for name, module, _ in FLAT]
 
 
 @pytest.mark.parametrize("product", [False, True], ids=["whole", "product"])
-@pytest.mark.parametrize(("tiny", "module", "factors"), FLAT, indirect=["tiny"], ids=[" ".join(each[:2]) for each in FLAT])
+@pytest.mark.parametrize(("tiny", "module", "factors"), FLAT, indirect=["tiny"], ids=FLAT_IDS)
 def test_a_lokr_of_a_flat_spectrum_is_exact_wherever_its_blocks_lie(
     tmp_path, spec, tensors, base, stock, checkpoint, module, factors, product
 ):
@@ -1247,6 +1248,71 @@ def test_rows_of_one_layer_as_patches_of_one_name_stay_apart(spec, tmp_path):
             w1_a, w1_b, w2_a, w2_b = (patch.values[f"hada_{end}"] for end in ("w1_a", "w1_b", "w2_a", "w2_b"))
             change = (w1_a @ w1_b) * (w2_a @ w2_b)
             assert (layer.lora_B @ layer.lora_A - change).norm() < 0.02 * change.norm()
+
+
+# What ComfyUI's own loaders put on the pack's model.
+
+
+def natively(stock, checkpoint, loras, base, spec):
+    """As `ours`, by ComfyUI's own loader."""
+    return effective(flatten(stock.native(checkpoint, loras).active, torch.float32, pin=False, base=base), base, spec)
+
+
+@pytest.mark.parametrize("format", ["native", "kohya", "diffusers", "onetrainer", "lycoris", "diffsynth"])
+@of_both
+def test_comfyuis_own_loader_brings_what_it_merges(tmp_path, spec, tensors, base, stock, checkpoint, tiny, format):
+    """In blocks: of FLUX.2's modulations and embedders ComfyUI leaves out diffusers' names, here as when it merges."""
+    file = lora_state_dict(format, tiny, rank=3, alpha=2.0, targets=lambda module: "_blocks." in module)
+    loras = [(write(tmp_path, "a", file), 0.7), (write(tmp_path, "b", file), -0.3)]
+    actual = natively(stock, checkpoint, loras, base, spec)
+    assert_same(actual, stock.merge(checkpoint, loras), tensors)
+    assert_same(actual, ours(loras, spec, base), tensors)
+
+
+@pytest.mark.parametrize("kind", ["LoKr full", "LoHa", "DoRA", "OFT", "GLoRA", "difference"])
+@pytest.mark.parametrize("tiny", ["FLUX.2"], indirect=True)
+def test_comfyuis_own_loader_brings_kinds(tmp_path, spec, tensors, base, stock, checkpoint, tiny, kind):
+    loras = [(write(tmp_path, "kind", kind_state_dict(kind, config=tiny, alpha=1.5)), 0.8)]
+    assert_same(natively(stock, checkpoint, loras, base, spec), stock.merge(checkpoint, loras), tensors)
+
+
+@pytest.mark.parametrize("tiny", ["FLUX.2"], indirect=True)
+def test_comfyuis_own_loader_brings_norms_and_rows(tmp_path, spec, tensors, base, stock, checkpoint, tiny):
+    file = norm_state_dict(tiny)
+    for name, rows in (
+        ("diffusion_model.single_blocks.0.linear1_qkv", 768),
+        ("transformer.single_transformer_blocks.1.attn.to_k", 256),
+    ):
+        values = lora_kinds.kind_tensors("LoRA", (rows, 256), name=name)
+        file |= {f"{name}.{end}": value for end, value in values.items()}
+    loras = [(write(tmp_path, "rows", file), 0.8)]
+    assert_same(natively(stock, checkpoint, loras, base, spec), stock.merge(checkpoint, loras), tensors)
+
+
+@pytest.mark.parametrize("tiny", ["FLUX.2"], indirect=True)
+def test_what_comfyui_places_wrongly_is_refused_and_read_from_the_file(tmp_path, spec, base, stock, checkpoint):
+    """Its map gives `proj_mlp` four times the width, which is FLUX.1's; stock logs an error, and leaves it out."""
+    name = "transformer.single_transformer_blocks.0.proj_mlp"
+    values = lora_kinds.kind_tensors("LoRA", (1536, 256))
+    path = write(tmp_path, "mlp", {f"{name}.{end}": value for end, value in values.items()})
+    with pytest.raises(RuntimeError, match="ERROR"):
+        stock.merge(checkpoint, [(path, 1.0)])
+    with pytest.raises(RuntimeError, match=r"rows 768 to 1792 of 'single_blocks\.0\.linear1' are not whole.*Hotswap LoRA"):
+        stock.native(checkpoint, [(path, 1.0)])
+    assert list(ours([(path, 1.0)], spec, base)) == ["single_blocks.0.linear1.weight"]
+
+
+@of_both
+def test_comfyuis_own_loader_on_a_model_of_another_width(tmp_path, stock, checkpoint, tiny):
+    """FLUX.2 klein 9B's, by ComfyUI's own loader, on what is as small as the tests' models."""
+    shapes = {"double_blocks.0.img_attn.qkv": (12288, 4096), "double_blocks.1.txt_attn.proj": (4096, 4096),
+              "single_blocks.0.linear1": (36864, 4096)}  # fmt: skip
+    file = {}
+    for module, (rows, columns) in shapes.items():
+        file[f"diffusion_model.{module}.lora_A.weight"] = torch.zeros(1, columns)
+        file[f"diffusion_model.{module}.lora_B.weight"] = torch.zeros(rows, 1)
+    with pytest.raises(RuntimeError, match=r"LoRA: it is for FLUX\.2 klein 9B, not for FLUX.*are 256 wide"):
+        stock.native(checkpoint, [(write(tmp_path, "klein", file), 1.0)])
 
 
 # Properties.

@@ -16,7 +16,6 @@ from accel.lora.read.names import WORDS, known_names
 from accel.lora.read.origins import origin
 from accel.lora.read.other_models import for_another_model
 from accel.lora.read.text_encoders import EncoderNames, sort_encoder_keys, split_encoder
-from accel.spec import ModelSpec
 from harness.lora_files import kind_state_dict, lora_state_dict, norm_state_dict
 from harness.tensor_files import write_tensors
 from harness.tiny_flux2 import TinyFlux2Config, tiny_flux2_state_dict
@@ -269,11 +268,6 @@ def shapes_of(name, keep=lambda linear: True, diffusers=False, rank=4):
     return shapes
 
 
-def header_of(name):
-    """A published model without a file."""
-    return ModelSpec(None, *PUBLISHED[name], torch.bfloat16)
-
-
 def everything(name):
     return True
 
@@ -296,11 +290,12 @@ PAIRS = [(one, other) for one, other in itertools.permutations(PUBLISHED, 2) if 
 @pytest.mark.parametrize("keep", [everything, in_blocks])
 @pytest.mark.parametrize(("of", "on"), PAIRS, ids=[f"{one} on {other}" for one, other in PAIRS])
 def test_a_lora_of_another_model_is_refused_by_its_name(of, on, keep, diffusers):
-    message = for_another_model("LoRA 'x'", shapes_of(of, keep, diffusers), header_of(on))
-    assert message.startswith(f"LoRA 'x' is for {TITLES[of]}")
+    message = for_another_model("LoRA 'x'", shapes_of(of, keep, diffusers), *PUBLISHED[on])
     this = TITLES[on] if "FLUX.2" in TITLES[on] else f"FLUX.1 {on.removeprefix('flux1-')}"
-    assert f", or a LoRA for {this}." in message
-    widths = f"its layers are {WIDE[of]} wide, those of this model, {this}, are {WIDE[on]} wide"
+    assert message.startswith(f"LoRA 'x': it is for {TITLES[of]}")
+    assert f", not for {this}: its layers " in message
+    assert message.endswith(f", or a LoRA for {this}.")
+    widths = f"its layers are {WIDE[of]} wide, this model's are {WIDE[on]} wide"
     assert (widths in message) == (WIDE[of] != WIDE[on])
 
 
@@ -308,18 +303,18 @@ def test_a_lora_of_another_model_is_refused_by_its_name(of, on, keep, diffusers)
 def test_nothing_is_said_of_a_models_own_lora_or_its_twins(name):
     for other in PUBLISHED:
         if TITLES[other] == TITLES[name]:
-            assert for_another_model("", shapes_of(other), header_of(name)) is None
+            assert for_another_model("", shapes_of(other), *PUBLISHED[name]) is None
     damaged = {key: shape for key, shape in shapes_of(name).items() if "single" not in key or "lora_A" not in key}
-    assert for_another_model("", damaged, header_of(name)) is None
-    assert for_another_model("", {"a.lora_A.weight": (4, 4)}, header_of(name)) is None
+    assert for_another_model("", damaged, *PUBLISHED[name]) is None
+    assert for_another_model("", {"a.lora_A.weight": (4, 4)}, *PUBLISHED[name]) is None
 
 
 def test_layers_of_both_families_with_equal_shapes_are_told_by_their_number():
     """FLUX.1's and klein 4B's attention is as wide, and called the same; FLUX.1 has 19 blocks of it, klein 4B 5."""
-    on_klein = for_another_model("LoRA 'x'", shapes_of("flux1-dev", attention), header_of("flux2-klein-4b"))
-    assert on_klein.startswith("LoRA 'x' is for FLUX.1: its layers have the names and shapes of that model's; this one")
-    on_dev = for_another_model("LoRA 'x'", shapes_of("flux2-klein-4b", attention), header_of("flux2-dev"))
-    assert "is for FLUX.1 or FLUX.2 klein 4B: its layers are 3072 wide" in on_dev
+    on_klein = for_another_model("LoRA 'x'", shapes_of("flux1-dev", attention), *PUBLISHED["flux2-klein-4b"])
+    assert "it is for FLUX.1, not for FLUX.2 klein 4B: its layers have that model's names and shapes" in on_klein
+    on_dev = for_another_model("LoRA 'x'", shapes_of("flux2-klein-4b", attention), *PUBLISHED["flux2-dev"])
+    assert "it is for FLUX.1 or FLUX.2 klein 4B, not for FLUX.2 dev: its layers are 3072 wide" in on_dev
 
 
 @pytest.mark.parametrize("kind", ["LoKr", "LoHa", "difference", "OFT", "GLoRA", "DoRA"])
@@ -328,7 +323,7 @@ def test_every_kind_is_told_by_its_shapes(tmp_path, flux2, kind, monkeypatch):
     published = dict(FAMILIES["FLUX.1"].published, small=TINY["FLUX.1"])
     monkeypatch.setattr(FAMILIES["FLUX.1"], "published", published, raising=False)
     file = kind_state_dict(kind, targets=lambda name: name.startswith("single_blocks.0.linear"))
-    with pytest.raises(LoraError, match=r"LoRA 'kind\.safetensors' is for FLUX\.1 dev: its layers have the names and"):
+    with pytest.raises(LoraError, match=r"LoRA 'kind\.safetensors': it is for FLUX\.1 dev, not for FLUX\.2 dev"):
         read_lora(write_tensors(tmp_path / "kind.safetensors", file), flux2)
 
 

@@ -75,7 +75,7 @@ def _account(file: TensorFile, spec: ModelSpec) -> FileKeys:
         return account(file, spec)
     except LoraError as wrong:
         shapes = {key: info.shape for key, info in file.tensors.items()}
-        message = for_another_model(f"LoRA '{file.name}'", shapes, spec)
+        message = for_another_model(f"LoRA '{file.name}'", shapes, spec.family, spec.config)
         if message is None:
             raise
         raise LoraError(message) from wrong

@@ -13,7 +13,6 @@ from ...errors import LoraError
 from ...families import registry
 from ...families.base import Config, Family
 from ...families.layout import LoraTarget
-from ...spec import ModelSpec
 from .. import kinds
 from ..kinds.shapes import TensorHeader
 from .keys import NORM_ENDS, find_linear
@@ -23,32 +22,35 @@ Shapes = Mapping[str, tuple[int, ...]]
 Model = tuple[Family[Any], Any]  # a family and its sizes
 
 
-def for_another_model(source: str, shapes: Shapes, spec: ModelSpec[Config]) -> str | None:
+def for_another_model(source: str, shapes: Shapes, family: Family[Config], config: Config) -> str | None:
     """What to say of a LoRA that does not fit.
 
     Args:
         source: what the message begins with, such as `LoRA 'x.safetensors'`.
         shapes: key -> shape of every tensor.
-        spec: the model that it does not fit.
+        family: of the model that it does not fit.
+        config: that model's sizes.
 
     Returns:
         The message; None: no published model of another family or width takes most of it, and more than this one.
     """
-    own = _fitting(shapes, known_names(spec.family, spec.config))
+    own = _fitting(shapes, known_names(family, config))
     fitting = [(_fitting(shapes, known_names(*model)), model) for model in _published()]
     most = max((count for count, _ in fitting), default=0)
     best = [model for count, model in fitting if count == most]
-    families = {family.name for family, _ in best}
-    widths = {family.layout(config).width for family, config in best}
-    here = spec.layout.width
-    if most <= own or 2 * most <= len(shapes) or (here in widths and spec.family.name in families):
+    widths = {other.layout(sizes).width for other, sizes in best}
+    here = family.layout(config).width
+    same = here in widths and any(other.name == family.name for other, _ in best)
+    if same or most <= own or 2 * most <= len(shapes):
         return None
-    models, this = _named(best), f"{spec.family.name} {spec.config.variant}"
+    models, this = _named(best), f"{family.name} {config.variant}"
+    why = "its layers have that model's names and shapes"
     if len(widths) == 1 and here not in widths:
-        why = f"its layers are {widths.pop()} wide, those of this model, {this}, are {here} wide"
-    else:
-        why = f"its layers have the names and shapes of that model's; this one is {this}"
-    return f"{source} is for {models}: {why}. Choose that model in Accelerated Flux Loader, or a LoRA for {this}."
+        why = f"its layers are {widths.pop()} wide, this model's are {here} wide"
+    return (
+        f"{source}: it is for {models}, not for {this}: {why}. Choose that model in Accelerated Flux Loader, or a LoRA "
+        f"for {this}."
+    )
 
 
 def _published() -> Iterator[Model]:
