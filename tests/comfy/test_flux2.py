@@ -42,6 +42,10 @@ def native_lora(seed, rank=8, config=TinyFlux2Config(), targets=lambda module: T
 
 @pytest.fixture(scope="module")
 def loras(comfy):
+    return write_loras(comfy)
+
+
+def write_loras(comfy):
     """Of all linears, of attention alone, and of dev's."""
     return (
         comfy.tensors("loras", "flux2-a.safetensors", native_lora(1)),
