@@ -388,18 +388,24 @@ def test_peft_bias_is_added_with_the_scale(tmp_path, spec, base):
         torch.testing.assert_close(value, base.parameter(parameter) + 0.6 * 0.5 * added)
 
 
-def saved_by_diffusers(folder, **config):
+def saved_by_diffusers(folder, tiny=TINY, **config):
     """A file by diffusers' own `save_lora_weights`, from a model with PEFT's layers in it."""
-    from diffusers import FluxPipeline, FluxTransformer2DModel
+    import diffusers
     from diffusers.training_utils import _collate_lora_metadata
     from peft import LoraConfig, get_peft_model_state_dict
 
-    model = FluxTransformer2DModel(
-        patch_size=1, in_channels=64, num_layers=2, num_single_layers=2, attention_head_dim=128, num_attention_heads=2,
-        joint_attention_dim=768, pooled_projection_dim=768, guidance_embeds=True,
-    )
+    sizes = {
+        "patch_size": 1, "num_layers": 2, "num_single_layers": 2, "attention_head_dim": 128, "num_attention_heads": 2,
+        "joint_attention_dim": 768, "guidance_embeds": True,
+    }  # fmt: skip
+    if tiny is TINY:
+        pipeline = diffusers.FluxPipeline
+        model = diffusers.FluxTransformer2DModel(in_channels=64, pooled_projection_dim=768, **sizes)
+    else:
+        pipeline = diffusers.Flux2Pipeline
+        model = diffusers.Flux2Transformer2DModel(in_channels=128, mlp_ratio=3.0, **sizes)
     model.add_adapter(LoraConfig(init_lora_weights=False, **config))
-    FluxPipeline.save_lora_weights(
+    pipeline.save_lora_weights(
         folder, transformer_lora_layers=get_peft_model_state_dict(model),
         **_collate_lora_metadata({"transformer": model}),
     )
@@ -422,6 +428,24 @@ def test_what_diffusers_saves_is_scaled_as_peft_does(tmp_path, spec, rslora):
     assert {layer.rank for layer in weights.layers} == {3, 4, 8}
     for layer in weights.layers:
         torch.testing.assert_close(layer.scale * layer.lora_B @ layer.lora_A, expected[layer.module])
+
+
+@pytest.mark.parametrize("tiny", ["FLUX.2"], indirect=True)
+def test_what_diffusers_saves_of_flux2_is_scaled_as_peft_does(tmp_path, spec, tiny):
+    """The fused linear of single blocks too, which is four here."""
+    path, expected = saved_by_diffusers(
+        tmp_path, tiny, r=4, lora_alpha=6, use_rslora=True, rank_pattern={"attn.to_qkv_mlp_proj": 8},
+        target_modules=["to_q", "to_qkv_mlp_proj", "to_out.0", "ff.linear_in", "ff_context.linear_out",
+                        "norm_out.linear", "double_stream_modulation_img.linear",
+                        "time_guidance_embed.timestep_embedder.linear_1"],
+    )
+    changes = {layer.module: layer.scale * layer.lora_B @ layer.lora_A for layer in read_lora(str(path), spec).layers}
+    for name, change in expected.items():
+        block, fused, _ = name.partition("to_qkv_mlp_proj")
+        names = [block + part for part in (("to_q", "to_k", "to_v", "to_mlp") if fused else ("",))]
+        torch.testing.assert_close(torch.cat([changes.pop(each) for each in names]), change)
+    assert not changes
+    assert len(expected) == 2 * 4 + 2 * 1 + 3
 
 
 def test_metadata_that_contradicts_the_matrices_is_refused(tmp_path, spec):
