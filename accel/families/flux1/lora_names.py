@@ -45,7 +45,7 @@ RELATIVES = (
     KnownKeys(r"\.mlp_(context_)?fc[12]\.", "FLUX.1, converted for Nunchaku: get the file that it was made of"),
     KnownKeys(r"processor\.q_loras\.", "FLUX.1, EasyControl"),
     KnownKeys(r"distilled_guidance_layer", "Chroma"),
-    KnownKeys(r"double_stream_modulation_", "FLUX.2"),
+    KnownKeys(r"double_stream_modulation_|single_stream_modulation|time_guidance_embed", "FLUX.2"),
     KnownKeys(r"transformer_blocks[._]\d+[._](img|txt)_mod[._]1", "Qwen-Image"),
     KnownKeys(
         r"_mlp[._]fc[12]\b|\.(img|txt)_attn_(qkv|proj)\b|_mod[._]linear\b|modulation[._]linear\b", "HunyuanVideo"

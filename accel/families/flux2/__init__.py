@@ -14,7 +14,7 @@ from ..layout import Layout
 from ..streams.forward import Regions
 from ..streams.layout import HEAD_DIM, canonical
 from .activations import activation_bytes
-from .config import CHANNELS, DIFFUSERS, MODELS_BY_CHANNELS, PATCH_SIZE, POSITIONS, Flux2Config
+from .config import CHANNELS, DEPTHS, DIFFUSERS, MODELS_BY_CHANNELS, PATCH_SIZE, POSITIONS, Flux2Config
 from .config import recognise as recognise_config
 from .forward import Flux2Forward
 from .inputs import Flux2Inputs
@@ -51,9 +51,9 @@ class Flux2(Family[Flux2Config]):
     # In bf16, and comfy/sd.py: 4 · 2178 · 64 elements for each latent of 16 × 16 pixels.
     autoencoder = Autoencoder(168_120_878, 2178 * 2)
     published: Mapping[str, Flux2Config] = {
-        "flux2-dev": Flux2Config(6144, 8, 48, 15360, 18432, True),
-        "flux2-klein-9b": Flux2Config(4096, 8, 24, 12288, 12288, False),
-        "flux2-klein-4b": Flux2Config(3072, 5, 20, 7680, 9216, False),
+        "flux2-dev": Flux2Config(6144, *DEPTHS[6144], 15360, 18432, True),
+        "flux2-klein-9b": Flux2Config(4096, *DEPTHS[4096], 12288, 12288, False),
+        "flux2-klein-4b": Flux2Config(3072, *DEPTHS[3072], 7680, 9216, False),
     }
 
     def recognise(self, tensors: Mapping[str, TensorInfo], file_name: str) -> tuple[Flux2Config, Layout] | None:

@@ -11,11 +11,9 @@ from dataclasses import replace
 from ..base import LoraNames
 from ..layout import Layout, LinearPart, LoraTarget, VectorWeight
 from ..streams.layout import diffusers_block
-from .config import Flux2Config
+from .config import DEPTHS, Flux2Config
 from .layout import checkpoint_layout
 
-# Blocks of the largest published model, dev.
-DEPTH, DEPTH_SINGLE = 8, 48
 # Ends of fused linears -> what they are called in diffusers' blocks where they stay fused.
 FUSED_DIFFUSERS = {
     ".img_attn.qkv": ".attn.to_qkv",
@@ -84,13 +82,18 @@ def lora_norms(layout: Layout) -> dict[str, VectorWeight]:
 
 
 def lora_absent(config: Flux2Config) -> dict[str, str]:
-    """Names of linears and norms that other models of the family have and this one lacks -> what to say of them."""
+    """Names of linears and norms that other models of the family have and this one lacks -> what to say of their keys.
+
+    Blocks count up to the number of the published model that is as wide: more of them are in FLUX.1, whose layers are
+    named alike, and in part as large. Of a width in which nothing is published, up to the largest model's number.
+    """
     absent: dict[str, str] = {}
     own = _names(config)
     if not config.guidance:
         more = _names(replace(config, guidance=True)) - own
         absent |= dict.fromkeys(more, "of the guidance embedder, which FLUX.2 klein does not have")
-    for field, full, kind in (("depth", DEPTH, "double"), ("depth_single", DEPTH_SINGLE, "single")):
+    depth, depth_single = DEPTHS.get(config.hidden_size, max(DEPTHS.values()))
+    for field, full, kind in (("depth", depth, "double"), ("depth_single", depth_single, "single")):
         count = getattr(config, field)
         if count < full:
             more = _names(replace(config, **{field: full})) - own
