@@ -27,7 +27,7 @@ def activation_bytes(
 ) -> int:
     """See `Family.activation_bytes`."""
     hidden, mlp = config.hidden_size, config.mlp_dim
-    per_token = (5 * hidden + 3 * mlp) * dtype.itemsize
+    per_token = (4 * hidden + 3 * mlp) * dtype.itemsize
     if not compiled:
         per_token += 4 * hidden * dtype.itemsize + 2 * hidden * FLOAT32_BYTES
     per_token += HEAD_DIM * FLOAT32_BYTES  # the rotary table: a cosine and a sine for each pair of channels
