@@ -383,6 +383,33 @@ def test_the_table_of_flux_dev(capsys):
     assert re.search(r"^12 GB: stream: .* of 57 blocks stay", out, re.MULTILINE)
 
 
+README_MODES = ("none", "fp8", "int8", "nf4")
+
+
+def readme_rows(model, capsys):
+    """The rows of the README's table for a model, behind their labels."""
+    columns, totals = [], []
+    for mode in README_MODES:
+        _, out, _ = run(model, "--quantization", mode, capsys=capsys)
+        weights, whole = (float(re.search(rf"{word} ([\d.]+) GB", out)[1]) for word in ("weights", "with the weights"))
+        totals.append(f"{weights:.1f}; {whole:.1f}")
+        columns.append([readme_cell(*cells) for cells in rows_of(out).values()])
+    return [totals, *zip(*columns, strict=True)]
+
+
+def readme_cell(mode, blocks, copied, engine, peak, *_):
+    resident, total = blocks.split(" of ")
+    peak = f"{float(peak.split()[0]):.1f}"
+    return f"all / {peak}" if resident == total else f"{resident} / {float(copied.split()[0]):.1f} / {peak}"
+
+
+@pytest.mark.parametrize("model", ["flux1-dev", "flux2-dev", "flux2-klein-9b", "flux2-klein-4b"])
+def test_the_tables_of_the_readme(model, capsys):
+    text = (REPO / "README.md").read_text(encoding="utf-8")
+    for cells in readme_rows(model, capsys):
+        assert f" | {' | '.join(cells)} |\n" in text
+
+
 def test_the_known_size_of_flux_dev(capsys):
     """Published: about 33 GB with T5 and VAE in bf16 (huggingface/lora-fast and diffusers' FLUX documentation)."""
     _, out, _ = run("flux1-dev", capsys=capsys)
