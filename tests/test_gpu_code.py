@@ -126,6 +126,35 @@ def test_the_table_and_the_picture_show_the_figures(finished):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+# FLUX.2, whose blocks share their modulations. Lower them when they fall.
+FLUX2_CEILINGS_MB = {
+    ("ours_bf16", 0): 4_620,
+    ("ours_bf16", 16): 5_050,
+    ("ours_fp8", 0): 3_530,
+    ("ours_fp8", 16): 4_670,
+}
+
+
+@pytest.fixture(scope="module")
+def klein():
+    needs_descriptions()
+    variants = ("ours_bf16", "diffusers_bf16", "ours_fp8", "diffusers_fp8")
+    return gpu_code.generate("flux2-klein-9b", gpu_code.TOKENS, variants)
+
+
+@pytest.mark.slow
+def test_the_blocks_of_flux2_move_less_than_those_of_diffusers(klein):
+    for (name, rank), ceiling in FLUX2_CEILINGS_MB.items():
+        counted = gpu_code.count(klein[name], rank, fused=True)
+        theirs = gpu_code.count(klein[name.replace("ours", "diffusers")], 0, fused=True)
+        assert counted["mb"] <= ceiling, (name, rank)
+        assert counted["mb"] <= (1.2 if rank else 0.9) * theirs["mb"], (name, rank)
+        assert counted["spilled_mb"] == counted["syncs"] == counted["host_copies"] == 0
+        # diffusers has one linear where a single block has four here; 14 in all.
+        assert theirs["products"] == 14
+        assert gpu_code.count(klein[name], 0, fused=True)["products"] == 17
+
+
 # The count itself, by hand.
 
 
