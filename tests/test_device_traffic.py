@@ -20,7 +20,8 @@ from accel.linear import float8, layers, operators, product
 from accel.linear.autotune import Autotuner
 from accel.linear.slot import Bound
 from accel.lora.hold.slots import Bindings, LoraSlots
-from benchmarks.block_variants import block_modules, one_of_each, quantize_float8
+from benchmarks.block_variants import block_modules, quantize_float8
+from benchmarks.families.flux1 import one_of_each
 
 CUDA = torch.device("cuda")
 RANK = 16

@@ -20,19 +20,13 @@ from .forward import Flux2Forward
 from .inputs import Flux2Inputs
 from .layout import checkpoint_layout, diffusers_layout
 from .lora_names import lora_names
+from .text_encoders import text_encoder
 from .wording import LORA_RELATIVES, WORDING
 
 if TYPE_CHECKING:
     from ...attention import Attention
 
 __all__ = ["CHANNELS", "PATCH_SIZE", "POSITIONS", "Flux2", "Flux2Config", "Flux2Inputs"]
-
-# context_dim of each published model -> its text encoder, by how Flux Text Encoder Loader keeps it.
-TEXT_ENCODERS: Mapping[int, TextEncoder] = {
-    7680: TextEncoder("Qwen3-4B", {"none": 8_044_936_192, "int8": 4_411_000_000, "nf4": 2_822_000_000}),
-    12288: TextEncoder("Qwen3-8B", {"none": 15_136_000_000, "int8": 8_190_000_000, "nf4": 5_153_000_000}),
-    15360: TextEncoder("Mistral Small 24B", {"none": 45_800_000_000, "int8": 23_570_000_000, "nf4": 13_840_000_000}),
-}
 
 
 class Flux2(Family[Flux2Config]):
@@ -137,4 +131,4 @@ class Flux2(Family[Flux2Config]):
 
     def text_encoders(self, config: Flux2Config) -> tuple[TextEncoder, ...]:
         """The language model three of whose layers it reads."""
-        return (TEXT_ENCODERS.get(config.context_dim, TEXT_ENCODERS[7680]),)
+        return (text_encoder(config.context_dim),)
