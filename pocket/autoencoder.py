@@ -51,7 +51,7 @@ class Latents:
         encode: averages (N, 3, h, w), 0–1, -> latents.
         decoder: a new one: latents -> pictures, about 0–1.
         checkpoint: the file.
-        prefix: of the decoder's tensors in it.
+        read: the whitening that a file was made with; None: nothing encodes pictures with it.
     """
 
     channels: int
@@ -61,7 +61,10 @@ class Latents:
     encode: Callable[[Tensor, Whitening], Tensor]
     decoder: Callable[[], nn.Module]
     checkpoint: Callable[[nn.Module, Whitening], dict[str, Tensor]]
-    prefix: str = "taesd_decoder."
+    read: Callable[[Mapping[str, Tensor]], Whitening] | None = None
+
+
+DECODER, ENCODER = "taesd_decoder.", "taesd_encoder."  # before the names of tensors in a file
 
 
 def average(pictures: Tensor, side: int) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from harness.paths import REPO
 
 from . import model
+from .autoencoder import DECODER
 from .kind import Kind, Tokenizer
 from .loras import Recipe
 
@@ -39,7 +40,7 @@ def load_decoder(kind: Kind, models: Path) -> nn.Module:
     """The decoder from its file, without the channels that are zero."""
     decoder, tensors = kind.latents.decoder(), load_file(models / kind.files["vae"])
     state = {
-        name: tensors[f"{kind.latents.prefix}{name}"].float()[tuple(slice(size) for size in value.shape)]
+        name: tensors[f"{DECODER}{name}"].float()[tuple(slice(size) for size in value.shape)]
         for name, value in decoder.state_dict().items()
     }
     decoder.load_state_dict(state)

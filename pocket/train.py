@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,65 +19,19 @@ from torch import Tensor, nn
 from harness.paths import CACHE
 
 from . import autoencoder, loras, model
-from .data import Pictures, make_edits, make_pictures
 from .draw import prompt, random_scene
 from .files import MODELS, load_decoder, load_trained, lora_path, tokenizer_of_comfyui, write
 from .kind import Kind
 from .kinds import KINDS
-from .loop import Loop, Stage, save_whole
+from .loop import Loop, Stage
 from .quality import edit_requests, pictures_before
+from .sets import Plan, Sets
 from .sheet import draw_prompts, write_sheet
 
 CROP_PX = 48  # what the decoder is trained on
 
 
-@dataclass(frozen=True)
-class Plan:
-    """How much of everything; the tests train a plan of a few steps.
-
-    Attributes:
-        pictures: of the transformer's training set; of edits there are half as many.
-        decoder_steps: with 16 crops of 48 pixels each.
-        steps: of the transformer.
-        cooldown: of its steps, the last ones, over which learning rates fall to zero.
-        batch: pictures in a step of the transformer or a LoRA.
-        lora_pictures: of each LoRA's training set.
-        lora_steps: of each LoRA.
-        shown: prompts on a sample sheet, a multiple of 8 or fewer than that.
-        seed: of everything.
-    """
-
-    pictures: int = 12000
-    decoder_steps: int = 2000
-    steps: int = 4200
-    cooldown: int = 1400
-    batch: int = 64
-    lora_pictures: int = 1200
-    lora_steps: int = 500
-    shown: int = 24
-    seed: int = 7
-
-
-PLANS = {"flux1": Plan(), "flux2": Plan(pictures=16000, steps=8000, cooldown=2600)}
-
-
-@dataclass(frozen=True)
-class Examples:
-    """What a transformer is trained on.
-
-    Attributes:
-        latents: (N, C, h, w).
-        tokens: of the prompts, (N, S).
-        before: latents of the pictures to change, shaped alike, or None.
-    """
-
-    latents: Tensor
-    tokens: Tensor
-    before: Tensor | None
-
-    def references(self, rows: Tensor) -> tuple[Tensor, ...]:
-        """Of some of them."""
-        return () if self.before is None else (self.before[rows],)
+PLANS = {"flux1": Plan(), "flux2": Plan(steps=5000, cooldown=1600)}
 
 
 class Training:
@@ -89,6 +42,7 @@ class Training:
         self.kind, self.work, self.models, self.plan, self.say = kind, work, models, plan, say
         self.tokenizer = tokenizer_of_comfyui(kind)
         work.mkdir(parents=True, exist_ok=True)
+        self.sets = Sets(kind, self.tokenizer, work, plan, say)
         self._loop = Loop(work, plan.seed, say)
 
     def run(self) -> None:
@@ -100,53 +54,6 @@ class Training:
         took = self._loop.total_min()
         self.say(f"All of it took {took['cpu_s']:.1f} CPU minutes, {took['wall_s']:.1f} minutes on the clock")
 
-    # Pictures
-
-    def pictures(self, name: str, make: Callable[[Callable[[int, int], None]], Pictures]) -> Pictures:
-        """Draw a set once; later runs read it."""
-        path = self.work / f"{name}.pt"
-        if not path.exists():
-            made = make(lambda done, total: self.say(f"{name}: {done} of {total} pictures drawn"))
-            save_whole(path, (made.averages, made.prompts, made.full, made.before))
-        return Pictures(*torch.load(path, weights_only=True))
-
-    def flat(self) -> Pictures:
-        """The transformer's training set."""
-        count, averaged = self.plan.pictures, self.kind.latents.averaged
-        return self.pictures(
-            "flat", lambda progress: make_pictures(count, self.plan.seed, ("flat",), 0, progress, averaged)
-        )
-
-    def edits(self) -> Pictures:
-        """Its second one, for models that change pictures."""
-        count, averaged = self.plan.pictures // 2, self.kind.latents.averaged
-        return self.pictures("edits", lambda progress: make_edits(count, self.plan.seed + 2, progress, averaged))
-
-    def mixed(self) -> Pictures:
-        """The decoder's: every style, so that LoRAs can be drawn too."""
-        count, averaged = max(16, self.plan.pictures // 10), self.kind.latents.averaged
-        styles = tuple(s for style in self.kind.styles for s in ("flat", style))
-        return self.pictures("mixed", lambda progress: make_pictures(count, 1, styles, count, progress, averaged))
-
-    def styled(self, recipe: loras.Recipe) -> Pictures:
-        """A LoRA's."""
-        styles = (recipe.style, f"{recipe.over} {recipe.style}") if recipe.over else (recipe.style,)
-        count, seed, averaged = self.plan.lora_pictures, self.plan.seed + 1, self.kind.latents.averaged
-        return self.pictures(
-            recipe.style, lambda progress: make_pictures(count, seed, styles, 0, progress, averaged)
-        )
-
-    def whitening(self) -> autoencoder.Whitening:
-        """Of the mixed pictures."""
-        return self.kind.latents.whitening(self.mixed().averages / 255.0)
-
-    def examples(self, pictures: Pictures) -> Examples:
-        """Pictures as the transformer sees them."""
-        whitening, encode = self.whitening(), self.kind.latents.encode
-        before = encode(pictures.before / 255.0, whitening) if len(pictures.before) else None
-        tokens = self.tokenizer(pictures.prompts, None if before is not None else self.kind.text.length)
-        return Examples(encode(pictures.averages / 255.0, whitening), tokens, before)
-
     # Stages
 
     def train_decoder(self) -> None:
@@ -154,7 +61,7 @@ class Training:
         path, kind = self.models / self.kind.files["vae"], self.kind.latents
         if path.exists():
             return
-        mixed, whitening = self.mixed(), self.whitening()
+        mixed, whitening = self.sets.mixed(), self.sets.whitening()
         latents = kind.encode(mixed.averages / 255.0, whitening)
         torch.manual_seed(self.plan.seed)
         decoder = kind.decoder().to(memory_format=torch.channels_last)
@@ -184,8 +91,8 @@ class Training:
         kind, paths = self.kind, [self.models / self.kind.files[part] for part in ("model", "text")]
         if all(path.exists() for path in paths):
             return
-        drawn = self.examples(self.flat())
-        changed = self.examples(self.edits()) if kind.edits else drawn
+        drawn = self.sets.examples(self.sets.flat())
+        changed = self.sets.examples(self.sets.edits()) if kind.edits else drawn
         tokens = torch.cat([drawn.tokens.flatten(), changed.tokens.flatten()])
         transformer, encoder = model.build(kind.transformer, self.plan.seed), kind.text.new(self.tokenizer, tokens)
         both = nn.ModuleList([transformer, encoder])
@@ -225,7 +132,7 @@ class Training:
         path = lora_path(self.models, recipe)
         if path.exists():
             return
-        examples = self.examples(self.styled(recipe))
+        examples = self.sets.examples(self.sets.styled(recipe))
         transformer, encoder = load_trained(self.kind, self.models)
         with torch.no_grad():
             encoded = torch.cat([encoder(part) for part in examples.tokens.split(256)])
@@ -265,8 +172,8 @@ class Training:
         """The same for changes, each picture beside what was to be changed."""
         requests = edit_requests(self.plan.shown, seed=3)
         prompts, decoder = [request.prompt for request in requests], load_decoder(self.kind, self.models)
-        before = pictures_before(requests)
-        latents = self.kind.latents.encode(autoencoder.average(before, self.kind.latents.averaged), self.whitening())
+        before, kind = pictures_before(requests), self.kind.latents
+        latents = kind.encode(autoencoder.average(before, kind.averaged), self.sets.whitening())
         drawn = draw_prompts(
             self.kind, transformer, encoder, decoder, self.tokenizer, prompts, seed=1, before=latents
         )

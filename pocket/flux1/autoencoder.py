@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..autoencoder import AXES, Decoder, Latents, Whitening, axes, empty_encoder, widened
+from ..autoencoder import AXES, DECODER, ENCODER, Decoder, Latents, Whitening, axes, empty_encoder, widened
 
 CHANNELS = 16
 SCALE, SHIFT = 0.3611, 0.1159  # of FLUX.1's latents; the file says so to ComfyUI
@@ -27,8 +27,8 @@ def encode(quarters: Tensor, whitening: Whitening) -> Tensor:
 def checkpoint(decoder: Decoder, whitening: Whitening) -> dict[str, Tensor]:
     """The file: both halves at TAESD's width, in float16, with the scale and shift of FLUX.1's latents."""
     tensors = {"vae_scale": torch.tensor(SCALE), "vae_shift": torch.tensor(SHIFT)}
-    tensors |= {f"taesd_decoder.{name}": value for name, value in widened(decoder).items()}
-    tensors |= {f"taesd_encoder.{name}": value for name, value in _encoder(whitening).items()}
+    tensors |= {f"{DECODER}{name}": value for name, value in widened(decoder).items()}
+    tensors |= {f"{ENCODER}{name}": value for name, value in _encoder(whitening).items()}
     return {name: tensor.half().contiguous() for name, tensor in tensors.items()}
 
 

@@ -6,11 +6,25 @@ them, and the brightness of each 2x2 pixels. FLUX.2 folds 2x2 of these once more
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..autoencoder import AXES, WIDTH, Decoder, Latents, Whitening, average, axes, empty_encoder, widened
+from ..autoencoder import (
+    AXES,
+    DECODER,
+    ENCODER,
+    WIDTH,
+    Decoder,
+    Latents,
+    Whitening,
+    average,
+    axes,
+    empty_encoder,
+    widened,
+)
 
 CHANNELS = 32  # of TAESD's halves
 FOLD = 2
@@ -40,12 +54,22 @@ def encode(halves: Tensor, whitening: Whitening) -> Tensor:
 
 def checkpoint(decoder: Decoder, whitening: Whitening) -> dict[str, Tensor]:
     """The file: both halves at TAESD's width, in float16; convolutions that are all zero in float8."""
-    halves = {"decoder": widened(decoder) | _pools((3, 4, 5)), "encoder": _encoder(whitening) | _pools((11, 12, 13))}
-    tensors = {f"taesd_{half}.{name}": value for half, named in halves.items() for name, value in named.items()}
+    halves = {DECODER: widened(decoder) | _pools((3, 4, 5)), ENCODER: _encoder(whitening) | _pools((11, 12, 13))}
+    tensors = {half + name: value for half, named in halves.items() for name, value in named.items()}
+    tensors |= {"vae_scale": torch.tensor(1.0), "vae_shift": torch.tensor(0.0)}
     return {
-        name: value.to(torch.float16 if value.ndim == 1 or value.any() else torch.float8_e4m3fn).contiguous()
+        name: value.to(torch.float16 if value.ndim < 2 or value.any() else torch.float8_e4m3fn).contiguous()
         for name, value in tensors.items()
     }
+
+
+def read(tensors: Mapping[str, Tensor]) -> Whitening:
+    """What ComfyUI's encoder does with the file's numbers, which are rounded."""
+    last, bias = (tensors[f"{ENCODER}14.{end}"].float() for end in ("weight", "bias"))
+    colours = [AXES[axis].argmax() for axis in range(len(AXES))]
+    std = [AXES[axis, colour] / last[4 * axis, 4 * colour, 1, 1] for axis, colour in enumerate(colours)]
+    std.append(1.0 / last[4 * len(AXES), 4 * 3, 1, 1])
+    return Whitening(-bias[: 4 * len(std) : 4] * torch.stack(std), torch.stack(std))
 
 
 def _pools(blocks: tuple[int, ...]) -> dict[str, Tensor]:
@@ -93,4 +117,5 @@ LATENTS = Latents(
     encode=encode,
     decoder=lambda: FoldedDecoder(CHANNELS),
     checkpoint=checkpoint,
+    read=read,
 )
