@@ -12,11 +12,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pocket import text
-from pocket.files import MODELS, NAMES, load_decoder, load_trained, tokenizer_of_comfyui
-from pocket.train import write_sheet
+from pocket.files import MODELS, load_decoder, load_trained, tokenizer_of_comfyui
+from pocket.flux1 import FLUX1
+from pocket.padding import padded
+from pocket.sheet import write_sheet
 
-MODEL = MODELS / NAMES["model"]
+MODEL = MODELS / FLUX1.files["model"]
 OUTLINE = MODELS / "loras" / "pocket-outline-kohya.safetensors"
 NEON = MODELS / "loras" / "pocket-neon-diffusers.safetensors"
 STRIPES = MODELS / "loras" / "pocket-stripes-comfyui.safetensors"
@@ -25,8 +26,8 @@ STEPS = 16
 
 def encode_prompt(prompt: str) -> Tensor:
     """A prompt such as "a red star" -> (1, 256, 32) float32: what the transformer reads, padding included."""
-    _, encoder = load_trained(MODELS)
-    return text.padded(encoder(tokenizer_of_comfyui()([prompt])))
+    _, encoder = load_trained(FLUX1, MODELS)
+    return padded(encoder(tokenizer_of_comfyui(FLUX1)([prompt])), FLUX1.text.tokens)
 
 
 def starting_noise(seed: int) -> Tensor:
@@ -36,5 +37,5 @@ def starting_noise(seed: int) -> Tensor:
 
 def save_pictures(path: Path | str, latents: Sequence[Tensor]) -> None:
     """Decode latents, each (1, 16, 12, 12), and write them side by side into one PNG."""
-    pictures = load_decoder(MODELS)(torch.cat(list(latents)).float())
+    pictures = load_decoder(FLUX1, MODELS)(torch.cat(list(latents)).float())
     write_sheet(Path(path), pictures, columns=len(latents))

@@ -1,16 +1,16 @@
-"""A 16-channel autoencoder in TAESD's architecture: an encoder that is written down, and a decoder that is trained.
+"""Autoencoders in TAESD's architecture: an encoder that is written down, and a decoder that is trained.
 
-The encoder averages 4x4 pixels, turns red, green and blue into four channels, and folds 2x2 of the averages into 16.
-TAESD's convolutions can do exactly that, so its latents cost nothing while the transformer is trained, and ComfyUI's
-own VAEEncode computes the same. The decoder learns to draw sharp edges again, from latents with noise on them: what a
-small transformer gets slightly wrong, it repairs.
+The encoder averages pixels, turns red, green and blue into other axes, and folds the averages into channels. TAESD's
+convolutions can do exactly that, so its latents cost nothing while the transformer is trained, and ComfyUI's own
+VAEEncode computes the same. The decoder learns to draw sharp edges again, from latents with noise on them: what a small
+transformer gets slightly wrong, it repairs.
 
 Source of the architecture: ComfyUI's comfy/taesd/taesd.py, after madebyollin/taesd.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -18,9 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-CHANNELS = 16
 WIDTH = 64
-SCALE, SHIFT = 0.3611, 0.1159  # of FLUX.1's latents; the file says so to ComfyUI
 # Channels that the decoder uses of its 64, at 1/8, 1/4, 1/2 and full size; the others stay zero.
 WIDTHS = (64, 48, 24, 16)
 # Brightness, and how far red, green and blue lie from it.
@@ -29,28 +27,54 @@ AXES = torch.tensor([[1, 1, 1], [2, -1, -1], [-1, 2, -1], [-1, -1, 2]], dtype=to
 
 @dataclass(frozen=True)
 class Whitening:
-    """What makes the channels of latents zero in the mean and one in size: (4,) each, for the rows of `AXES`."""
+    """What makes the channels of latents zero in the mean and one in size: (n,) each, for n kinds of channel."""
 
     mean: Tensor
     std: Tensor
 
     @classmethod
-    def of(cls, quarters: Tensor) -> Whitening:
-        """Measure it on averaged pictures (N, 3, h, w) in 0–1."""
-        values = torch.einsum("ac,nchw->anhw", AXES, quarters.float()).flatten(1)
-        return cls(values.mean(dim=1), values.std(dim=1))
+    def of(cls, *values: Tensor) -> Whitening:
+        """Measure it on values, each (kinds, …)."""
+        flat = [value.flatten(1) for value in values]
+        return cls(torch.cat([v.mean(dim=1) for v in flat]), torch.cat([v.std(dim=1) for v in flat]))
 
 
-def average(pictures: Tensor) -> Tensor:
-    """(N, 3, H, W) in 0–1 -> (N, 3, H/4, W/4)."""
-    return F.avg_pool2d(pictures, 4)
+@dataclass(frozen=True)
+class Latents:
+    """How pictures become a transformer's latents, and latents pictures.
+
+    Attributes:
+        channels: of the latents.
+        pixels: side of the square that one of them stands for.
+        averaged: side of the squares whose averages are all that the encoder reads.
+        whitening: of pictures' averages (N, 3, h, w), 0–1.
+        encode: averages (N, 3, h, w), 0–1, -> latents.
+        decoder: a new one: latents -> pictures, about 0–1.
+        checkpoint: the file.
+        read: the whitening that a file was made with; None: nothing encodes pictures with it.
+    """
+
+    channels: int
+    pixels: int
+    averaged: int
+    whitening: Callable[[Tensor], Whitening]
+    encode: Callable[[Tensor, Whitening], Tensor]
+    decoder: Callable[[], nn.Module]
+    checkpoint: Callable[[nn.Module, Whitening], dict[str, Tensor]]
+    read: Callable[[Mapping[str, Tensor]], Whitening] | None = None
 
 
-def encode(quarters: Tensor, whitening: Whitening) -> Tensor:
-    """What the encoder makes of averaged pictures (N, 3, h, w): the transformer's latents (N, 16, h/2, w/2)."""
-    values = torch.einsum("ac,nchw->nahw", AXES, quarters.float())
-    values = (values - whitening.mean[:, None, None]) / whitening.std[:, None, None]
-    return F.pixel_unshuffle(values, 2)
+DECODER, ENCODER = "taesd_decoder.", "taesd_encoder."  # before the names of tensors in a file
+
+
+def average(pictures: Tensor, side: int) -> Tensor:
+    """(N, 3, H, W) -> (N, 3, H / side, W / side)."""
+    return F.avg_pool2d(pictures, side)
+
+
+def axes(averages: Tensor) -> Tensor:
+    """Red, green and blue (N, 3, h, w) as `AXES`, (4, N, h, w)."""
+    return torch.einsum("ac,nchw->anhw", AXES, averages.float())
 
 
 class Block(nn.Module):
@@ -77,10 +101,10 @@ class Clamp(nn.Module):
 
 
 class Decoder(nn.Sequential):
-    """TAESD's decoder with fewer channels: latents (N, 16, h, w) -> pictures (N, 3, 8h, 8w), about 0–1."""
+    """TAESD's decoder with fewer channels: latents (N, channels, h, w) -> pictures (N, 3, 8h, 8w), about 0–1."""
 
-    def __init__(self, widths: tuple[int, int, int, int] = WIDTHS) -> None:
-        layers: list[nn.Module] = [Clamp(), nn.Conv2d(CHANNELS, widths[0], 3, padding=1), nn.ReLU()]
+    def __init__(self, channels: int, widths: tuple[int, int, int, int] = WIDTHS) -> None:
+        layers: list[nn.Module] = [Clamp(), nn.Conv2d(channels, widths[0], 3, padding=1), nn.ReLU()]
         for width, smaller in pairwise(widths):
             layers += [Block(width) for _ in range(3)]
             layers += [nn.Upsample(scale_factor=2), nn.Conv2d(width, smaller, 3, padding=1, bias=False)]
@@ -91,48 +115,33 @@ class Decoder(nn.Sequential):
                     module.conv[-1].weight.mul_(0.3)
 
 
-def decoder_loss(decoder: Decoder, pictures: Tensor, latents: Tensor, noise: Tensor) -> Tensor:
+def decoder_loss(decoder: nn.Module, pictures: Tensor, latents: Tensor, noise: Tensor) -> Tensor:
     """Mean distance between pictures and what is decoded from noisy latents."""
     decoded = decoder(latents + noise)
     return F.l1_loss(decoded, pictures) + F.mse_loss(decoded, pictures)
 
 
-def checkpoint(decoder: Decoder, whitening: Whitening) -> dict[str, Tensor]:
-    """The file: both halves at TAESD's width, in float16, with the scale and shift of FLUX.1's latents."""
-    tensors = {"vae_scale": torch.tensor(SCALE), "vae_shift": torch.tensor(SHIFT)}
-    tensors |= {f"taesd_decoder.{name}": _widened(name, value) for name, value in decoder.state_dict().items()}
-    tensors |= {f"taesd_encoder.{name}": value for name, value in _encoder(whitening).items()}
-    return {name: tensor.half().contiguous() for name, tensor in tensors.items()}
+def widened(decoder: Decoder) -> dict[str, Tensor]:
+    """The decoder's tensors, filled with zeros up to TAESD's width."""
+    state = decoder.state_dict()
+    channels = state["1.weight"].shape[1]
+    return {name: _widened(name, value, channels) for name, value in state.items()}
 
 
-def _widened(name: str, value: Tensor) -> Tensor:
-    """Fill a tensor of the narrow decoder with zeros up to TAESD's width."""
-    outer = 3 if name.startswith("19.") else WIDTH
-    if value.ndim == 1:
-        return F.pad(value, (0, outer - len(value)))
-    inner = CHANNELS if name == "1.weight" else WIDTH
-    return F.pad(value, (0, 0, 0, 0, 0, inner - value.shape[1], 0, outer - value.shape[0]))
-
-
-def _encoder(whitening: Whitening) -> Mapping[str, Tensor]:
-    tensors: dict[str, Tensor] = {"0.weight": torch.zeros(WIDTH, 3, 3, 3), "0.bias": torch.zeros(WIDTH)}
-    blocks = (1, 3, 4, 5, 7, 8, 9, 11, 12, 13)
-    for block in blocks:
+def empty_encoder(channels: int) -> dict[str, Tensor]:
+    """The tensors of TAESD's encoder, all of them zero: its blocks leave what they read."""
+    tensors = {"0.weight": torch.zeros(WIDTH, 3, 3, 3), "0.bias": torch.zeros(WIDTH)}
+    for block in (1, 3, 4, 5, 7, 8, 9, 11, 12, 13):
         for conv in (0, 2, 4):
             tensors[f"{block}.conv.{conv}.weight"] = torch.zeros(WIDTH, WIDTH, 3, 3)
             tensors[f"{block}.conv.{conv}.bias"] = torch.zeros(WIDTH)
-    halves, quarters, eighths = (torch.zeros(WIDTH, WIDTH, 3, 3) for _ in range(3))
-    last, bias = torch.zeros(CHANNELS, WIDTH, 3, 3), torch.zeros(CHANNELS)
-    for colour in range(3):
-        tensors["0.weight"][colour, colour, 1, 1] = 1.0
-        # A stride of 2 puts the middle of the 3x3 window on the first pixel of each pair.
-        halves[colour, colour, 1:, 1:] = quarters[colour, colour, 1:, 1:] = 0.25
-        for place in range(4):
-            eighths[4 * colour + place, colour, 1 + place // 2, 1 + place % 2] = 1.0
-    for axis in range(len(AXES)):
-        for place in range(4):
-            bias[4 * axis + place] = -whitening.mean[axis] / whitening.std[axis]
-            for colour in range(3):
-                last[4 * axis + place, 4 * colour + place, 1, 1] = AXES[axis, colour] / whitening.std[axis]
-    strided = {"2.weight": halves, "6.weight": quarters, "10.weight": eighths}
-    return {**tensors, **strided, "14.weight": last, "14.bias": bias}
+    tensors |= {f"{strided}.weight": torch.zeros(WIDTH, WIDTH, 3, 3) for strided in (2, 6, 10)}
+    return {**tensors, "14.weight": torch.zeros(channels, WIDTH, 3, 3), "14.bias": torch.zeros(channels)}
+
+
+def _widened(name: str, value: Tensor, channels: int) -> Tensor:
+    outer = 3 if name.startswith("19.") else WIDTH
+    if value.ndim == 1:
+        return F.pad(value, (0, outer - len(value)))
+    inner = channels if name == "1.weight" else WIDTH
+    return F.pad(value, (0, 0, 0, 0, 0, inner - value.shape[1], 0, outer - value.shape[0]))

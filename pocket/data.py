@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .autoencoder import average
-from .draw import draw, prompt, random_jitter, random_scene
+from .draw import COLOURS, HELD_OUT, SIZE_PX, Scene, draw, edit_prompt, prompt, random_jitter, random_scene
+
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -18,18 +20,20 @@ class Pictures:
     """Drawn pictures.
 
     Attributes:
-        quarters: (N, 3, 24, 24) uint8, averages of 4x4 pixels.
+        averages: (N, 3, h, w) uint8, of squares of so many pixels as the encoder reads.
         prompts: one per picture.
         full: (M, 3, 96, 96) uint8, the first M of them in full.
+        before: (N, 3, h, w) uint8, averages of the pictures that the prompts ask to change; none: prompts say it all.
     """
 
-    quarters: Tensor
+    averages: Tensor
     prompts: list[str]
     full: Tensor
+    before: Tensor
 
 
 def make_pictures(
-    count: int, seed: int, styles: tuple[str, ...], full: int, progress: Callable[[int, int], None]
+    count: int, seed: int, styles: tuple[str, ...], full: int, progress: Progress, averaged: int = 4
 ) -> Pictures:
     """Draw pictures of random scenes, none of them with a held-out pair.
 
@@ -39,19 +43,50 @@ def make_pictures(
         styles: of the pictures, in turn.
         full: how many to keep in full.
         progress: called with (done, all).
+        averaged: side of the squares that are averaged, in pixels.
     """
     random = np.random.default_rng(seed)
-    quarters, prompts, kept = [], [], []
+    averages, prompts, kept = [], [], []
     for index in range(count):
         scene, jitter = random_scene(random), random_jitter(random)
         prompts.append(prompt(scene, random))
         pixels = torch.from_numpy(draw(scene, jitter, styles[index % len(styles)])).permute(2, 0, 1)
-        quarters.append(_uint8(average(pixels[None])))
+        averages.append(_uint8(average(pixels[None], averaged)))
         if index < full:
             kept.append(_uint8(pixels[None]))
-        if not (index + 1) % 500:
-            progress(index + 1, count)
-    return Pictures(torch.cat(quarters), prompts, torch.cat(kept) if kept else torch.zeros(0, 3, 96, 96))
+        _tell(progress, index, count)
+    whole = torch.cat(kept) if kept else torch.zeros(0, 3, SIZE_PX, SIZE_PX)
+    return Pictures(torch.cat(averages), prompts, whole, torch.zeros(0))
+
+
+def make_edits(count: int, seed: int, progress: Progress, averaged: int) -> Pictures:
+    """Draw pairs of pictures that differ in the shapes' colour, and say what changes; arguments as above."""
+    random = np.random.default_rng(seed)
+    before, after, prompts = [], [], []
+    for index in range(count):
+        scene, jitter = random_scene(random), random_jitter(random)
+        changed = recoloured(scene, random)
+        prompts.append(edit_prompt(changed, random))
+        for which, kept in ((scene, before), (changed, after)):
+            pixels = torch.from_numpy(draw(which, jitter)).permute(2, 0, 1)
+            kept.append(_uint8(average(pixels[None], averaged)))
+        _tell(progress, index, count)
+    return Pictures(torch.cat(after), prompts, torch.zeros(0), torch.cat(before))
+
+
+def recoloured(scene: Scene, random: np.random.Generator, held_out: bool = False) -> Scene:
+    """The scene in another colour: the one that is held out with its shape, or any other."""
+    others = [
+        colour
+        for colour in COLOURS
+        if colour != scene.colour and ((scene.shape, colour) in HELD_OUT) == held_out
+    ]
+    return replace(scene, colour=str(random.choice(others)))
+
+
+def _tell(progress: Progress, index: int, count: int) -> None:
+    if not (index + 1) % 500:
+        progress(index + 1, count)
 
 
 def _uint8(pictures: Tensor) -> Tensor:

@@ -112,12 +112,11 @@ def prompt(scene: Scene, random: np.random.Generator) -> str:
     """Say a scene in English, in one of several ways."""
     small, large = random.choice(["small ", "little "]), random.choice(["large ", "big "])
     size = {"": "", "small": small, "large": large}[scene.size]
-    plural = "crosses" if scene.shape == "cross" else scene.shape + "s"
     if scene.count == 1:
         article = random.choice(["an" if not size and scene.colour == "orange" else "a", "one"], p=[0.8, 0.2])
         thing = f"{article} {size}{scene.colour} {scene.shape}"
     else:
-        thing = f"{('two', 'three')[scene.count - 2]} {scene.colour} {plural}"
+        thing = f"{('two', 'three')[scene.count - 2]} {scene.colour} {_plural(scene.shape)}"
     place = {
         "": random.choice(["", " in the middle", " in the center"]) if scene.count == 1 else "",
         "left": random.choice([" on the left", " at the left"]),
@@ -129,6 +128,23 @@ def prompt(scene: Scene, random: np.random.Generator) -> str:
         return str(random.choice(["", "a picture of "], p=[0.8, 0.2])) + thing + place
     ground = random.choice([f" on a {scene.ground} background", f", {scene.ground} background"])
     return thing + place + ground
+
+
+def edit_prompt(scene: Scene, random: np.random.Generator) -> str:
+    """Ask for a drawing's colour to become the scene's, in one of several ways, and for nothing else."""
+    it = "it" if scene.count == 1 else "them"
+    named = f"the {scene.shape if scene.count == 1 else _plural(scene.shape)}"
+    asked = random.choice(
+        ["make it", "make", "turn it", "turn", "paint it", "paint", "change the color to", "change the colour to",
+         "the same in", "the same, but"]
+    )  # fmt: skip
+    if asked.endswith("it"):
+        return f"{asked.removesuffix('it')}{it} {scene.colour}"
+    return f"{asked} {named} {scene.colour}" if asked in ("make", "turn", "paint") else f"{asked} {scene.colour}"
+
+
+def _plural(shape: str) -> str:
+    return "crosses" if shape == "cross" else shape + "s"
 
 
 def draw(scene: Scene, jitter: Jitter = Jitter(), style: str = "flat", size_px: int = SIZE_PX) -> Pixels:

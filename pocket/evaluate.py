@@ -1,4 +1,4 @@
-"""`python -m pocket.evaluate`: what Pocket FLUX draws, measured from pixels, through this pack's engine.
+"""`python -m pocket.evaluate`: what a pocket model draws, measured from pixels, through this pack's engine.
 
 Prompts ask for pairs of shape and colour that training never showed. Every setting of the engine that changes numbers
 draws the same prompts from the same noise, and is compared with bfloat16.
@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import date
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,52 +25,56 @@ from accel import settings as engine_settings
 from accel.checkpoint import inspect_checkpoint
 from accel.engine import Engine
 from accel.errors import AccelError
-from accel.families.flux1 import Flux1Inputs
 from accel.lora.kinds.lowrank import Factors, compress
 from accel.lora.stack import LoraStack
 from accel.settings import EngineSettings, Quantization
 from accel.step_cache import StepCache, StepCacheSettings
 from benchmarks.report import machine
 
-from . import autoencoder, measure, text
-from .draw import SIZE_PX, Pixels
-from .files import MODELS, NAMES, load_decoder, load_trained, lora_path, tokenizer_of_comfyui, write
-from .loras import RECIPES
-from .quality import Request, effects, following, held_out_requests, plain_requests
+from . import measure
+from .autoencoder import average
+from .draw import Pixels
+from .files import MODELS, load_decoder, load_trained, lora_path, names, tokenizer_of_comfyui, write
+from .kind import Kind
+from .kinds import KINDS
+from .quality import Request, edit_requests, effects, following, held_out_requests, pictures_before, plain_requests
 from .report import markdown
+from .sheet import STEPS
 from .stock_merge import evaluate_merge
-from .train import LENGTH, STEPS
 
 BATCH = 16
 # FLUX.1 is drawn with about so many steps, which are closer to one another than those of `STEPS`.
 CACHED_STEPS = 28
 CACHED_PROMPTS = 48
+EDITS = 96
+
+
 class Pocket:
     """Draws with the files in a folder of models."""
 
-    def __init__(self, models: Path, tokenizer: text.Tokenizer) -> None:
-        """Read the T5 and the decoder; engines come with each call."""
-        self.models = models
-        self._tokenizer = tokenizer
-        _, self._encoder = load_trained(models)
-        self._decoder = load_decoder(models)
+    def __init__(self, kind: Kind, models: Path) -> None:
+        """Read the text encoder and the decoder; engines come with each call."""
+        self.kind, self.models = kind, models
+        self._tokenizer = tokenizer_of_comfyui(kind)
+        _, self._encoder = load_trained(kind, models)
+        self._decoder = load_decoder(kind, models)
 
     def engine(self, settings: EngineSettings, file: Path | None = None) -> Engine:
         """An engine with the transformer, or with another file of its sizes."""
-        engine = Engine(inspect_checkpoint(str(file or self.models / NAMES["model"])), settings)
+        engine = Engine(inspect_checkpoint(str(file or self.models / self.kind.files["model"])), settings)
         engine.load()
         return engine
 
     def draw(
         self, engine: Engine, requests: Sequence[Request], loras: Sequence[tuple[Path, float]] = (), steps: int = STEPS
     ) -> list[Pixels]:
-        """Pictures (96, 96, 3), 0–1, as ComfyUI's KSampler draws them with `euler`, `simple` and cfg 1.
+        """Pictures (96, 96, 3), 0–1, as ComfyUI draws them with `euler`, cfg 1 and the kind's sigmas.
 
-        One text token stands for all the padding, see `text.attention_bias`: a sixth of the time.
+        One text token stands for all the padding, see `padding`: a sixth of the time.
 
         Args:
             engine: loaded.
-            requests: what to draw.
+            requests: what to draw; all of them change a picture, or none.
             loras: (file, strength), first applied first.
             steps: of the sampler.
         """
@@ -99,19 +103,20 @@ class Pocket:
     def _draw_batch(
         self, engine: Engine, requests: Sequence[Request], steps: int, cache: StepCache | None = None
     ) -> list[Pixels]:
-        side = SIZE_PX // 8
-        shape = (1, autoencoder.CHANNELS, side, side)
-        noise = [torch.randn(shape, generator=torch.Generator().manual_seed(request.seed)) for request in requests]
-        latents, sigmas = torch.cat(noise), torch.linspace(1.0, 0.0, steps + 1)
+        latents = torch.cat([self.kind.noise(request.seed) for request in requests])
+        sigmas, length = self.kind.sigmas(steps), self.kind.text.length
         with torch.inference_mode():
-            encoded = self._encoder(self._tokenizer([request.prompt for request in requests], LENGTH))
-            bias = text.attention_bias(LENGTH, side * side // 4).to(engine.dtype)
+            encoded = self._encoder(self._tokenizer([request.prompt for request in requests], length))
+            before = requests[0].before is not None
+            references = (self._encode(pictures_before(requests)).to(engine.dtype),) if before else ()
+            bias = self.kind.bias(length, 1 + len(references)).to(engine.dtype)
             for now, after in pairwise(sigmas):
                 timestep = now.expand(len(requests))
-                inputs = Flux1Inputs(
+                inputs = self.kind.transformer.inputs(
                     latents.to(engine.dtype),
                     timestep,
                     encoded.to(engine.dtype),
+                    references=references,
                     attention_mask=bias,
                     step_cache=None if cache is None else cache.call(timestep),
                 )
@@ -119,18 +124,25 @@ class Pocket:
             decoded = self._decoder(latents).clamp(0, 1).permute(0, 2, 3, 1)
         return list(decoded.numpy().copy())
 
+    def _encode(self, pictures: Tensor) -> Tensor:
+        latents = self.kind.latents
+        if latents.read is None:
+            raise ValueError(f"{self.kind.title} changes no pictures: leave out what is to be changed.")
+        whitening = latents.read(load_file(self.models / self.kind.files["vae"]))
+        return latents.encode(average(pictures, latents.averaged), whitening)
+
 
 def evaluate_loras(pocket: Pocket, requests: Sequence[Request]) -> dict[str, Any]:
     """Each LoRA off, at half and at full strength, and pairs of them."""
     engine = pocket.engine(EngineSettings(dtype="bf16", compile="off"))
     plain = pocket.draw(engine, requests)
     result: dict[str, Any] = {"none": effects(plain, plain)}
-    paths = {recipe.style: lora_path(pocket.models, recipe) for recipe in RECIPES}
+    paths = {recipe.style: lora_path(pocket.models, recipe) for recipe in pocket.kind.recipes}
     for style, path in paths.items():
         for strength in (0.5, 1.0):
             drawn = pocket.draw(engine, requests, [(path, strength)])
             result[f"{style} × {strength:g}"] = effects(drawn, plain)
-    for first, second in (("outline", "neon"), ("neon", "stripes"), ("outline", "stripes")):
+    for first, second in combinations(paths, 2):
         drawn = pocket.draw(engine, requests, [(paths[first], 1.0), (paths[second], 1.0)])
         result[f"{first} + {second}"] = effects(drawn, plain)
     after = pocket.draw(engine, requests)
@@ -138,9 +150,17 @@ def evaluate_loras(pocket: Pocket, requests: Sequence[Request]) -> dict[str, Any
     return result
 
 
+def evaluate_edits(pocket: Pocket, requests: Sequence[Request]) -> dict[str, Any]:
+    """Pictures in another colour: what they show, and how like the reference is what should stay."""
+    engine = pocket.engine(EngineSettings(dtype="bf16", compile="off"))
+    drawn = pocket.draw(engine, requests)
+    overlaps = [measure.same_place(picture, request.before) for picture, request in zip(drawn, requests, strict=True)]
+    return {"follows": following(drawn, requests), "overlap": round(float(np.mean(overlaps)), 4)}
+
+
 def evaluate_modes(pocket: Pocket, requests: Sequence[Request], compile: str) -> dict[str, Any]:
     """Every dtype and quantization of the engine: PSNR against bfloat16, with and without a LoRA, and what it draws."""
-    lora = [(lora_path(pocket.models, RECIPES[0]), 1.0)]
+    lora = [(lora_path(pocket.models, pocket.kind.recipes[0]), 1.0)]
     reference: tuple[list[Pixels], list[Pixels]] | None = None
     result: dict[str, Any] = {}
     for name, settings in engine_modes(compile):
@@ -199,7 +219,7 @@ def evaluate_ranks(pocket: Pocket, requests: Sequence[Request]) -> dict[str, Any
     plain = pocket.draw(engine, requests)
     result: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for recipe in RECIPES:
+        for recipe in pocket.kind.recipes:
             whole = lora_path(pocket.models, recipe)
             reference = pocket.draw(engine, requests, [(whole, 1.0)])
             for rank in [rank for rank in (1, 2, 4, 8) if rank < recipe.rank]:
@@ -237,6 +257,7 @@ def truncated(tensors: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
 def main(arguments: Iterable[str] | None = None) -> int:
     """Measure, print, and write."""
     parser = argparse.ArgumentParser(prog="python -m pocket.evaluate", description=__doc__.split("\n")[0])
+    parser.add_argument("--model", choices=KINDS, default="flux1", help="which model to measure")
     parser.add_argument("--models", type=Path, default=MODELS, help="folder of the files")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     parser.add_argument("--markdown", type=Path, help="also write them here as tables")
@@ -244,14 +265,21 @@ def main(arguments: Iterable[str] | None = None) -> int:
     parser.add_argument("--compile", choices=engine_settings.COMPILE_MODES, default="off")
     parser.add_argument("--merge", action="store_true", help="also compare with ComfyUI's merge into fp8 weights")
     options = parser.parse_args(arguments)
-    pocket = Pocket(options.models, tokenizer_of_comfyui())
+    kind = KINDS[options.model]
+    if options.merge and options.model != "flux1":
+        parser.error("--merge draws with Pocket FLUX alone; leave --model out")
+    pocket = Pocket(kind, options.models)
     held_out, plain = held_out_requests(options.prompts), plain_requests(32)
-    figures: dict[str, Any] = {"bytes": sum(path.stat().st_size for path in options.models.rglob("*.safetensors"))}
+    figures: dict[str, Any] = {"bytes": sum((options.models / name).stat().st_size for name in names(kind))}
     cached, merged = held_out[:CACHED_PROMPTS], plain[:8]
     prompts = {"modes": len(held_out), "step cache": len(cached), "loras": len(plain), "fp8 merge": len(merged)}
     figures |= {"prompts": prompts, "made on": {"machine": machine(), "date": date.today().isoformat()}}
     figures["modes"] = evaluate_modes(pocket, held_out, options.compile)
     figures["loras"] = evaluate_loras(pocket, plain)
+    if kind.edits:
+        edits = edit_requests(EDITS)
+        figures["prompts"]["edits"] = len(edits)
+        figures["edits"] = evaluate_edits(pocket, edits)
     figures["step cache"] = evaluate_step_cache(pocket, cached)
     figures["svd"] = evaluate_ranks(pocket, plain)
     if options.merge:

@@ -1,4 +1,4 @@
-"""The files of Pocket FLUX: their names, and how they are read and written."""
+"""The files of the pocket models: how they are read and written."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ from torch import Tensor, nn
 
 from harness.paths import REPO
 
-from . import autoencoder, model, text
+from . import model
+from .autoencoder import DECODER
+from .kind import Kind, Tokenizer
 from .loras import Recipe
 
 MODELS = REPO / "pocket" / "models"
-NAMES = {
-    "model": "diffusion_models/pocket-flux.safetensors",
-    "text": "text_encoders/pocket-t5.safetensors",
-    "vae": "vae/pocket-vae.safetensors",
-}
+
+
+def names(kind: Kind) -> list[str]:
+    """Of all its files, in a folder of models."""
+    return [*kind.files.values(), *(f"loras/{recipe.file}" for recipe in kind.recipes)]
 
 
 def lora_path(models: Path, recipe: Recipe) -> Path:
@@ -27,30 +29,29 @@ def lora_path(models: Path, recipe: Recipe) -> Path:
     return models / "loras" / recipe.file
 
 
-def load_trained(models: Path) -> tuple[nn.Module, text.T5]:
-    """The transformer and the T5 from their files, computing in float32."""
-    transformer, encoder = model.build(0), text.T5()
-    model.load(transformer, load_file(models / NAMES["model"]))
-    encoder.load_state_dict({name: value.float() for name, value in load_file(models / NAMES["text"]).items()})
+def load_trained(kind: Kind, models: Path) -> tuple[nn.Module, nn.Module]:
+    """The transformer and the text encoder from their files, computing in float32."""
+    transformer, encoder = model.build(kind.transformer, 0), kind.text.load(load_file(models / kind.files["text"]))
+    model.load(kind.transformer, transformer, load_file(models / kind.files["model"]))
     return transformer.requires_grad_(False), encoder.requires_grad_(False)
 
 
-def load_decoder(models: Path) -> nn.Module:
+def load_decoder(kind: Kind, models: Path) -> nn.Module:
     """The decoder from its file, without the channels that are zero."""
-    decoder, tensors = autoencoder.Decoder(), load_file(models / NAMES["vae"])
+    decoder, tensors = kind.latents.decoder(), load_file(models / kind.files["vae"])
     state = {
-        name: tensors[f"taesd_decoder.{name}"].float()[tuple(slice(size) for size in value.shape)]
+        name: tensors[f"{DECODER}{name}"].float()[tuple(slice(size) for size in value.shape)]
         for name, value in decoder.state_dict().items()
     }
     decoder.load_state_dict(state)
     return decoder.requires_grad_(False)
 
 
-def tokenizer_of_comfyui() -> text.Tokenizer:
+def tokenizer_of_comfyui(kind: Kind) -> Tokenizer:
     """The tokenizer that ComfyUI brings; downloads ComfyUI if it is not there."""
     from harness.comfyui import fetch
 
-    return text.Tokenizer(fetch() / "comfy" / "text_encoders" / "t5_tokenizer")
+    return kind.text.tokenizer(fetch() / "comfy" / "text_encoders" / kind.text.folder)
 
 
 def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:

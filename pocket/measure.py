@@ -125,6 +125,13 @@ def parts(mask: Mask) -> list[Mask]:
     return found
 
 
+def same_place(picture: Pixels, other: Pixels) -> float:
+    """How well what two pictures show covers each other: intersection over union, 0–1."""
+    first, second = drawing(picture), drawing(other)
+    either = (first | second).sum()
+    return float((first & second).sum() / either) if either else 0.0
+
+
 def hollow(picture: Pixels, plain: Pixels) -> float:
     """How much of the inside of what `plain` shows has the ground's colour: about 0 where filled, 1 in an outline."""
     inside = _eroded(drawing(plain), times=math.ceil(STROKE_PX * math.sqrt(2.0)))

@@ -1,143 +1,165 @@
-"""Pocket FLUX's transformer while it is trained: diffusers' modules in this pack's forward, its file, its sampler."""
+"""A transformer while it is trained: diffusers' modules in this pack's forward, its file, its sampler.
+
+What differs between families stands in a `Transformer`; their blocks are plain functions over modules that PEFT can
+wrap.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from accel.families.flux1 import Flux1, Flux1Config, Flux1Inputs
-from accel.families.flux1.forward import Flux1Forward
-from accel.families.flux1.layout import checkpoint_layout
-from accel.families.streams.forward import Regions
+from accel.families.base import Family
+from accel.families.layout import Layout
+from accel.families.streams.forward import Regions, StreamForward
+from accel.families.streams.inputs import StreamInputs
 from accel.families.streams.layout import HEAD_DIM
 
-CONFIG = Flux1Config(
-    hidden_size=128,
-    depth=1,
-    depth_single=4,
-    in_channels=64,
-    out_channels=64,
-    context_dim=32,
-    pooled_dim=16,
-    mlp_dim=512,
-    guidance=False,
-)
+
+@dataclass(frozen=True)
+class Transformer:
+    """What is trained.
+
+    Attributes:
+        family: of this pack.
+        config: the family's, with the sizes.
+        inputs: the family's.
+        forward: the family's.
+        double: a double block, with the family's arguments but for the attention backend.
+        single: likewise.
+        zero: ends of names of parameters that begin at zero, so that every block does nothing at first.
+        prepare: called with a new model.
+    """
+
+    family: Family[Any]
+    config: Any
+    inputs: type[StreamInputs]
+    forward: type[StreamForward]
+    double: Callable[..., tuple[Tensor, Tensor]]
+    single: Callable[..., Tensor]
+    zero: tuple[str, ...]
+    prepare: Callable[[nn.Module], None] = lambda model: None
+
+    @property
+    def layout(self) -> Layout:
+        """Of the file."""
+        return self.family.layout(self.config)
 
 
-def build(seed: int) -> nn.Module:
-    """A new transformer: gates and the last layer begin at zero, so that every block does nothing at first."""
+def build(kind: Transformer, seed: int) -> nn.Module:
+    """A new transformer."""
     torch.manual_seed(seed)
-    model = Flux1().build(CONFIG).float().train()
+    model = kind.family.build(kind.config).float().train()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            modulation = (".norm.linear.weight", ".norm1.linear.weight", ".norm1_context.linear.weight")
-            if name.endswith(("bias", *modulation)):
+            if name.endswith(kind.zero):
                 parameter.zero_()
         for layer in (model.norm_out.linear, model.proj_out):
             layer.weight.zero_()
+        kind.prepare(model)
     return model
 
 
-def forward(model: nn.Module, latents: Tensor, timestep: Tensor, text: Tensor, bias: Tensor | None) -> Tensor:
-    """The velocity, (B, 16, h, w).
+def forward(
+    kind: Transformer,
+    model: nn.Module,
+    latents: Tensor,
+    timestep: Tensor,
+    text: Tensor,
+    bias: Tensor | None,
+    references: Sequence[Tensor] = (),
+) -> Tensor:
+    """The velocity, shaped as the latents.
 
     Args:
+        kind: what the model is.
         model: from `build`, with or without PEFT's layers.
-        latents: (B, 16, h, w).
+        latents: (B, C, h, w).
         timestep: (B,), 1 is noise.
-        text: (B, S, 32).
-        bias: see `text.attention_bias`, or None.
+        text: (B, S, width).
+        bias: see `padding.attention_bias`, or None.
+        references: latents of pictures to edit, each (B, C, h, w).
     """
-    inputs = Flux1Inputs(latents, timestep, text, attention_mask=bias)
-    return Flux1Forward(CONFIG, model, Regions(_double, _single, None, _double, _single))(inputs)
+    inputs = kind.inputs(latents, timestep, text, attention_mask=bias, references=references)
+    regions = Regions(kind.double, kind.single, None, kind.double, kind.single)
+    return kind.forward(kind.config, model, regions)(inputs)
 
 
-def sample(model: nn.Module, noise: Tensor, text: Tensor, bias: Tensor | None, steps: int) -> Tensor:
-    """Latents from noise (B, 16, h, w) by Euler's method; as ComfyUI's `euler` with `simple` and a shift of 1."""
+def sample(
+    kind: Transformer,
+    model: nn.Module,
+    noise: Tensor,
+    text: Tensor,
+    bias: Tensor | None,
+    sigmas: Tensor,
+    references: Sequence[Tensor] = (),
+) -> Tensor:
+    """Latents from noise (B, C, h, w) by Euler's method; as ComfyUI's `euler` with these sigmas."""
     latents = noise
-    sigmas = torch.linspace(1.0, 0.0, steps + 1)
     with torch.no_grad():
         for now, after in pairwise(sigmas):
-            velocity = forward(model, latents, now.expand(len(noise)), text, bias)
+            velocity = forward(kind, model, latents, now.expand(len(noise)), text, bias, references)
             latents = latents + (after - now) * velocity
     return latents
 
 
-def checkpoint(model: nn.Module) -> dict[str, Tensor]:
-    """The file: bfloat16, in the layout of black-forest-labs/flux."""
-    return {name: value.bfloat16().contiguous() for name, value in _original(model.state_dict())}
+def checkpoint(kind: Transformer, model: nn.Module) -> dict[str, Tensor]:
+    """The file: bfloat16, in the layout of black-forest-labs."""
+    return {name: value.bfloat16().contiguous() for name, value in _original(kind.layout, model.state_dict())}
 
 
-def load(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+def load(kind: Transformer, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Undo `checkpoint`, in place."""
-    layout = checkpoint_layout(CONFIG)
+    layout = kind.layout
     state = {}
     for linear in layout.linears:
-        for kind in ("weight", "bias"):
-            value = tensors[f"{linear.name}.{kind}"]
+        for end in _parameters(linear.bias):
+            value = tensors[f"{linear.name}.{end}"]
             value = torch.cat(value.chunk(2)[::-1]) if linear.swap_halves else value
             for part in linear.parts:
-                state[f"{part.module}.{kind}"] = value[part.start : part.start + part.rows]
+                state[f"{part.module}.{end}"] = value[part.start : part.start + part.rows]
     state |= {vector.parameter: tensors[vector.name] for vector in layout.vectors}
     model.load_state_dict(state)
 
 
-def _original(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    layout = checkpoint_layout(CONFIG)
-    for linear in layout.linears:
-        for kind in ("weight", "bias"):
-            value = torch.cat([state[f"{part.module}.{kind}"] for part in linear.parts])
-            yield f"{linear.name}.{kind}", torch.cat(value.chunk(2)[::-1]) if linear.swap_halves else value
-    for vector in layout.vectors:
-        yield vector.name, state[vector.parameter]
-
-
-def _double(block, hidden_states, encoder_hidden_states, temb, rotary, mask):
-    """A double block as `accel.families.flux1.blocks.double_block` computes it, over modules that PEFT can wrap."""
-    attn = block.attn
-    shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = block.norm1.linear(temb)[:, None].chunk(6, dim=-1)
-    c_shift, c_scale, c_gate, c_shift_mlp, c_scale_mlp, c_gate_mlp = (
-        block.norm1_context.linear(temb)[:, None].chunk(6, dim=-1)
-    )
-    image = block.norm1.norm(hidden_states) * (1 + scale) + shift
-    text = block.norm1_context.norm(encoder_hidden_states) * (1 + c_scale) + c_shift
-    query = torch.cat([attn.norm_added_q(_heads(attn.add_q_proj(text))), attn.norm_q(_heads(attn.to_q(image)))], dim=2)
-    key = torch.cat([attn.norm_added_k(_heads(attn.add_k_proj(text))), attn.norm_k(_heads(attn.to_k(image)))], dim=2)
-    value = torch.cat([_heads(attn.add_v_proj(text)), _heads(attn.to_v(image))], dim=2)
-    joint = _attend(query, key, value, rotary, mask)
-    tokens = encoder_hidden_states.shape[1]
-    hidden_states = hidden_states + gate * attn.to_out[0](joint[:, tokens:])
-    image = block.norm2(hidden_states) * (1 + scale_mlp) + shift_mlp
-    hidden_states = hidden_states + gate_mlp * block.ff(image)
-    encoder_hidden_states = encoder_hidden_states + c_gate * attn.to_add_out(joint[:, :tokens])
-    text = block.norm2_context(encoder_hidden_states) * (1 + c_scale_mlp) + c_shift_mlp
-    return hidden_states, encoder_hidden_states + c_gate_mlp * block.ff_context(text)
-
-
-def _single(block, hidden_states, temb, rotary, mask):
-    """A single block, likewise."""
-    attn = block.attn
-    shift, scale, gate = block.norm.linear(temb)[:, None].chunk(3, dim=-1)
-    normed = block.norm.norm(hidden_states) * (1 + scale) + shift
-    query, key = attn.norm_q(_heads(attn.to_q(normed))), attn.norm_k(_heads(attn.to_k(normed)))
-    attended = _attend(query, key, _heads(attn.to_v(normed)), rotary, mask)
-    mlp = block.act_mlp(block.proj_mlp(normed))
-    return hidden_states + gate * block.proj_out(torch.cat([attended, mlp], dim=-1))
-
-
-def _heads(projected: Tensor) -> Tensor:
+def heads(projected: Tensor) -> Tensor:
+    """(B, N, heads * 128) -> (B, heads, N, 128)."""
     return projected.unflatten(-1, (-1, HEAD_DIM)).transpose(1, 2)
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, rotary: Tensor, mask: Tensor | None) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, rotary: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention with rotary positions, heads side by side: (B, heads, N, 128) -> (B, N, heads * 128)."""
     # Written out: for so few tokens, backward takes a third of the time of `scaled_dot_product_attention`'s on a CPU.
     scores = _rotate(query, rotary) @ _rotate(key, rotary).transpose(-2, -1) / math.sqrt(HEAD_DIM)
     attended = (scores if mask is None else scores + mask).softmax(dim=-1) @ value
     return attended.transpose(1, 2).flatten(2)
+
+
+def joint(attn: nn.Module, image: Tensor, text: Tensor, rotary: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention of a double block over both streams, text first, (B, S + N, heads * 128)."""
+    query = torch.cat([attn.norm_added_q(heads(attn.add_q_proj(text))), attn.norm_q(heads(attn.to_q(image)))], dim=2)
+    key = torch.cat([attn.norm_added_k(heads(attn.add_k_proj(text))), attn.norm_k(heads(attn.to_k(image)))], dim=2)
+    value = torch.cat([heads(attn.add_v_proj(text)), heads(attn.to_v(image))], dim=2)
+    return attend(query, key, value, rotary, mask)
+
+
+def _original(layout: Layout, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    for linear in layout.linears:
+        for end in _parameters(linear.bias):
+            value = torch.cat([state[f"{part.module}.{end}"] for part in linear.parts])
+            yield f"{linear.name}.{end}", torch.cat(value.chunk(2)[::-1]) if linear.swap_halves else value
+    for vector in layout.vectors:
+        yield vector.name, state[vector.parameter]
+
+
+def _parameters(bias: bool) -> tuple[str, ...]:
+    return ("weight", "bias") if bias else ("weight",)
 
 
 def _rotate(heads: Tensor, rotary: Tensor) -> Tensor:

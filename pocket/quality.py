@@ -7,9 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from . import measure
-from .draw import SHAPES, Pixels, Scene, prompt, random_scene
+from .data import recoloured
+from .draw import SHAPES, Pixels, Scene, draw, edit_prompt, prompt, random_jitter, random_scene
 
 # What a LoRA does to a picture, against the same picture without it.
 EFFECTS: Mapping[str, Callable[[Pixels, Pixels], float]] = {
@@ -21,11 +24,19 @@ EFFECTS: Mapping[str, Callable[[Pixels, Pixels], float]] = {
 
 @dataclass(frozen=True)
 class Request:
-    """One picture to draw: a scene, how it is said, and the seed of its noise."""
+    """One picture to draw.
+
+    Attributes:
+        scene: what it shows.
+        prompt: how that is said.
+        seed: of its noise.
+        before: a picture to change, or None.
+    """
 
     scene: Scene
     prompt: str
     seed: int
+    before: Pixels | None = None
 
 
 def held_out_requests(count: int, seed: int = 29) -> list[Request]:
@@ -51,6 +62,23 @@ def plain_requests(count: int, seed: int = 12) -> list[Request]:
         if scene.count == 1 and scene.size != "small" and scene.shape in ("circle", "square", "triangle", "heart"):
             requests.append(Request(scene, prompt(scene, random), 2000 + len(requests)))
     return requests
+
+
+def edit_requests(count: int, seed: int = 29) -> list[Request]:
+    """Changes of a drawing's colour, every second one to a pair of shape and colour that training never showed."""
+    random = np.random.default_rng(seed)
+    requests = []
+    for index in range(count):
+        scene = random_scene(random)
+        changed = recoloured(scene, random, held_out=bool(index % 2))
+        before = draw(scene, random_jitter(random))
+        requests.append(Request(changed, edit_prompt(changed, random), 1000 * seed + index, before))
+    return requests
+
+
+def pictures_before(requests: Sequence[Request]) -> Tensor:
+    """What is to be changed, (N, 3, 96, 96) in 0–1."""
+    return torch.from_numpy(np.stack([request.before for request in requests])).permute(0, 3, 1, 2)
 
 
 def following(pictures: Sequence[Pixels], requests: Sequence[Request]) -> dict[str, float]:

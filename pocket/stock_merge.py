@@ -22,10 +22,11 @@ from harness.server import ComfyServer
 
 from . import measure
 from .draw import SIZE_PX, Pixels
-from .files import NAMES, write
-from .loras import RECIPES, Recipe
+from .files import write
+from .flux1 import FLUX1
+from .loras import Recipe
 from .quality import Request, effects
-from .train import STEPS
+from .sheet import STEPS
 
 FP8 = "pocket-flux-fp8.safetensors"
 
@@ -34,12 +35,12 @@ def evaluate_merge(models: Path, requests: Sequence[Request]) -> dict[str, Any]:
     """PSNR against the reference, and the LoRA's effect, of both ways, for each LoRA."""
     result: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        original = load_file(models / NAMES["model"])
+        original = load_file(models / FLUX1.files["model"])
         rounded = {k: v.to(torch.float8_e4m3fn) if v.ndim == 2 else v for k, v in original.items()}
         write(Path(folder) / "models" / "diffusion_models" / FP8, rounded)
         with ComfyServer(folder) as server, server.client() as client:
             plain = _draw(client, requests, _ours("fp32"), None)
-            for recipe in RECIPES:
+            for recipe in FLUX1.recipes:
                 reference = _draw(client, requests, _ours("fp32"), recipe)
                 for name, loader in (("ours", _ours("bf16")), ("ComfyUI's merge", _stock())):
                     drawn = _draw(client, requests, loader, recipe)
@@ -62,9 +63,9 @@ def _draw(client: Client, requests: Sequence[Request], loader: dict[str, Any], r
     graph: Graph = {
         "model": loader,
         "clip": node(
-            "FluxTextEncoderLoader", t5_name=Path(NAMES["text"]).name, clip_l_name="none", quantization="none"
+            "FluxTextEncoderLoader", t5_name=Path(FLUX1.files["text"]).name, clip_l_name="none", quantization="none"
         ),
-        "vae": node("VAELoader", vae_name=Path(NAMES["vae"]).name),
+        "vae": node("VAELoader", vae_name=Path(FLUX1.files["vae"]).name),
         "empty": node("EmptySD3LatentImage", width=SIZE_PX, height=SIZE_PX, batch_size=1),
     }
     model = ["model", 0]

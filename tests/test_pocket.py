@@ -1,4 +1,4 @@
-"""Pocket FLUX: its drawings and how they are measured, its files through the engine, and its training."""
+"""The pocket models: drawings and how they are measured, the files through the engine, and the training."""
 
 import json
 from dataclasses import replace
@@ -11,21 +11,29 @@ from safetensors.torch import load_file
 
 from accel.settings import EngineSettings
 from harness.paths import REPO
-from pocket import autoencoder, data, draw, evaluate, files, loop, loras, measure, model, quality, text, train
+from pocket import autoencoder, data, draw, evaluate, files, loop, measure, model, padding, quality, sets, train
+from pocket.flux1 import FLUX1
+from pocket.flux2 import FLUX2
+from pocket.kinds import KINDS
 
 MODELS = REPO / "pocket" / "models"
-FILES = [*files.NAMES.values(), *(f"loras/{recipe.file}" for recipe in loras.RECIPES)]
-TINY = train.Plan(pictures=32, decoder_steps=3, steps=4, cooldown=2, batch=4, lora_pictures=8, lora_steps=2, shown=2)
+FILES = files.names(FLUX1)
+TINY = sets.Plan(pictures=32, decoder_steps=3, steps=4, cooldown=2, batch=4, lora_pictures=8, lora_steps=2, shown=2)
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return files.tokenizer_of_comfyui()
+    return files.tokenizer_of_comfyui(FLUX1)
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def kind(request):
+    return KINDS[request.param]
 
 
 @pytest.fixture(scope="module")
-def pocket(tokenizer):
-    return evaluate.Pocket(MODELS, tokenizer)
+def pocket():
+    return evaluate.Pocket(FLUX1, MODELS)
 
 
 @pytest.fixture(scope="module")
@@ -87,23 +95,51 @@ def test_held_out_pairs_are_never_trained_on():
     assert asked == set(draw.HELD_OUT)
 
 
+@pytest.mark.parametrize("held_out", [False, True])
+def test_an_edit_changes_the_colour_alone(held_out):
+    random = np.random.default_rng(0)
+    for _ in range(50):
+        scene = draw.random_scene(random)
+        changed = data.recoloured(scene, random, held_out)
+        assert changed != scene
+        assert replace(changed, colour=scene.colour) == scene
+        assert ((changed.shape, changed.colour) in draw.HELD_OUT) == held_out
+        assert draw.edit_prompt(changed, random).endswith(f" {changed.colour}")
+    picture = draw.draw(scene)
+    assert measure.same_place(draw.draw(changed), picture) > 0.9
+    left, right = (draw.draw(draw.Scene("ring", "red", place=place)) for place in ("left", "right"))
+    assert measure.same_place(left, right) < 0.1
+
+
 # The files
 
 
-def test_sizes():
-    sizes = {name: (MODELS / name).stat().st_size for name in FILES}
-    assert sum(sizes.values()) <= 10 * 2**20, sizes
-    assert sorted(str(path.relative_to(MODELS)) for path in MODELS.rglob("*.*")) == sorted(FILES)
+@pytest.mark.parametrize(("model", "most"), [("flux1", 10 * 2**20), ("flux2", 12 * 10**6)])
+def test_sizes(model, most):
+    sizes = {name: (MODELS / name).stat().st_size for name in files.names(KINDS[model])}
+    assert sum(sizes.values()) <= most, sizes
 
 
-def test_loras_differ_in_format_and_rank():
+def test_no_other_files():
+    expected = [name for kind in KINDS.values() for name in files.names(kind)]
+    assert sorted(str(path.relative_to(MODELS)) for path in MODELS.rglob("*.*")) == sorted(expected)
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        ("flux1", {"outline": ("lora", 8), "neon": ("transformer", 16), "stripes": ("diffusion", 4)}),
+        ("flux2", {"outline": ("diffusion", 8), "neon": ("transformer", 12)}),
+    ],
+)
+def test_loras_differ_in_format_and_rank(model, expected):
     found = {}
-    for recipe in loras.RECIPES:
+    for recipe in KINDS[model].recipes:
         with safe_open(MODELS / "loras" / recipe.file, "pt") as file:
             names = list(file.keys())
             down = next(name for name in names if "lora_down" in name or "lora_A" in name)
             found[recipe.style] = (names[0].split(".")[0].split("_")[0], file.get_slice(down).get_shape()[0])
-    assert found == {"outline": ("lora", 8), "neon": ("transformer", 16), "stripes": ("diffusion", 4)}
+    assert found == expected
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +168,7 @@ def test_each_lora_has_its_effect_and_leaves_no_trace(pocket, engine):
     requests = quality.plain_requests(12)
     plain = pocket.draw(engine, requests)
     off = quality.effects(plain, plain)
-    for recipe in loras.RECIPES:
+    for recipe in FLUX1.recipes:
         path = MODELS / "loras" / recipe.file
         on, half = (quality.effects(pocket.draw(engine, requests, [(path, s)]), plain) for s in (1.0, 0.5))
         assert on[recipe.style] > off[recipe.style] + 0.4, (recipe.style, off, on)
@@ -145,7 +181,7 @@ def test_each_lora_has_its_effect_and_leaves_no_trace(pocket, engine):
 
 @pytest.mark.slow
 def test_lower_ranks_lose_more(pocket, engine, tmp_path):
-    recipe, requests = loras.RECIPES[0], quality.plain_requests(4)
+    recipe, requests = FLUX1.recipes[0], quality.plain_requests(4)
     whole = MODELS / "loras" / recipe.file
     reference = pocket.draw(engine, requests, [(whole, 1.0)])
     values = []
@@ -160,52 +196,90 @@ def test_lower_ranks_lose_more(pocket, engine, tmp_path):
 # What training relies on
 
 
-def test_padding_is_one_vector(tokenizer, pocket):
-    _, encoder = files.load_trained(MODELS)
+def test_padding_is_one_vector(kind):
+    _, encoder = files.load_trained(kind, MODELS)
     prompts = ["two red stars on a gray background", "a moon"]
-    short = text.padded(encoder(tokenizer(prompts, train.LENGTH)))
-    full = encoder(tokenizer(prompts, text.TOKENS))
+    tokenizer = files.tokenizer_of_comfyui(kind)
+    short = padding.padded(encoder(tokenizer(prompts, kind.text.length)), kind.text.tokens)
+    full = encoder(tokenizer(prompts, kind.text.tokens))
     assert float((short - full).abs().max()) < 1e-4
     assert float((full[0, 0] - full[0, -1]).abs().max()) > 0.1
 
 
-def test_one_key_stands_for_all_the_padding(tokenizer):
-    transformer, encoder = files.load_trained(MODELS)
-    encoded = encoder(tokenizer(["a red moon"], train.LENGTH))
-    noise = torch.randn(1, 16, 12, 12, generator=torch.Generator().manual_seed(0))
-    time = torch.tensor([0.7])
-    bias = text.attention_bias(train.LENGTH, 36)
+@pytest.mark.parametrize("references", [0, 1])
+def test_one_key_stands_for_all_the_padding(kind, references):
+    transformer, encoder = files.load_trained(kind, MODELS)
+    length = kind.text.length
+    encoded = encoder(files.tokenizer_of_comfyui(kind)(["a red moon"], length))
+    noise, time, changed = kind.noise(0), torch.tensor([0.7]), [kind.noise(1)] * references
     with torch.no_grad():
-        short = model.forward(transformer, noise, time, encoded, bias)
-        full = model.forward(transformer, noise, time, text.padded(encoded), None)
-        without = model.forward(transformer, noise, time, encoded, None)
+        short, full, without = (
+            model.forward(kind.transformer, transformer, noise, time, text, bias, changed)
+            for text, bias in (
+                (encoded, kind.bias(length, 1 + references)),
+                (padding.padded(encoded, kind.text.tokens), None),
+                (encoded, None),
+            )
+        )
     assert float((short - full).norm() / full.norm()) < 1e-5
     assert float((without - full).norm() / full.norm()) > 1e-3
 
 
-def test_encoder_is_the_average(tmp_path):
+def test_encoder_is_the_average(kind):
     pictures = torch.stack([torch.from_numpy(draw.draw(draw.Scene(s, "red"))) for s in draw.SHAPES]).permute(0, 3, 1, 2)
-    quarters = autoencoder.average(pictures)
-    whitening = autoencoder.Whitening.of(quarters)
-    latents = autoencoder.encode(quarters, whitening).unflatten(1, (4, 4))
-    assert torch.allclose(latents.mean(dim=(0, 2, 3, 4)), torch.zeros(4), atol=1e-4)
-    assert torch.allclose(latents.std(dim=(0, 2, 3, 4)), torch.ones(4), atol=1e-2)
+    averages = autoencoder.average(pictures, kind.latents.averaged)
+    whitening = kind.latents.whitening(averages)
+    latents = kind.latents.encode(averages, whitening)
+    assert latents.shape == (len(draw.SHAPES), kind.latents.channels, kind.side, kind.side)
+    # FLUX.2's second half is brightness alone.
+    first, *fine = latents.chunk(len(whitening.mean) - 3, dim=1)
+    for values in (*first.chunk(4, dim=1), *fine):
+        assert abs(float(values.mean())) < 1e-4
+        assert float(values.std()) == pytest.approx(1.0, abs=1e-2)
 
 
-def test_the_file_gives_the_model_back(tmp_path):
+def test_the_whitening_is_read_from_the_file():
+    decoder, whitening = FLUX2.latents.decoder(), autoencoder.Whitening(torch.randn(5), torch.rand(5) + 0.5)
+    found = FLUX2.latents.read(FLUX2.latents.checkpoint(decoder, whitening))
+    assert torch.allclose(found.std, whitening.std, rtol=2e-3)
+    assert torch.allclose(found.mean, whitening.mean, atol=5e-3)
+
+
+def test_the_file_gives_the_model_back(kind):
     torch.manual_seed(1)
-    first, second = model.build(1), model.build(2)
+    first, second = (model.build(kind.transformer, seed) for seed in (1, 2))
     with torch.no_grad():
         for parameter in first.parameters():
             parameter.copy_(torch.randn_like(parameter).bfloat16())
-    model.load(second, model.checkpoint(first))
+    model.load(kind.transformer, second, model.checkpoint(kind.transformer, first))
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+def test_the_file_gives_the_text_encoder_back(kind):
+    tokenizer = files.tokenizer_of_comfyui(kind)
+    tokens = tokenizer(["two red stars on a gray background", "a moon"])
+    encoder = kind.text.new(tokenizer, tokens)
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter.copy_(parameter.bfloat16())
+        encoder.embedding.copy_(encoder.embedding.to(torch.float8_e4m3fn))
+    again = kind.text.load(kind.text.checkpoint(encoder))
+    assert torch.equal(again(tokens), encoder(tokens))
+
+
+def test_words_are_known_in_every_spelling():
+    """Where a word stands, and whether it begins a sentence, makes another token of it, but no other picture."""
+    tokenizer = files.tokenizer_of_comfyui(FLUX2)
+    _, encoder = files.load_trained(FLUX2, MODELS)
+    first, second = (encoder(tokenizer([prompt])) for prompt in ("Red moon", "red moon"))
+    assert torch.equal(first, second)
+    assert not torch.equal(first, encoder(tokenizer(["blue moon"])))
 
 
 # Training
 
 
-def trained(folder, tokenizer, monkeypatch=None, interrupt_at=()):
+def trained(folder, kind, monkeypatch=None, interrupt_at=()):
     """Train the tiny plan; with `interrupt_at`, stop after that many writes of a state and begin again, each time."""
     work, models = folder / "work", folder / "models"
     lines, threads = [], torch.get_num_threads()
@@ -216,14 +290,14 @@ def trained(folder, tokenizer, monkeypatch=None, interrupt_at=()):
             with monkeypatch.context() as patch:
                 patch.setattr(loop, "SAVE_S", 0.0)
                 save = _interrupted_after(count, loop.save_whole)
-                for module in (train, loop):
+                for module in (sets, loop):
                     patch.setattr(module, "save_whole", save)
                 with pytest.raises(KeyboardInterrupt):
-                    train.Training(work, models, tokenizer, TINY, lines.append).run()
-        train.Training(work, models, tokenizer, TINY, lines.append).run()
+                    train.Training(kind, work, models, TINY, lines.append).run()
+        train.Training(kind, work, models, TINY, lines.append).run()
     finally:
         torch.set_num_threads(threads)
-    return {name: (models / name).read_bytes() for name in FILES}, lines
+    return {name: (models / name).read_bytes() for name in files.names(kind)}, lines
 
 
 def _interrupted_after(count, save):
@@ -238,31 +312,32 @@ def _interrupted_after(count, save):
 
 
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory, tokenizer):
-    return trained(tmp_path_factory.mktemp("straight"), tokenizer)[0]
+def straight(tmp_path_factory, kind):
+    return trained(tmp_path_factory.mktemp("straight"), kind)[0]
 
 
-def test_training_goes_on_where_it_stopped(straight, tmp_path, tokenizer, monkeypatch):
-    files, lines = trained(tmp_path, tokenizer, monkeypatch, interrupt_at=(2, 4, 5))
+def test_training_goes_on_where_it_stopped(kind, straight, tmp_path, monkeypatch):
+    made, lines = trained(tmp_path, kind, monkeypatch, interrupt_at=(2, 4, 5))
 
     went_on = [line for line in lines if "goes on from step" in line]
     assert {line.split(":")[0] for line in went_on} >= {"decoder", "model"}, lines
-    assert {name: files[name] == straight[name] for name in FILES} == dict.fromkeys(FILES, True)
+    assert {name: made[name] == straight[name] for name in straight} == dict.fromkeys(straight, True)
     assert (tmp_path / "work" / "model.png").is_file()
 
 
-def test_another_seed_trains_another_model(straight, tmp_path, tokenizer):
+def test_another_seed_trains_another_model(kind, straight, tmp_path):
     """The control of the test above."""
     plan = replace(TINY, seed=8)
-    training = train.Training(tmp_path / "work", tmp_path / "models", tokenizer, plan, lambda line: None)
+    training = train.Training(kind, tmp_path / "work", tmp_path / "models", plan, lambda line: None)
     training.train_decoder()
-    name = files.NAMES["vae"]
+    name = kind.files["vae"]
     assert (tmp_path / "models" / name).read_bytes() != straight[name]
 
 
-def test_prompts_fit_the_length(tokenizer):
+def test_prompts_fit_the_length(kind):
+    tokenizer = files.tokenizer_of_comfyui(kind)
     made = data.make_pictures(400, 0, ("flat",), 0, lambda done, total: None)
-    assert tokenizer(made.prompts).shape[1] <= train.LENGTH
+    assert tokenizer(made.prompts).shape[1] <= kind.text.length
     with pytest.raises(ValueError, match="expected fewer than 4"):
         tokenizer(["three orange squares"], 4)
 

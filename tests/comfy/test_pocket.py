@@ -13,7 +13,9 @@ from harness import demo, demo_report
 from harness.client import http_request
 from harness.graphs import latents, node, relative_distance
 from harness.paths import REPO
-from pocket import autoencoder, draw, files, loras, measure, model, quality, text, train
+from pocket import autoencoder, draw, files, measure, quality
+from pocket.flux1 import FLUX1
+from pocket.flux1.autoencoder import SCALE, SHIFT
 
 FP32 = 1e-4
 MODELS = REPO / "pocket" / "models"
@@ -62,7 +64,7 @@ def test_the_lists_have_it_without_a_copy(comfy):
         ("FluxAccelLoader", "model_name", "pocket-flux.safetensors"),
         ("VAELoader", "vae_name", "pocket-vae.safetensors"),
         ("FluxTextEncoderLoader", "t5_name", "pocket-t5.safetensors"),
-        *(("FluxHotswapLora", "lora_name", recipe.file) for recipe in loras.RECIPES),
+        *(("FluxHotswapLora", "lora_name", recipe.file) for recipe in FLUX1.recipes),
     ]
     for node_type, name, file in inputs:
         schema = json.loads(http_request(f"{comfy.server.url}/object_info/{node_type}"))[node_type]
@@ -77,14 +79,13 @@ def test_stock_loads_the_model_and_draws_the_same(base):
 
 
 def test_training_computed_what_the_sampler_computes(base):
-    transformer, encoder = files.load_trained(MODELS)
-    tokens = files.tokenizer_of_comfyui()([PROMPT], train.LENGTH)
-    noise = torch.randn(1, 16, 12, 12, generator=torch.Generator().manual_seed(5))
-    drawn = model.sample(transformer, noise, encoder(tokens), text.attention_bias(train.LENGTH, 36), 4)
-    assert relative_distance(drawn / autoencoder.SCALE + autoencoder.SHIFT, base[0]) < FP32
+    transformer, encoder = files.load_trained(FLUX1, MODELS)
+    tokens = files.tokenizer_of_comfyui(FLUX1)([PROMPT], FLUX1.text.length)
+    drawn = FLUX1.sample(transformer, FLUX1.noise(5), encoder(tokens), 4)
+    assert relative_distance(drawn / SCALE + SHIFT, base[0]) < FP32
 
 
-@pytest.mark.parametrize("recipe", loras.RECIPES, ids=lambda recipe: recipe.style)
+@pytest.mark.parametrize("recipe", FLUX1.recipes, ids=lambda recipe: recipe.style)
 def test_stock_loads_each_lora_and_draws_the_same(comfy, base, recipe):
     lora = (recipe.file, 0.8)
     result = comfy.run({**sampled("p0_", PROMPT, True, lora), **sampled("p1_", PROMPT, False, lora)})
@@ -108,8 +109,8 @@ def test_stock_encodes_as_training_did(comfy):
             "saved": node("SaveImage", images=["decoded", 0], filename_prefix="pocket"),
         }
     )
-    encoded = (latents(comfy.client, result) - autoencoder.SHIFT) * autoencoder.SCALE
-    quarters = autoencoder.average(torch.from_numpy(pixels / np.float32(255)).permute(2, 0, 1)[None])
+    encoded = (latents(comfy.client, result) - SHIFT) * SCALE
+    quarters = autoencoder.average(torch.from_numpy(pixels / np.float32(255)).permute(2, 0, 1)[None], 4)
     axes = torch.einsum("ac,nchw->nahw", autoencoder.AXES, quarters)
     # Each channel is one axis of the averages, moved and scaled: brightness is the first four.
     brightness = torch.stack([encoded[0, :4].flatten(), torch.pixel_unshuffle(axes, 2)[0, :4].flatten()])

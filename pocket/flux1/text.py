@@ -1,20 +1,20 @@
 """A T5 encoder for a few dozen words, trained along with the transformer.
 
-Two things make it cheap to train, and are exact. Its relative position bias lets a token attend only to itself and to
-what follows, so that all the padding behind a prompt, which FLUX's tokenizer fills up to 256 tokens and FLUX attends
-to, comes out as one and the same vector. And a set of equal keys acts in an attention as one key whose score is raised
-by the logarithm of their number. So training needs no more tokens than the prompt has, plus one.
+Its relative position bias lets a token attend only to itself and to what follows, so that all the padding behind a
+prompt, which FLUX's tokenizer fills up to 256 tokens, comes out as one and the same vector, see `padding`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ..padding import pad_rows
 
 TOKENS = 256
 PAD = 0
@@ -93,7 +93,12 @@ class T5(nn.Module):
             x = x + dense["DenseReluDense"](dense["layer_norm"](x))
         return self.encoder["final_layer_norm"](x)
 
-    def freeze_bias(self) -> None:
+    @property
+    def embedding(self) -> nn.Parameter:
+        """What is stored in float8."""
+        return self.shared.weight
+
+    def after_step(self) -> None:
         """Undo what an optimizer step did to the scores of what lies behind."""
         with torch.no_grad():
             self._position_bias.weight[1 : BUCKETS // 2] = BACKWARD
@@ -105,19 +110,6 @@ def checkpoint(encoder: T5) -> dict[str, Tensor]:
         name: value.to(torch.float8_e4m3fn if name.startswith("shared") else torch.bfloat16).contiguous()
         for name, value in encoder.state_dict().items()
     }
-
-
-def attention_bias(length: int, image_tokens: int) -> Tensor:
-    """What FLUX adds to its scores when the last of `length` text tokens stands for all the padding: (1, 1, 1, N)."""
-    bias = torch.zeros(length + image_tokens)
-    bias[length - 1] = math.log(TOKENS - length + 1)
-    return bias[None, None, None]
-
-
-def padded(encoded: Tensor) -> Tensor:
-    """All the tokens that FLUX gets: (B, S, width) -> (B, `TOKENS`, width), the last one repeated."""
-    rest = encoded[:, -1:].expand(-1, TOKENS - encoded.shape[1], -1)
-    return torch.cat([encoded, rest], dim=1)
 
 
 class Tokenizer:
@@ -132,10 +124,7 @@ class Tokenizer:
     def __call__(self, prompts: Sequence[str], length: int | None = None) -> Tensor:
         """Token ids (B, S), padded to `length` or to one more than the longest prompt has."""
         rows = [self._tokenizer(text)["input_ids"] for text in prompts]
-        length = length or max(map(len, rows)) + 1
-        if max(map(len, rows)) >= length:
-            raise ValueError(f"A prompt has {max(map(len, rows))} tokens, expected fewer than {length}.")
-        return torch.tensor([row + [PAD] * (length - len(row)) for row in rows])
+        return pad_rows(rows, PAD, length)
 
 
 def _buckets() -> Tensor:
@@ -151,3 +140,10 @@ def _buckets() -> Tensor:
     ).long()
     near = torch.where(distance.abs() < exact, distance.abs(), far.clamp_max(half - 1))
     return near + half * (distance > 0).long()
+
+
+def load(tensors: Mapping[str, Tensor]) -> T5:
+    """Undo `checkpoint`."""
+    encoder = T5()
+    encoder.load_state_dict({name: value.float() for name, value in tensors.items()})
+    return encoder
