@@ -6,9 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from harness.graphs import Picture, node, relative_distance
+from harness.graphs import Picture, graph, node, relative_distance
 from harness.tiny_flux2 import TinyFlux2Config, flux2_linears
 from harness.tiny_models import linear_gain, seeded_normal
+from tests.comfy import test_step_cache
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 0.03}
 VISIBLE = 0.05
@@ -230,6 +231,19 @@ def test_image_to_image_with_a_mask(comfy, loras):
 
     picture = replace(KLEIN, loras=[(loras[0], 0.8)])
     assert_equal(comfy.compare(picture, plain=picture, edit=edit))
+
+
+def test_the_step_cache_skips_and_the_picture_stays_near(comfy):
+    """Late steps are small enough for random blocks."""
+    late, cached = graph(replace(KLEIN, steps=10)), graph(replace(KLEIN, steps=10))
+    for nodes in (late, cached):
+        nodes["p0_sample"]["inputs"] |= test_step_cache.LATE
+    plain, counts = test_step_cache.drawn(comfy, late)
+    assert counts == [None]
+    picture, ((skipped, calls),) = test_step_cache.drawn(comfy, test_step_cache.cached(cached, threshold=1.0))
+    assert calls == 10
+    assert 2 <= skipped < calls
+    assert 0 < relative_distance(picture, plain) < 0.05
 
 
 def test_engines_of_both_families_in_one_prompt(comfy, loras):
