@@ -31,7 +31,7 @@ from .sheet import draw_prompts, write_sheet
 CROP_PX = 48  # what the decoder is trained on
 
 
-PLANS = {"flux1": Plan(), "flux2": Plan(steps=4000, cooldown=1300, batch=48, lora_steps=400)}
+PLANS = {"flux1": Plan(), "flux2": Plan(steps=5000, cooldown=1600, batch=48, lora_steps=400)}
 
 
 class Training:

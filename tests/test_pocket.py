@@ -143,10 +143,33 @@ def test_loras_differ_in_format_and_rank(model, expected):
 
 
 @pytest.fixture(scope="module")
-def held_out(pocket, engine):
+def pocket2():
+    return evaluate.Pocket(FLUX2, MODELS)
+
+
+@pytest.fixture(scope="module")
+def engine2(pocket2):
+    return pocket2.engine(EngineSettings(dtype="bf16", compile="off"))
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def held_out(request):
     """Requests whose pairs of shape and colour were never trained on, and what is drawn for each."""
+    number = request.param.removeprefix("flux").removeprefix("1")
+    pocket, engine = (request.getfixturevalue(name + number) for name in ("pocket", "engine"))
     requests = quality.held_out_requests(64)
     return requests, pocket.draw(engine, requests)
+
+
+def test_edits_are_followed_and_read_the_reference(pocket2, engine2):
+    requests = quality.edit_requests(32)
+    drawn = pocket2.draw(engine2, requests)
+    shares = quality.following(drawn, requests)
+    assert shares["shape and colour"] >= 0.80, shares
+    # The control: with each other's references, shapes are others'.
+    others = [replace(a, before=b.before) for a, b in zip(requests, requests[1:] + requests[:1], strict=True)]
+    mixed = quality.following(pocket2.draw(engine2, others), requests)
+    assert mixed["shape"] < 0.4, mixed
 
 
 def test_prompts_are_followed(held_out):
@@ -243,6 +266,15 @@ def test_the_whitening_is_read_from_the_file():
     found = FLUX2.latents.read(FLUX2.latents.checkpoint(decoder, whitening))
     assert torch.allclose(found.std, whitening.std, rtol=2e-3)
     assert torch.allclose(found.mean, whitening.mean, atol=5e-3)
+
+
+def test_the_autoencoder_is_written_as_comfyui_names_it(tmp_path):
+    files.write_taef2(MODELS, tmp_path)
+    whole = load_file(MODELS / FLUX2.files["vae"])
+    halves = {half: load_file(tmp_path / f"taef2_{half}.safetensors") for half in ("encoder", "decoder")}
+    again = {f"taesd_{half}.{name}": value for half, named in halves.items() for name, value in named.items()}
+    assert set(whole) - set(again) == {"vae_scale", "vae_shift"}
+    assert all(torch.equal(whole[name].float(), value.float()) for name, value in again.items())
 
 
 def test_the_file_gives_the_model_back(kind):
