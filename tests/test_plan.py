@@ -5,7 +5,6 @@ import math
 import re
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 import torch
@@ -17,7 +16,8 @@ from accel.engine import Engine
 from accel.errors import SettingsError
 from accel.families.flux1 import Flux1Inputs
 from accel.families.flux2 import Flux2, Flux2Inputs
-from accel.families.flux2.text_encoders import LANGUAGE_MODELS, text_encoder
+from accel.families.flux2.text_encoders import HEAD_DIM, LANGUAGE_MODEL_SIZES, text_encoder
+from accel.files import FileIdentity, TensorFile, TensorInfo
 from accel.hardware import hardware_of
 from accel.memory.budgets import GB
 from accel.memory.cpu import HostMemory
@@ -29,6 +29,10 @@ from accel.quantize import find_mode
 from accel.quantize.linears import stored_tensors
 from accel.quantize.modes import MODES
 from accel.settings import EngineSettings, Offload, Quantization
+from accel.spec import StoredTensor
+from accel.text_encoder.config import LlmConfig
+from accel.text_encoder.modes import resident_bytes
+from accel.text_encoder.spec import EncoderSpec
 from benchmarks import offload
 from benchmarks.report import BenchmarkError
 from harness.paths import REPO
@@ -418,21 +422,18 @@ def test_the_known_size_of_flux_dev(capsys):
     assert rows_of(out)[24.0][0] == "stream"
 
 
-# Whole models with the head that klein's smaller one shares with its embeddings; published are 4.0, 8.2 and 23.6.
-WHOLE = {7680: (36, 0, 4.022e9), 12288: (36, 1, 8.191e9), 15360: (40, 1, 23.572e9)}
-
-
-@pytest.mark.parametrize("context_dim", WHOLE)
-def test_text_encoders_of_flux2_are_as_large_as_their_weights(context_dim):
-    layers, heads, parameters = WHOLE[context_dim]
-    model = LANGUAGE_MODELS[context_dim]
-    head_bytes = heads * 2 * model.vocabulary * model.hidden
-    whole = replace(model, layers=layers).bytes("none") + head_bytes
-    assert whole / 2 == pytest.approx(parameters, rel=1e-3)
-    kept = text_encoder(context_dim).bytes
-    assert kept["none"] < whole
-    assert kept["nf4"] < 0.4 * kept["none"]
-    assert 0.5 * kept["none"] < kept["int8"] < 0.6 * kept["none"]
+@pytest.mark.parametrize("context_dim", LANGUAGE_MODEL_SIZES)
+def test_text_encoders_of_flux2_are_as_large_as_they_are_loaded(context_dim):
+    sizes, kept = LANGUAGE_MODEL_SIZES[context_dim], text_encoder(context_dim).bytes
+    config = LlmConfig(
+        sizes.model, sizes.hidden, sizes.inner, sizes.heads, sizes.groups, HEAD_DIM, sizes.vocabulary
+    )
+    file = TensorFile(FileIdentity("none", 0, 0), {})
+    weights = {name: StoredTensor(name, TensorInfo(shape, torch.bfloat16)) for name, shape in config.shapes().items()}
+    for form, size in kept.items():
+        assert size == resident_bytes(EncoderSpec(file, config, weights), form)
+    assert context_dim == 3 * sizes.hidden
+    assert sizes.hidden in sizes.model.serves
 
 
 def test_flux2_dev_has_a_plan_for_a_card_of_12_gb(capsys):

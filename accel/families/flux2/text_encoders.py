@@ -3,8 +3,7 @@
 Only the layers up to the last one whose hidden states are read are there; no language model head, no last norm.
 Embeddings and norms stay in 16 bits whatever the linears are stored in.
 
-Source: Qwen/Qwen3-4B, Qwen/Qwen3-8B and mistralai/Mistral-Small-3.2-24B, their config.json; the layers that are read:
-black-forest-labs/flux2 text_encoder.py.
+Source: config.json of Qwen/Qwen3-4B, Qwen/Qwen3-8B and mistralai/Mistral-Small-3.2-24B-Instruct-2506.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from ..base import TextEncoder
+from ..text_encoders import MISTRAL, QWEN3, LanguageModel
 
 HEAD_DIM = 128
 HALF = 2  # bytes
@@ -29,27 +29,25 @@ FORMS: Mapping[str, Callable[[int, int], int]] = {
 
 
 @dataclass(frozen=True)
-class LanguageModel:
+class Sizes:
     """A decoder with grouped queries and SwiGLU, without biases.
 
     Attributes:
         name: as a person knows it.
-        layers: up to the last one that is read.
+        model: its kind, and the layers that are read.
         hidden: width of a token.
         inner: of the MLP.
         heads: of queries; `groups` are those of keys and of values.
         vocabulary: tokens.
-        qk_norm: whether queries and keys have a norm.
     """
 
     name: str
-    layers: int
+    model: LanguageModel
     hidden: int
     inner: int
     heads: int
     groups: int
     vocabulary: int
-    qk_norm: bool
 
     def linears(self) -> Iterator[tuple[int, int]]:
         """(rows, columns) of a layer's linears."""
@@ -60,19 +58,19 @@ class LanguageModel:
     def bytes(self, form: str) -> int:
         """With its linears in one of `FORMS`."""
         linears = sum(FORMS[form](*shape) for shape in self.linears())
-        norms = 2 * self.hidden + 2 * HEAD_DIM * self.qk_norm
-        return HALF * self.vocabulary * self.hidden + self.layers * (linears + HALF * norms)
+        norms = 2 * self.hidden + 2 * HEAD_DIM * self.model.qk_norm
+        return HALF * self.vocabulary * self.hidden + self.model.taken[-1] * (linears + HALF * norms)
 
 
 # context_dim of each published model -> its language model, of which three hidden states are read.
-LANGUAGE_MODELS: Mapping[int, LanguageModel] = {
-    7680: LanguageModel("Qwen3-4B", 27, 2560, 9728, 32, 8, 151936, True),
-    12288: LanguageModel("Qwen3-8B", 27, 4096, 12288, 32, 8, 151936, True),
-    15360: LanguageModel("Mistral Small 24B", 30, 5120, 32768, 32, 8, 131072, False),
+LANGUAGE_MODEL_SIZES: Mapping[int, Sizes] = {
+    7680: Sizes("Qwen3-4B", QWEN3, 2560, 9728, 32, 8, 151936),
+    12288: Sizes("Qwen3-8B", QWEN3, 4096, 12288, 32, 8, 151936),
+    15360: Sizes("Mistral Small 24B", MISTRAL, 5120, 32768, 32, 8, 131072),
 }
 
 
 def text_encoder(context_dim: int) -> TextEncoder:
     """What encodes the prompts of a model that reads this many columns; klein 4B's where none is published."""
-    model = LANGUAGE_MODELS.get(context_dim, LANGUAGE_MODELS[7680])
-    return TextEncoder(model.name, {form: model.bytes(form) for form in FORMS})
+    sizes = LANGUAGE_MODEL_SIZES.get(context_dim, LANGUAGE_MODEL_SIZES[7680])
+    return TextEncoder(sizes.name, {form: sizes.bytes(form) for form in FORMS})
