@@ -1,7 +1,7 @@
 """`python -m harness.demo`: a real ComfyUI with this pack draws one prompt with LoRA A, LoRA B, A + B and none.
 
-It queues the bundled Pocket FLUX workflow with other LoRAs each time (`adapt`), saves the images and a contact sheet,
-and prints one table. It fails if a prompt fails or a LoRA made anything recompile.
+It queues the bundled workflows of Pocket FLUX and Pocket FLUX.2 with other LoRAs each time (`adapt`), saves the images
+and a contact sheet, and prints one table. It fails if a prompt fails or a LoRA made anything recompile.
 """
 
 from __future__ import annotations
@@ -27,11 +27,19 @@ from harness.paths import CACHE, REPO
 from harness.prompt_result import ComfyError, Event, PromptResult
 from harness.server import ComfyServer, ServerFailed
 
-WORKFLOW = REPO / "example_workflows" / "api" / "flux_hotswap_pocket.json"
+WORKFLOWS = REPO / "example_workflows" / "api"
 OUTLINE = "pocket-outline-kohya.safetensors"
 NEON = "pocket-neon-diffusers.safetensors"
 STRIPES = "pocket-stripes-comfyui.safetensors"
+FLUX2_NEON = "pocket-flux2-neon-diffusers.safetensors"
+FLUX2_OUTLINE = "pocket-flux2-outline-comfyui.safetensors"
 SEED = 2
+# The workflow draws a picture, then takes it as a reference.
+FLUX2: dict[str, Any] = {"workflow": "flux_hotswap_pocket_flux2", "samplings": 2}
+TITLES = {"flux_hotswap_pocket": "Pocket FLUX", "flux_hotswap_pocket_flux2": "Pocket FLUX.2"}
+
+# Nodes that have one -> the input.
+SEEDS = {"KSampler": "seed", "RandomNoise": "noise_seed"}
 
 Say = Callable[[str], None]
 
@@ -44,6 +52,12 @@ PROMPTS = (
     DemoPrompt("B at half strength", ((STRIPES, 0.5),), "6_half_stripes.png"),
     DemoPrompt("A + C", ((NEON, 1.0), (OUTLINE, 1.0)), "7_neon_and_outline.png"),
     DemoPrompt("none again", (), "8_none_again.png"),
+    DemoPrompt("FLUX.2, none", (), "9_flux2_none.png", **FLUX2),
+    DemoPrompt("FLUX.2, D: neon", ((FLUX2_NEON, 1.0),), "10_flux2_neon.png", **FLUX2),
+    DemoPrompt(
+        "FLUX.2, D + E", ((FLUX2_NEON, 1.0), (FLUX2_OUTLINE, 1.0)), "11_flux2_neon_and_outline.png", **FLUX2
+    ),
+    DemoPrompt("FLUX.2, E: edited", ((FLUX2_OUTLINE, 1.0),), "12_flux2_edited.png", **FLUX2, shown=1),
 )
 CONTACT_SHEET = "contact_sheet.png"
 BASE = CACHE / "demo"
@@ -51,7 +65,7 @@ BASE = CACHE / "demo"
 KERNELS = CACHE / "inductor"
 
 _EXPLANATION = """\
-The first prompt also loads the model and compiles it; a second run takes kernels from the cache.
+The first prompt of a model also loads and compiles it; a second run takes kernels from the cache.
 swap ms is all that a change of LoRAs costs: cold prepares a stack for the first time, hot finds it in memory (see it
 with `--rounds 2`)."""
 
@@ -70,8 +84,8 @@ def adapt(graph: Mapping[str, Any], loras: Sequence[tuple[str, float]]) -> Graph
     """
     adapted = copy.deepcopy(dict(graph))
     for entry in adapted.values():
-        if entry["class_type"] == "KSampler":
-            entry["inputs"]["seed"] = SEED
+        if entry["class_type"] in SEEDS:
+            entry["inputs"][SEEDS[entry["class_type"]]] = SEED
     chain = _lora_chain(adapted)
     if len(loras) > len(chain):
         raise ValueError(f"{len(loras)} LoRAs, but the workflow has {len(chain)} Hotswap LoRA nodes.")
@@ -128,8 +142,9 @@ def run(output: Path, say: Say, rounds: int = 1) -> list[Row]:
         ServerFailed: ComfyUI did not start.
     """
     output.mkdir(parents=True, exist_ok=True)
-    workflow = json.loads(WORKFLOW.read_text(encoding="utf-8"))
-    say(f"Model: Pocket FLUX, which comes with the pack: {readable(REPO / 'pocket' / 'models')}")
+    workflows = {name: json.loads((WORKFLOWS / f"{name}.json").read_text(encoding="utf-8")) for name in TITLES}
+    models = " and ".join(TITLES.values())
+    say(f"Models: {models}, which come with the pack: {readable(REPO / 'pocket' / 'models')}")
     shutil.rmtree(BASE / "output", ignore_errors=True)  # ComfyUI's own copies; ours go to `output`
     state = "some from earlier runs" if KERNELS.is_dir() else "none yet, the first prompt will take a minute"
     say(f"Compiled kernels in {readable(KERNELS)}: {state}")
@@ -139,14 +154,26 @@ def run(output: Path, say: Say, rounds: int = 1) -> list[Row]:
         say(f"  ComfyUI {server.version} runs on {server.url}; its log: {readable(BASE / 'comfyui.log')}")
         with server.client() as client:
             rows = [
-                _draw(server, client, workflow, prompt, output, prefix, say)
+                _draw(server, client, workflows[prompt.workflow], prompt, output, prefix, say)
+                for name in TITLES  # one model after the other: the pack keeps one engine
                 for prefix in ["", *(f"round{number}_" for number in range(2, rounds + 1))]
                 for prompt in PROMPTS
+                if prompt.workflow == name
             ]
-    text = next(entry["inputs"]["text"] for entry in workflow.values() if entry["class_type"] == "CLIPTextEncode")
-    sheet = contact_sheet(rows[: len(PROMPTS)], f"“{text}”, seed {SEED}, Pocket FLUX, 96 x 96 pixels, enlarged")
-    _save(sheet, output / CONTACT_SHEET)
+    first = {row.prompt.name: row for row in reversed(rows)}
+    sections = [
+        (f"{title}: {_texts(workflows[name])}, seed {SEED}, 96 x 96 pixels, enlarged",
+         [first[prompt.name] for prompt in PROMPTS if prompt.workflow == name])
+        for name, title in TITLES.items()
+    ]  # fmt: skip
+    _save(contact_sheet(sections), output / CONTACT_SHEET)
     return rows
+
+
+def _texts(workflow: Graph) -> str:
+    """The prompts in a workflow, as a caption."""
+    texts = [entry["inputs"]["text"] for entry in workflow.values() if entry["class_type"] == "CLIPTextEncode"]
+    return ", then ".join(f"“{text}”" for text in texts)
 
 
 def _draw(
@@ -155,8 +182,8 @@ def _draw(
     say(f"Queueing '{prompt.name}': {prompt.lora_text}")
     mark = server.mark()
     result = client.run(adapt(workflow, prompt.loras), on_event=_narrate(say), check=True)
-    report = read_report(server.log_since(mark))
-    image = _first_image(client, result)
+    report = read_report(server.log_since(mark), prompt.samplings)
+    image = _image(client, result, prompt.shown)
     path = output / (prefix + prompt.file_name)
     _save(image, path)
     return Row(prompt, result.seconds, report, path)
@@ -172,11 +199,16 @@ def _narrate(say: Say) -> Callable[[Event], None]:
     return on_event
 
 
-def _first_image(client: Client, result: PromptResult) -> Image.Image:
-    for shown in result.outputs.values():
-        for image in shown.get("images", ()):
-            return Image.open(io.BytesIO(client.view(**image))).convert("RGB")
-    raise DemoFailed(f"Prompt {result.prompt_id} succeeded but gave no image; its outputs are {result.outputs}.")
+def _image(client: Client, result: PromptResult, number: int) -> Image.Image:
+    """One of the pictures of a prompt, in the order of the nodes that save them."""
+    by_node = sorted(result.outputs.items(), key=lambda output: int(output[0]))
+    images = [image for _, shown in by_node for image in shown.get("images", ())]
+    if len(images) <= number:
+        raise DemoFailed(
+            f"Prompt {result.prompt_id} succeeded but gave {len(images)} images, expected {number + 1}; its outputs "
+            f"are {result.outputs}."
+        )
+    return Image.open(io.BytesIO(client.view(**images[number]))).convert("RGB")
 
 
 def _save(image: Image.Image, path: Path) -> None:

@@ -11,12 +11,13 @@ from PIL import Image, ImageDraw, ImageFont
 
 COLUMNS = 4
 SHOWN_PX = 288
+GAP, TITLE, HEADING, LABEL = 16, 36, 30, 80
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 _SUMMARY = re.compile(
     r"Flux Hotswap: LoRAs (?P<loras>.*) \| swap (?P<swap_ms>[\d.]+) ms \((?P<source>[^)]*)\) \| "
     r"compiled (?P<compiled>\d+) \| recompiles (?P<recompiles>\d+) \| sampling"
 )
 _COMPILED = re.compile(r"Flux Hotswap: compiled the .* blocks in ([\d.]+) s")
-
 
 
 class DemoFailed(RuntimeError):
@@ -31,11 +32,17 @@ class DemoPrompt:
         name: what the table calls it.
         loras: (file, strength) of each LoRA, first applied first; at most as many as the workflow has nodes for.
         file_name: of its image.
+        workflow: the bundled one that it queues, by the name of its file.
+        samplings: how many the workflow has.
+        shown: which of the workflow's pictures is its image, in the order of the nodes that save them.
     """
 
     name: str
     loras: tuple[tuple[str, float], ...]
     file_name: str
+    workflow: str = "flux_hotswap_pocket"
+    samplings: int = 1
+    shown: int = 0
 
     @property
     def lora_text(self) -> str:
@@ -45,11 +52,11 @@ class DemoPrompt:
 
 @dataclass(frozen=True)
 class Report:
-    """What the pack's log says about one sampling.
+    """What the pack's log says about one prompt.
 
     Attributes:
         loras: the stack that was bound.
-        swap_ms: time to bind it.
+        swap_ms: time to bind it, for the first of its samplings; it stays bound for the others.
         source: where its weights came from.
         recompiles: compiles of what had been compiled before.
         compile_s: time of first compiles, zero after the first prompt.
@@ -72,53 +79,59 @@ class Row:
     image: Path
 
 
-def read_report(log: str) -> Report:
+def read_report(log: str, samplings: int = 1) -> Report:
     """Read the pack's lines in a part of the server's log.
 
     Raises:
-        DemoFailed: it does not hold exactly one sampling.
+        DemoFailed: it does not hold exactly so many samplings.
     """
     found = list(_SUMMARY.finditer(log))
-    if len(found) != 1:
+    if len(found) != samplings:
         raise DemoFailed(
-            f"Expected one line 'Flux Hotswap: LoRAs … | swap … ms' in the server's log, found {len(found)}. "
+            f"Expected {samplings} of 'Flux Hotswap: LoRAs … | swap … ms' in the server's log, found {len(found)}. "
             f"The log says:\n{log.rstrip()}"
         )
-    (line,) = found
+    first = found[0]
     return Report(
-        loras=line["loras"],
-        swap_ms=float(line["swap_ms"]),
-        source=line["source"],
-        recompiles=int(line["recompiles"]),
+        loras=first["loras"],
+        swap_ms=float(first["swap_ms"]),
+        source=first["source"],
+        recompiles=sum(int(line["recompiles"]) for line in found),
         compile_s=sum(map(float, _COMPILED.findall(log))),
     )
 
 
-def contact_sheet(rows: Sequence[Row], subtitle: str) -> Image.Image:
+def contact_sheet(sections: Sequence[tuple[str, Sequence[Row]]]) -> Image.Image:
     """Draw all images in lines of `COLUMNS`, each with its LoRAs, strengths and figures.
 
     Args:
-        rows: their images are square files; shown `SHOWN_PX` wide.
-        subtitle: a line below the title, such as the prompt's text.
+        sections: a heading, such as the model and the prompt's text, and what is below it; images are square files,
+            shown `SHOWN_PX` wide.
     """
-    width = height = SHOWN_PX
-    gap, head, label = 16, 62, 80
     title, small = ImageFont.load_default(17), ImageFont.load_default(13)
-    lines = -(-len(rows) // COLUMNS)
-    size = (gap + COLUMNS * (width + gap), head + lines * (height + label + gap))
-    sheet = Image.new("RGB", size, (250, 250, 250))
+    cell = SHOWN_PX + LABEL + GAP
+    lines = [-(-len(rows) // COLUMNS) for _, rows in sections]
+    height = TITLE + sum(HEADING + count * cell for count in lines)
+    sheet = Image.new("RGB", (GAP + COLUMNS * (SHOWN_PX + GAP), height), (250, 250, 250))
     draw = ImageDraw.Draw(sheet)
-    draw.text((gap, 10), "Flux Hotswap: one prompt, one seed, one model; only the LoRAs change", "black", title)
-    draw.text((gap, 36), subtitle, "dimgray", small)
-    for index, row in enumerate(rows):
-        x, y = gap + index % COLUMNS * (width + gap), head + index // COLUMNS * (height + label + gap)
-        with Image.open(row.image) as image:
-            sheet.paste(image.resize((width, height), Image.Resampling.LANCZOS), (x, y))
-        draw.text((x, y + height + 4), row.prompt.name, "black", title)
-        draw.text((x, y + height + 26), row.prompt.lora_text.replace(" + ", "\n+ "), "black", small, spacing=1)
-        figures = f"swap {row.report.swap_ms:.2f} ms ({row.report.source}), recompiles {row.report.recompiles}"
-        draw.text((x, y + height + 60), figures, "dimgray", small)
+    draw.text((GAP, 10), "Flux Hotswap: one prompt, one seed, one model; only the LoRAs change", "black", title)
+    top = TITLE
+    for (heading, rows), count in zip(sections, lines, strict=True):
+        draw.text((GAP, top), heading, "dimgray", small)
+        for index, row in enumerate(rows):
+            x, y = GAP + index % COLUMNS * (SHOWN_PX + GAP), top + HEADING + index // COLUMNS * cell
+            with Image.open(row.image) as image:
+                sheet.paste(image.resize((SHOWN_PX, SHOWN_PX), Image.Resampling.LANCZOS), (x, y))
+            _label(draw, row, x, y + SHOWN_PX, title, small)
+        top += HEADING + count * cell
     return sheet
+
+
+def _label(draw: ImageDraw.ImageDraw, row: Row, x: int, y: int, title: Font, small: Font) -> None:
+    draw.text((x, y + 4), row.prompt.name, "black", title)
+    draw.text((x, y + 26), row.prompt.lora_text.replace(" + ", "\n+ "), "black", small, spacing=1)
+    figures = f"swap {row.report.swap_ms:.2f} ms ({row.report.source}), recompiles {row.report.recompiles}"
+    draw.text((x, y + 60), figures, "dimgray", small)
 
 
 def table(rows: Sequence[Row]) -> str:

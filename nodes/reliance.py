@@ -35,6 +35,7 @@ OTHER_LORA_NODES = Part(
 REFUSALS = Part("merging, saving, hooks or the bypass loader may fail on the accelerated model without a clear message")
 CLIP_LORAS = Part("Hotswap LoRA changes no text encoder")
 TEXT_ENCODERS = Part("Flux Text Encoder Loader is left out")
+TAESD = Part("Flux TAESD Loader is left out")
 NAMES = Part("LoRAs that come from other nodes are named by their content, not by their file")
 PREFETCH = Part("the LoRAs of queued prompts are not prepared ahead")
 TEXTS = Part("nothing is written below running nodes; the log has it all the same")

@@ -35,6 +35,7 @@ NODES = {
     "FluxOffloadConfig": "Offload Config",
     "FluxHotswapLora": "Hotswap LoRA",
     "FluxTextEncoderLoader": "Flux Text Encoder Loader",
+    "FluxTaesdLoader": "Flux TAESD Loader",
     "FluxStepCache": "Flux Step Cache",
     "FluxAccelReport": "Flux Accel Report",
 }

@@ -7,7 +7,7 @@ import importlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..reliance import TEXT_ENCODERS, Part, Reliance
+from ..reliance import TAESD, TEXT_ENCODERS, Part, Reliance
 
 if TYPE_CHECKING:
     from .base import ComfyFamily, FamilyContract
@@ -18,7 +18,10 @@ FOLDERS: Mapping[str, str] = {
     "FLUX.2": "flux2",
 }
 # Nodes that know families: module and class of each, and what must hold for it.
-NODES: Sequence[tuple[str, str, Part]] = (("text_encoder_node", "FluxTextEncoderLoader", TEXT_ENCODERS),)
+NODES: Sequence[tuple[str, str, Part]] = (
+    ("text_encoder_node", "FluxTextEncoderLoader", TEXT_ENCODERS),
+    ("flux2.taesd_node", "FluxTaesdLoader", TAESD),
+)
 
 
 @functools.cache

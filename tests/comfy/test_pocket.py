@@ -1,6 +1,7 @@
-"""Pocket FLUX in a real ComfyUI: found without being copied, the same through stock's nodes, and what it draws."""
+"""The pocket models in a real ComfyUI: found without being copied, the same through stock's nodes, what they draw."""
 
 import contextlib
+import dataclasses
 import io
 import json
 
@@ -16,21 +17,27 @@ from harness.paths import REPO
 from pocket import autoencoder, draw, files, measure, quality
 from pocket.flux1 import FLUX1
 from pocket.flux1.autoencoder import SCALE, SHIFT
+from pocket.flux2 import FLUX2
 
 FP32 = 1e-4
 MODELS = REPO / "pocket" / "models"
 PROMPT = "two red stars on a gray background"
-T5 = {"t5_name": "pocket-t5.safetensors", "clip_l_name": "none", "quantization": "none"}
+KINDS = pytest.mark.parametrize("kind", [FLUX1, FLUX2], ids=lambda kind: kind.title)
 
 
-def sampled(prefix, prompt, stock, lora=None, steps=4):
+def name_of(kind, what):
+    """The name of a model's file in ComfyUI's lists."""
+    return kind.files[what].rpartition("/")[2]
+
+
+def sampled(prefix, prompt, stock, lora=None, steps=4, kind=FLUX1):
     """Nodes that draw one picture and save its latent; `lora` is (file, strength)."""
     if stock:
-        loader = node("UNETLoader", unet_name="pocket-flux.safetensors", weight_dtype="default")
+        loader = node("UNETLoader", unet_name=name_of(kind, "model"), weight_dtype="default")
         lora_node = {"class_type": "LoraLoaderModelOnly", "strength": "strength_model"}
     else:
         settings = {"dtype": "fp32", "attention": "auto", "compile": "off"}
-        loader = node("FluxAccelLoader", model_name="pocket-flux.safetensors", **settings)
+        loader = node("FluxAccelLoader", model_name=name_of(kind, "model"), **settings)
         lora_node = {"class_type": "FluxHotswapLora", "strength": "strength"}
     nodes = {prefix + "model": loader}
     linked = [prefix + "model", 0]
@@ -40,9 +47,11 @@ def sampled(prefix, prompt, stock, lora=None, steps=4):
         linked = [prefix + "lora", 0]
     return {
         **nodes,
-        "clip": node("FluxTextEncoderLoader", **T5),
+        "clip": node("FluxTextEncoderLoader", t5_name=name_of(kind, "text"), clip_l_name="none", quantization="none"),
         prefix + "text": node("CLIPTextEncode", clip=["clip", 0], text=prompt),
-        "empty": node("EmptySD3LatentImage", width=96, height=96, batch_size=1),
+        "empty": node(
+            "EmptySD3LatentImage" if kind is FLUX1 else "EmptyFlux2LatentImage", width=96, height=96, batch_size=1
+        ),
         prefix + "sample": node(
             "KSampler", model=linked, seed=5, steps=steps, cfg=1.0, sampler_name="euler", scheduler="simple",
             positive=[prefix + "text", 0], negative=[prefix + "text", 0], latent_image=["empty", 0], denoise=1.0,
@@ -53,18 +62,23 @@ def sampled(prefix, prompt, stock, lora=None, steps=4):
 
 @pytest.fixture(scope="module")
 def base(comfy):
-    """The same picture by stock's nodes and by ours: two latents (1, 16, 12, 12)."""
-    result = comfy.run({**sampled("p0_", PROMPT, stock=True), **sampled("p1_", PROMPT, stock=False)})
-    return latents(comfy.client, result, 0), latents(comfy.client, result, 1)
+    """The same picture by stock's nodes and by ours, for each model: two latents."""
+    drawn = {}
+    for kind in (FLUX1, FLUX2):
+        stock, ours = (sampled(f"p{index}_", PROMPT, stock=not index, kind=kind) for index in (0, 1))
+        result = comfy.run({**stock, **ours})
+        drawn[kind.title] = latents(comfy.client, result, 0), latents(comfy.client, result, 1)
+    return drawn
 
 
-def test_the_lists_have_it_without_a_copy(comfy):
+@KINDS
+def test_the_lists_have_it_without_a_copy(comfy, kind):
     inputs = [
-        ("UNETLoader", "unet_name", "pocket-flux.safetensors"),
-        ("FluxAccelLoader", "model_name", "pocket-flux.safetensors"),
-        ("VAELoader", "vae_name", "pocket-vae.safetensors"),
-        ("FluxTextEncoderLoader", "t5_name", "pocket-t5.safetensors"),
-        *(("FluxHotswapLora", "lora_name", recipe.file) for recipe in FLUX1.recipes),
+        ("UNETLoader", "unet_name", name_of(kind, "model")),
+        ("FluxAccelLoader", "model_name", name_of(kind, "model")),
+        ("VAELoader" if kind is FLUX1 else "FluxTaesdLoader", "vae_name", name_of(kind, "vae")),
+        ("FluxTextEncoderLoader", "t5_name", name_of(kind, "text")),
+        *(("FluxHotswapLora", "lora_name", recipe.file) for recipe in kind.recipes),
     ]
     for node_type, name, file in inputs:
         schema = json.loads(http_request(f"{comfy.server.url}/object_info/{node_type}"))[node_type]
@@ -73,8 +87,9 @@ def test_the_lists_have_it_without_a_copy(comfy):
     assert not list(comfy.server.models.rglob("pocket-*"))
 
 
-def test_stock_loads_the_model_and_draws_the_same(base):
-    stock, ours = base
+@KINDS
+def test_stock_loads_the_model_and_draws_the_same(base, kind):
+    stock, ours = base[kind.title]
     assert relative_distance(ours, stock) < FP32
 
 
@@ -82,16 +97,20 @@ def test_training_computed_what_the_sampler_computes(base):
     transformer, encoder = files.load_trained(FLUX1, MODELS)
     tokens = files.tokenizer_of_comfyui(FLUX1)([PROMPT], FLUX1.text.length)
     drawn = FLUX1.sample(transformer, FLUX1.noise(5), encoder(tokens), 4)
-    assert relative_distance(drawn / SCALE + SHIFT, base[0]) < FP32
+    assert relative_distance(drawn / SCALE + SHIFT, base[FLUX1.title][0]) < FP32
 
 
-@pytest.mark.parametrize("recipe", FLUX1.recipes, ids=lambda recipe: recipe.style)
-def test_stock_loads_each_lora_and_draws_the_same(comfy, base, recipe):
+@pytest.mark.parametrize(
+    ("kind", "recipe"),
+    [pytest.param(kind, recipe, id=recipe.file) for kind in (FLUX1, FLUX2) for recipe in kind.recipes],
+)
+def test_stock_loads_each_lora_and_draws_the_same(comfy, base, kind, recipe):
     lora = (recipe.file, 0.8)
-    result = comfy.run({**sampled("p0_", PROMPT, True, lora), **sampled("p1_", PROMPT, False, lora)})
+    stock, ours = (sampled(f"p{index}_", PROMPT, not index, lora, kind=kind) for index in (0, 1))
+    result = comfy.run({**stock, **ours})
     stock, ours = latents(comfy.client, result, 0), latents(comfy.client, result, 1)
     assert relative_distance(ours, stock) < FP32
-    assert relative_distance(stock, base[0]) > 0.05, "the LoRA does something"
+    assert relative_distance(stock, base[kind.title][0]) > 0.05, "the LoRA does something"
 
 
 def test_stock_encodes_as_training_did(comfy):
@@ -125,13 +144,19 @@ def opened(comfy, result, name):
     return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"), np.float32) / 255
 
 
-def test_the_bundled_workflow_draws_its_prompt_and_switches(comfy):
-    workflow = json.loads(demo.WORKFLOW.read_text(encoding="utf-8"))
+def drawn_by_the_workflow(comfy, name):
+    """Name of each of the demo's prompts -> its pictures."""
+    workflow = json.loads((demo.WORKFLOWS / f"{name}.json").read_text(encoding="utf-8"))
     for entry in workflow.values():
         if entry["class_type"] == "FluxAccelLoader":
             entry["inputs"]["compile"] = "off"
-    saved = next(key for key, entry in workflow.items() if entry["class_type"] == "SaveImage")
-    pictures = {p.name: opened(comfy, comfy.run(demo.adapt(workflow, p.loras)), saved) for p in demo.PROMPTS}
+    saved = [key for key, entry in workflow.items() if entry["class_type"] == "SaveImage"]
+    results = {p.name: comfy.run(demo.adapt(workflow, p.loras)) for p in demo.PROMPTS if p.workflow == name}
+    return {name: [opened(comfy, result, key) for key in saved] for name, result in results.items()}
+
+
+def test_the_bundled_workflow_draws_its_prompt_and_switches(comfy):
+    pictures = {name: only for name, (only,) in drawn_by_the_workflow(comfy, "flux_hotswap_pocket").items()}
 
     plain = pictures["none"]
     asked = draw.Scene("heart", "green")
@@ -139,6 +164,17 @@ def test_the_bundled_workflow_draws_its_prompt_and_switches(comfy):
     assert np.array_equal(pictures["none again"], plain)
     for name, style in (("A: neon", "neon"), ("B: stripes", "stripes"), ("C: outline", "outline")):
         assert quality.EFFECTS[style](pictures[name], plain) > quality.EFFECTS[style](plain, plain) + 0.25, name
+
+
+def test_the_workflow_of_flux2_draws_its_prompt_and_edits_what_it_drew(comfy):
+    pictures = drawn_by_the_workflow(comfy, "flux_hotswap_pocket_flux2")
+    plain, edited = pictures["FLUX.2, none"]
+    asked = draw.Scene("star", "green", count=2)
+    assert all(measure.follows(measure.see(plain), asked).values())
+    assert all(measure.follows(measure.see(edited), dataclasses.replace(asked, colour="red")).values())
+    for name, style in (("FLUX.2, D: neon", "neon"), ("FLUX.2, E: edited", "outline")):
+        for picture, before in zip(pictures[name], (plain, edited), strict=True):
+            assert quality.EFFECTS[style](picture, before) > quality.EFFECTS[style](before, before) + 0.25, name
 
 
 def test_a_rejected_prompt_fails_the_demo_with_its_reason(comfy, monkeypatch, capsys, tmp_path):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ...reliance import MODEL, READ, Part, Reliance, each
+from ...reliance import MODEL, READ, TAESD, Part, Reliance, each
 
 TEXT_ENCODERS = Part("Flux Text Encoder Loader loads no text encoder of FLUX.2")
 
@@ -49,5 +49,9 @@ RELIANCES: tuple[Reliance, ...] = (
     *each("comfy.model_base:", "Flux2", (MODEL,), READ),
     *each("comfy.supported_models:", "Flux2.set_inference_dtype", (MODEL,), READ),
     Reliance("comfy.ldm.flux.layers:ModulationOut", (MODEL,), ("shift", "scale", "gate"), READ),
+    # Before 0.24 there is no TAESD for FLUX.2, and no such file loads: the node is there, and says so.
+    Reliance("comfy.sd:VAE", (TAESD,), ("sd", "metadata"), READ),
+    Reliance("comfy.sd:VAE.throw_exception_if_invalid", (TAESD,), seen=READ),
+    Reliance("comfy.utils:load_torch_file", (TAESD,), ("ckpt",), READ),
     *TEXT_ENCODER_RELIANCES,
 )
