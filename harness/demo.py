@@ -54,10 +54,8 @@ PROMPTS = (
     DemoPrompt("none again", (), "8_none_again.png"),
     DemoPrompt("FLUX.2, none", (), "9_flux2_none.png", **FLUX2),
     DemoPrompt("FLUX.2, D: neon", ((FLUX2_NEON, 1.0),), "10_flux2_neon.png", **FLUX2),
-    DemoPrompt(
-        "FLUX.2, D + E", ((FLUX2_NEON, 1.0), (FLUX2_OUTLINE, 1.0)), "11_flux2_neon_and_outline.png", **FLUX2
-    ),
-    DemoPrompt("FLUX.2, E: edited", ((FLUX2_OUTLINE, 1.0),), "12_flux2_edited.png", **FLUX2, shown=1),
+    DemoPrompt("FLUX.2, E: outline", ((FLUX2_OUTLINE, 1.0),), "11_flux2_outline.png", **FLUX2),
+    DemoPrompt("FLUX.2, none, edited", (), "12_flux2_edited.png", **FLUX2, shown=1),
 )
 CONTACT_SHEET = "contact_sheet.png"
 BASE = CACHE / "demo"

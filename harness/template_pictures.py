@@ -39,7 +39,8 @@ class Template:
 
 
 OTHERS = "Shown with Pocket FLUX; this template uses FLUX.1 dev"
-FLUX2 = "Shown with Pocket FLUX; this template uses FLUX.2 klein"
+FLUX2 = "Shown with Pocket FLUX.2; this template uses FLUX.2 klein"
+DRAWN, NEON, OUTLINE, EDITED = "FLUX.2, none", "FLUX.2, D: neon", "FLUX.2, E: outline", "FLUX.2, none, edited"
 TEMPLATES = (
     Template(
         "flux_hotswap_pocket",
@@ -69,19 +70,25 @@ TEMPLATES = (
         "flux_hotswap_flux2_two_loras",
         "FLUX.2 klein: two LoRAs, 4 steps",
         FLUX2,
-        (("none", "no LoRA"), ("A: neon", "LoRA A"), ("B: stripes", "LoRA B"), ("A + B", "LoRA A + LoRA B")),
+        ((DRAWN, "no LoRA"), (NEON, "LoRA A"), (OUTLINE, "LoRA B"), (EDITED, "edited")),
     ),
     Template(
         "flux_hotswap_flux2_edit",
         "FLUX.2 klein: edit a picture with a LoRA",
         FLUX2,
-        (("none", "no LoRA"), ("C: outline", "with a LoRA")),
+        ((DRAWN, "a picture"), (EDITED, "“make it red”")),
     ),
     Template(
         "flux_hotswap_flux2_low_vram",
         "FLUX.2 klein 9B on a small card",
         FLUX2,
-        (("none", "no LoRA"), ("A: neon", "with a LoRA")),
+        ((DRAWN, "no LoRA"), (NEON, "with a LoRA")),
+    ),
+    Template(
+        "flux_hotswap_pocket_flux2",
+        "Pocket FLUX.2: nothing to download",
+        "It draws, and edits what it drew; LoRAs change without a recompile",
+        ((DRAWN, "no LoRA"), (NEON, "neon 1.0"), (OUTLINE, "outline 1.0"), (EDITED, "“make it red”")),
     ),
 )
 

@@ -28,6 +28,7 @@ NAMES = (
     "flux_hotswap_flux2_two_loras",
     "flux_hotswap_flux2_edit",
     "flux_hotswap_flux2_low_vram",
+    "flux_hotswap_pocket_flux2",
 )
 NODES = {
     "FluxAccelLoader": "Accelerated Flux Loader",

@@ -172,7 +172,7 @@ def test_the_workflow_of_flux2_draws_its_prompt_and_edits_what_it_drew(comfy):
     asked = draw.Scene("heart", "green")
     assert all(measure.follows(measure.see(plain), asked).values())
     assert all(measure.follows(measure.see(edited), dataclasses.replace(asked, colour="red")).values())
-    for name, style in (("FLUX.2, D: neon", "neon"), ("FLUX.2, E: edited", "outline")):
+    for name, style in (("FLUX.2, D: neon", "neon"), ("FLUX.2, E: outline", "outline")):
         for picture, before in zip(pictures[name], (plain, edited), strict=True):
             assert quality.EFFECTS[style](picture, before) > quality.EFFECTS[style](before, before) + 0.25, name
 
