@@ -64,7 +64,7 @@ FLUX2 = Kind(
             rank=8,
             alpha=8.0,
             target=_EVERYTHING,
-            length=2,
+            length=3,
             over="neon",
         ),
         Recipe(
