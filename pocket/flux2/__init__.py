@@ -64,7 +64,7 @@ FLUX2 = Kind(
             rank=8,
             alpha=8.0,
             target=_EVERYTHING,
-            length=3,
+            length=2,
             over="neon",
         ),
         Recipe(
