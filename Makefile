@@ -1,6 +1,8 @@
 # Every target sets up what it needs: only Python >= 3.10 (tested with 3.11) and a network that pip can reach.
 PYTHON ?= python3
 PYTEST_ARGS ?=
+# How many test files run at once. Each is mostly one core's work, and takes some 3 GB with its ComfyUI server.
+WORKERS ?= 2
 # A version of torch other than the tested one gets an environment of its own, by torch and Python:
 # make test TORCH=2.11.0 PYTHON=python3.12
 TORCH ?=
@@ -31,7 +33,7 @@ demo: ## run the demonstration on a real ComfyUI server
 test: ## check style and types, then run all tests (PYTEST_ARGS="-k name" narrows them)
 	$(SETUP) --for test
 	$(CHECK)
-	$(VENV_PYTHON) -m pytest $(PYTEST_ARGS)
+	$(VENV_PYTHON) -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 test-fast: ## run the tests that start no server and no process and compile nothing: under 3 minutes, while you work
 	$(SETUP) --for test

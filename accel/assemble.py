@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .attention import choose_attention
+from .attention import Attention, choose_attention
 from .build import load_model
 from .compile.cache import CompileCache
 from .compile.compiler import RegionCompiler
@@ -26,10 +26,12 @@ class Regions:
 
     Attributes:
         attention: the backend that they call.
+        attend: its function.
         functions: in the order in which the family has them, compiled at their first calls.
     """
 
     attention: str
+    attend: Attention
     functions: tuple[Callable, ...]
 
 
@@ -57,7 +59,7 @@ def make_regions(
     functions = family.regions(chosen.attention)
     if settings.compile == "full":
         functions = (*functions, family.whole(chosen.attention))
-    return Regions(chosen.name, tuple(compiler.region(function) for function in functions))
+    return Regions(chosen.name, chosen.attention, tuple(compiler.region(function) for function in functions))
 
 
 @dataclass(frozen=True)

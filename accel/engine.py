@@ -174,7 +174,8 @@ class Engine:
     def _start(self, made: Assembled, regions: Regions) -> None:
         made.slots.bind(made.slots.empty)
         self._applied = LoraStack().key
-        self._forward = self.spec.family.forward(self.spec.config, made.model, regions.functions, made.weights.ring)
+        family, config, ring = self.spec.family, self.spec.config, made.weights.ring
+        self._forward = family.forward(config, made.model, regions.functions, regions.attend, ring)
 
     def offload(self) -> None:
         """Move the weights to host memory. The next `load` moves them back, without reading or compiling.

@@ -30,18 +30,25 @@ class Benchmark:
 
 
 DEVICE = {"--device": {"default": "cpu", "help": "where it runs, such as cuda (default cpu)"}}
-SCALE = {"--scale": {"type": float, "default": 1.0, "help": "share of FLUX.1-dev's blocks (default 1)"}}
+SCALE = {"--scale": {"type": float, "default": 1.0, "help": "share of the model's blocks (default 1)"}}
+FAMILY = {
+    "--family": {
+        "default": "flux1-dev",
+        "metavar": "NAME",
+        "help": "a published model of these sizes, such as flux2-dev or flux2-klein-9b (default flux1-dev)",
+    }
+}
 BENCHMARKS: Mapping[str, Benchmark] = {
     "swap": Benchmark(
-        "switch a LoRA at FLUX.1-dev's sizes: hot, warm, cold, beside PEFT, diffusers and, on a CPU, ComfyUI's merge",
+        "switch a LoRA at a model's real sizes: hot, warm, cold, beside PEFT, diffusers and, on a CPU, ComfyUI's merge",
         "benchmarks.swap",
-        options=DEVICE,
+        options={**DEVICE, **FAMILY},
     ),
     "load": Benchmark(
-        "load a checkpoint of FLUX.1-dev's size into fp8 and int8: memory, time, and the next start from the cache; "
-        "needs 40 GB of disk in the current folder, which it gives back",
+        "load a checkpoint of a model's real size into fp8 and int8: memory, time, and the next start from the cache; "
+        "needs 40 GB of disk for FLUX.1-dev's in the current folder, which it gives back",
         "benchmarks.load",
-        options=SCALE,
+        options={**SCALE, **FAMILY},
     ),
     "step": Benchmark(
         "what LoRA layers cost per compiled step: none bound, ranks 16 and 128, a stack, beside PEFT",
@@ -50,6 +57,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
             **DEVICE,
             "--resolution": {"type": int, "help": "of the picture (default 1024; on a CPU 320, and a short prompt)"},
             "--quantization": {"default": "none", "help": "of the blocks' linears, such as fp8 or int8 (default none)"},
+            **FAMILY,
         },
     ),
     "restart": Benchmark(
@@ -65,6 +73,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "gpu_code": Benchmark(
         "what the code generated for an H100 reads and writes, with and without LoRA, beside PEFT; needs no GPU",
         "benchmarks.gpu_code",
+        options=FAMILY,
     ),
     "gpu": Benchmark(
         "everything that a GPU is to show, in the order of its worth: self-tests, switches, steps, whole images, "

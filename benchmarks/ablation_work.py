@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from accel.families.flux1 import Flux1Config
 from harness.comfyui import FetchError, fetch
 
-from .block_variants import one_of_each
-from .flux_loras import DEV, KEY_PREFIX, RANK, visible_lora
+from .families.flux1 import DEV, one_of_each
+from .flux_loras import KEY_PREFIX, RANK, visible_lora
 from .random_checkpoint import write_checkpoint
 from .report import BenchmarkError
 from .subjects import Work

@@ -8,10 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from accel.attention import Attention, Target, choose_attention
+from accel.attention import Target, choose_attention
 from accel.compile.compiler import RegionCompiler
-from accel.families.flux1 import POSITIONS, Flux1, Flux1Config
-from accel.families.flux1.blocks import double_block, single_block
 from accel.files import FileIdentity
 from accel.lora.adapter import Adapter
 from accel.lora.hold.slots import Bindings, LoraSlots
@@ -20,8 +18,10 @@ from accel.lora.pack.flat import flatten
 from accel.lora.stack import LoraStack
 from accel.observer import Silent
 
-from .block_variants import PEFT_ADAPTER, add_peft, block_modules, one_of_each, quantize_blocks, without_lora_layers
-from .flux_loras import block_linears, meta_model
+from .block_variants import PEFT_ADAPTER, add_peft, block_modules, quantize_blocks, without_lora_layers
+from .families.base import Arguments, Config, Tokens
+from .families.registry import of
+from .flux_loras import meta_model
 from .report import BenchmarkError
 from .timing import CPU, Variant
 
@@ -40,9 +40,8 @@ class Case:
     """What is measured, and on what.
 
     Attributes:
-        hidden: width of the blocks.
-        image_tokens: of the picture.
-        text_tokens: of the prompt.
+        config: of one double and one single block.
+        tokens: of the picture and of the prompt.
         rounds: at most; each has one step of every variant.
         device: where it runs.
         mode: quantization of the blocks' linears, or "none".
@@ -50,9 +49,8 @@ class Case:
         compile: as in `EngineSettings`.
     """
 
-    hidden: int
-    image_tokens: int
-    text_tokens: int
+    config: Config
+    tokens: Tokens
     rounds: int
     device: torch.device = CPU
     mode: str = "none"
@@ -75,12 +73,12 @@ class Steps:
 
     def __init__(self, case: Case) -> None:
         """Make the weights, the LoRAs and the inputs; nothing is compiled yet."""
-        config, device = one_of_each(case.hidden), case.device
+        config, device, family = case.config, case.device, of(case.config).family
         self._case = case
         self._scope = RegionCompiler(case.compile, Silent())  # dynamo's options, the same for all
         bare = random_model(config, device)
         peft = sharing_weights(bare, config)
-        add_peft(peft, config, 16)
+        add_peft(peft, block_modules(config), 16)
         if case.mode != "none":
             quantize_blocks(bare, config, case.mode)
             for name in block_modules(config):
@@ -92,20 +90,18 @@ class Steps:
         self._bindings = {"empty": self._slots.empty, **{name: self._bound(each) for name, each in stacks.items()}}
         self._slots.bind(self._slots.empty)
         fill_peft(peft, loras[0], device)
-        target = Target(device, DTYPE, *Flux1().heads(config), compiled=case.compile != "off")
+        target = Target(device, DTYPE, *family.heads(config), compiled=case.compile != "off")
         attention = choose_attention(case.attention, target)
         self.attention = attention.name
 
-        def regions(model: nn.Module, adapt: Callable[[Callable], Callable]) -> _Regions:
-            return _Regions(model, adapt, attention.attention, case.compile)
-
-        own = regions(ours, lambda function: function)
+        functions = family.regions(attention.attention)
+        plain = [without_lora_layers(function) for function in functions]
+        self._inputs, behind = _inputs(case)
         self.regions = {
-            "none": regions(bare, without_lora_layers),
-            **dict.fromkeys(self._bindings, own),
-            "peft_rank16": regions(peft, without_lora_layers),
+            "none": _Regions(bare, plain, behind, case.compile),
+            **dict.fromkeys(self._bindings, _Regions(ours, functions, behind, case.compile)),
+            "peft_rank16": _Regions(peft, plain, behind, case.compile),
         }
-        self._inputs = _inputs(case)
         self._outputs: dict[str, Tensor] = {}
         self._output = self._inputs[0]
 
@@ -182,28 +178,19 @@ class _Regions:
         compiler: counts the compiles.
     """
 
-    def __init__(
-        self, model: nn.Module, adapt: Callable[[Callable], Callable], attention: Attention, compile: str
-    ) -> None:
+    def __init__(self, model: nn.Module, functions: Sequence[Callable], behind: Arguments, compile: str) -> None:
         self.compiler = RegionCompiler(compile, Silent())
-        double_function, single_function = adapt(double_block), adapt(single_block)
-
-        def double(block: nn.Module, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-            return double_function(block, *inputs, None, attention)
-
-        def single(block: nn.Module, *inputs: Tensor) -> Tensor:
-            return single_function(block, *inputs, None, attention)
-
-        self._double, self._single = self.compiler.region(double), self.compiler.region(single)
+        self._double, self._single = map(self.compiler.region, functions)
         self._model = model
+        self._behind = behind
 
-    def __call__(self, image: Tensor, text: Tensor, temb: Tensor, rotary: Tensor) -> Tensor:
-        image, text = self._double(self._model.transformer_blocks[0], image, text, temb, rotary)
+    def __call__(self, image: Tensor, text: Tensor) -> Tensor:
+        image, text = self._double(self._model.transformer_blocks[0], image, text, *self._behind.double)
         joined = torch.cat([text, image], dim=1)
-        return self._single(self._model.single_transformer_blocks[0], joined, temb, rotary)
+        return self._single(self._model.single_transformer_blocks[0], joined, *self._behind.single)
 
 
-def random_model(config: Flux1Config, device: torch.device) -> nn.Module:
+def random_model(config: Config, device: torch.device) -> nn.Module:
     """A model whose outputs are about as large as its inputs, and differ in every channel."""
     generator = torch.Generator(device).manual_seed(0)
     model = meta_model(config)
@@ -220,7 +207,7 @@ def random_model(config: Flux1Config, device: torch.device) -> nn.Module:
     return model
 
 
-def sharing_weights(source: nn.Module, config: Flux1Config) -> nn.Module:
+def sharing_weights(source: nn.Module, config: Config) -> nn.Module:
     """A model of its own over another one's weights: the same Parameters, quantized layers included."""
     model = meta_model(config)
     for name, module in source.named_modules():
@@ -232,19 +219,23 @@ def sharing_weights(source: nn.Module, config: Flux1Config) -> nn.Module:
     return model
 
 
-def random_lora(config: Flux1Config, rank: int, seed: int) -> Adapter:
+def random_lora(config: Config, rank: int, seed: int) -> Adapter:
     """A LoRA on every linear of both blocks."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(rows: int, columns: int, scale: float) -> Tensor:
         return torch.empty(rows, columns, dtype=DTYPE).normal_(0.0, scale, generator=generator)
 
+    linears = of(config).family.layout(config).by_module
     layers = tuple(
         # A fifth of what the linear itself puts out.
         LoraLayer(
-            module, normal(rank, in_features, in_features**-0.5), normal(out_features, rank, 0.2 * rank**-0.5), 1.0
+            module,
+            normal(rank, linears[module].in_features, linears[module].in_features**-0.5),
+            normal(linears[module].out_features, rank, 0.2 * rank**-0.5),
+            1.0,
         )
-        for module, out_features, in_features in block_linears(Flux1().layout(config))
+        for module in block_modules(config)
     )
     return Adapter(FileIdentity(f"rank {rank}, seed {seed}", 0, 0), layers, ())
 
@@ -257,20 +248,18 @@ def fill_peft(model: nn.Module, lora: Adapter, device: torch.device) -> None:
             half[PEFT_ADAPTER].weight = nn.Parameter(value.to(device, DTYPE), requires_grad=False)
 
 
-def _inputs(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    device = case.device
+def _inputs(case: Case) -> tuple[tuple[Tensor, Tensor], Arguments]:
+    """Image and text tokens, and what the regions read behind them."""
+    device, config, tokens, family = case.device, case.config, case.tokens, of(case.config)
     generator = torch.Generator(device).manual_seed(1)
 
     def normal(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=DTYPE, device=device).normal_(generator=generator)
 
-    positions = torch.arange(case.image_tokens + case.text_tokens, device=device)[None, :, None].expand(1, -1, 3)
-    return (
-        normal(1, case.image_tokens, case.hidden),
-        normal(1, case.text_tokens, case.hidden),
-        normal(1, case.hidden),
-        POSITIONS.rotary_table(positions.float()),
-    )
+    streams = normal(1, tokens.image, config.hidden_size), normal(1, tokens.text, config.hidden_size)
+    axes = len(family.positions.axes_dim)
+    positions = torch.arange(tokens.all, device=device)[None, :, None].expand(1, -1, axes)
+    return streams, family.ours(config, normal, family.positions.rotary_table(positions.float()))
 
 
 def _distance(output: Tensor, reference: Tensor) -> float:

@@ -1,37 +1,41 @@
-"""The blocks of FLUX.1 that benchmarks compile: bare ones, ours with LoRA layers, PEFT's."""
+"""The blocks that benchmarks compile: bare ones, ours with LoRA layers, PEFT's."""
 
 from __future__ import annotations
 
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from accel.families.flux1 import Flux1, Flux1Config
 from accel.linear.inputs import NONE, Activation, Columns, Input, as_input
 from accel.quantize import find_mode
 
-from .flux_loras import block_linears
+from .families.base import Config
+from .families.registry import of
+from .flux_loras import linears_in_blocks
 
 PEFT_ADAPTER = "default"
+# Part of the names of modules in which a family's functions are.
+FAMILIES = "accel.families."
 
 
-def one_of_each(hidden_size: int) -> Flux1Config:
-    """FLUX.1 of some width, with one double and one single block, and nothing large around them."""
-    return Flux1Config(hidden_size, 1, 1, 64, 64, 256, 256, 4 * hidden_size, True)
+def block_modules(config: Config) -> list[str]:
+    """Names of all linears inside the blocks, as the model here has them: those a LoRA of the benchmarks is on."""
+    return [part.module for linear in linears_in_blocks(of(config).family.layout(config)) for part in linear.parts]
 
 
-def block_modules(config: Flux1Config) -> list[str]:
-    """Names of all linears inside the blocks: those a LoRA of the benchmarks is on."""
-    return [module for module, _, _ in block_linears(Flux1().layout(config))]
+def diffusers_modules(config: Config) -> list[str]:
+    """The same as diffusers' own model has them."""
+    return [linear.name for linear in linears_in_blocks(of(config).diffusers_layout(config))]
 
 
-def without_lora_layers(function: Callable) -> Callable:
-    """A block function, to be run over a block whose linears are bare: each is called by itself.
+def without_lora_layers(function: types.FunctionType) -> types.FunctionType:
+    """A family's region or block function, to be run over a block whose linears are bare: each is called by itself.
 
-    The function's code is the same; only the names of what runs linears mean something else to it.
+    The code of the function is the same, and that of a family's other functions that it calls; only the names of what
+    runs linears mean something else to it.
     """
 
     def linears(x: Tensor | Input, *layers: nn.Module, activation: Activation = NONE) -> list[Any]:
@@ -46,31 +50,32 @@ def without_lora_layers(function: Callable) -> Callable:
     def split_linears(joint: Tensor, tokens: int, text_layer: nn.Module, image_layer: nn.Module) -> list[Tensor]:
         return [text_layer(joint[:, :tokens]), image_layer(joint[:, tokens:])]
 
-    def feed_forward(x: Input, module: nn.Module) -> Tensor:
-        return module(x.value())
-
-    names = {
-        **function.__globals__,
-        "linears": linears,
-        "joint_linears": joint_linears,
-        "split_linears": split_linears,
-        "_feed_forward": feed_forward,
-    }
-    return types.FunctionType(function.__code__, names, function.__name__, function.__defaults__)
+    return _with(function, {"linears": linears, "joint_linears": joint_linears, "split_linears": split_linears})
 
 
-def add_peft(model: nn.Module, config: Flux1Config, rank: int) -> None:
-    """Have PEFT inject LoRA layers on all linears inside the blocks; its lora_B are zeros."""
+def _with(function: types.FunctionType, others: Mapping[str, Callable]) -> types.FunctionType:
+    """A function with other meanings of some global names, also in the families' functions that it names."""
+    names = {**function.__globals__, **others}
+    for name in function.__code__.co_names:
+        called = function.__globals__.get(name)
+        if name not in others and isinstance(called, types.FunctionType) and FAMILIES in called.__module__:
+            names[name] = _with(called, others)
+    code, closure = function.__code__, function.__closure__
+    return types.FunctionType(code, names, function.__name__, function.__defaults__, closure)
+
+
+def add_peft(model: nn.Module, modules: Sequence[str], rank: int) -> None:
+    """Have PEFT inject LoRA layers on linears; its lora_B are zeros."""
     from peft import LoraConfig, inject_adapter_in_model
 
-    lora = LoraConfig(r=rank, lora_alpha=rank, target_modules=block_modules(config))
+    lora = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(modules))
     inject_adapter_in_model(lora, model, PEFT_ADAPTER)
     model.eval().requires_grad_(False)
 
 
-def quantize_blocks(model: nn.Module, config: Flux1Config, mode: str) -> None:
+def quantize_blocks(model: nn.Module, config: Config, mode: str) -> None:
     """Convert all linears inside the blocks as the engine does while it loads."""
-    convert, linears = find_mode(mode).convert, Flux1().layout(config).by_module
+    convert, linears = find_mode(mode).convert, of(config).family.layout(config).by_module
     for name in block_modules(config):
         linear = model.get_submodule(name)
         model.set_submodule(name, convert(linear.weight, linear.bias, linears[name].per_picture).eval())

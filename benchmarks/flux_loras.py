@@ -1,4 +1,4 @@
-"""FLUX.1-dev without its weights, and random LoRAs of real size for it.
+"""A transformer without its weights, and random LoRAs of real size for it.
 
 The base model lies on the meta device: it has every module and every shape, and takes no memory. Only LoRA tensors are
 real, which is all that switching a LoRA touches.
@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from accel.families.flux1 import Flux1, Flux1Config
-from accel.families.layout import Layout
+from accel.families.diffusers_models import model_class
+from accel.families.layout import FusedLinear, Layout
 from accel.files import FileIdentity
 from accel.linear.layers import LoraLinear
 from accel.linear.slot import bound_to
@@ -22,6 +23,8 @@ from accel.lora.adapter import Adapter
 from accel.lora.hold.slots import LoraSlots
 from accel.lora.kinds.layers import LoraLayer
 
+from .families.base import Config
+from .families.registry import of
 from .report import BenchmarkError
 from .timing import CPU
 
@@ -30,26 +33,27 @@ RANK = 16
 # Not 1: then what is bound is not what the file holds, and the check sees whether the strength arrived.
 STRENGTH = 0.8
 KEY_PREFIX = "transformer."
+NATIVE_PREFIX = "diffusion_model."
 STD = 0.02
 # A visible LoRA's output beside its linear's.
 LORA_SHARE = 0.3
 
-DEV = Flux1.published["flux1-dev"]
-QUICK = Flux1Config(256, 2, 4, 64, 64, 768, 768, 1024, True)
-
-# diffusers module -> (lora_A, lora_B)
+# Module -> (lora_A, lora_B)
 Pairs = dict[str, tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
 class RandomLora:
-    """A LoRA on all linears inside the blocks, with an own lora_A for each, as PEFT trains it.
+    """A LoRA on all linears inside the blocks, with an own lora_A for each.
 
     Attributes:
-        pairs: lora_A (rank, in_features) and lora_B (out_features, rank), bf16, as a file holds them.
+        matrices: name of a linear -> lora_A (rank, in_features) and lora_B (out_features, rank), bf16, as a file holds
+            them: for diffusers' linears, which PEFT trains, or for the original ones, where q, k and v are one.
+        pairs: module of the model here -> the matrices that it gets of them.
     """
 
     name: str
+    matrices: Pairs
     pairs: Pairs
 
     @cached_property
@@ -64,53 +68,79 @@ class RandomLora:
     @property
     def bytes(self) -> int:
         """Of all matrices."""
-        return sum(tensor.numel() * tensor.element_size() for pair in self.pairs.values() for tensor in pair)
+        return sum(tensor.numel() * tensor.element_size() for pair in self.matrices.values() for tensor in pair)
 
     def state_dict(self, prefix: str = "", adapter: str = "") -> dict[str, Tensor]:
-        """The tensors under PEFT's keys: `<prefix><module>.lora_A[.<adapter>].weight`."""
+        """The tensors under PEFT's keys: `<prefix><name>.lora_A[.<adapter>].weight`."""
         middle = f".{adapter}" if adapter else ""
         return {
-            f"{prefix}{module}.lora_{role}{middle}.weight": tensor
-            for module, pair in self.pairs.items()
+            f"{prefix}{name}.lora_{role}{middle}.weight": tensor
+            for name, pair in self.matrices.items()
             for role, tensor in zip("AB", pair, strict=True)
         }
 
+    def kohya_state_dict(self) -> dict[str, Tensor]:
+        """The tensors under sd-scripts' keys, with alphas."""
+        tensors = {}
+        for name, (a, b) in self.matrices.items():
+            key = f"lora_unet_{name.replace('.', '_')}"
+            tensors |= {f"{key}.lora_down.weight": a, f"{key}.lora_up.weight": b}
+            tensors[f"{key}.alpha"] = torch.tensor(float(a.shape[0]), dtype=DTYPE)
+        return tensors
 
-def meta_model(config: Flux1Config) -> nn.Module:
-    """The diffusers transformer as the engine builds it, on the meta device, bf16."""
+
+def meta_model(config: Config) -> nn.Module:
+    """The model as the engine builds it, on the meta device, bf16."""
+    return _on_meta(of(config).family.build, config)
+
+
+def diffusers_model(config: Config) -> nn.Module:
+    """The model of diffusers itself, likewise."""
+    family = of(config).family
+    return _on_meta(lambda config: model_class(family.diffusers_class)(**family.diffusers_config(config)), config)
+
+
+def _on_meta(build: Callable[[Any], nn.Module], config: Config) -> nn.Module:
     with torch.device("meta"):
-        return nn.Module.to(Flux1().build(config), DTYPE).eval().requires_grad_(False)
+        return nn.Module.to(build(config), DTYPE).eval().requires_grad_(False)
 
 
-def slots_of(config: Flux1Config, device: torch.device) -> tuple[nn.Module, LoraSlots]:
+def slots_of(config: Config, device: torch.device) -> tuple[nn.Module, LoraSlots]:
     """A model with the pack's LoRA layers on every linear, as `Engine.load` adds them; for LoRAs on a device."""
     model = meta_model(config)
-    return model, LoraSlots(model, Flux1().layout(config).modules, device)
+    return model, LoraSlots(model, of(config).family.layout(config).modules, device)
 
 
-def random_lora(config: Flux1Config, name: str, seed: int, rank: int = RANK, device: torch.device = CPU) -> RandomLora:
-    """Make a LoRA in host memory; the same seed and device give the same values, a GPU much sooner than a CPU."""
-    return RandomLora(name, _random_pairs(config, seed, rank, lambda in_features: STD, STD, device))
+def random_lora(config: Config, name: str, seed: int, rank: int = RANK, device: torch.device = CPU) -> RandomLora:
+    """Make a LoRA on diffusers' linears; the same seed and device give the same values, a GPU sooner than a CPU."""
+    return _random(of(config).diffusers_layout(config), name, seed, rank, lambda in_features: STD, STD, device)
 
 
-def visible_lora(config: Flux1Config, name: str, seed: int, rank: int, device: torch.device) -> RandomLora:
+def visible_lora(config: Config, name: str, seed: int, rank: int, device: torch.device) -> RandomLora:
     """`random_lora`, whose output is `LORA_SHARE` of its linear's over weights of `random_checkpoint`: one sees it."""
-    b_std = LORA_SHARE * rank**-0.5
-    return RandomLora(name, _random_pairs(config, seed, rank, lambda in_features: in_features**-0.5, b_std, device))
+    layout, b_std = of(config).diffusers_layout(config), LORA_SHARE * rank**-0.5
+    return _random(layout, name, seed, rank, lambda in_features: in_features**-0.5, b_std, device)
 
 
-def _random_pairs(
-    config: Flux1Config, seed: int, rank: int, a_std: Callable[[int], float], b_std: float, device: torch.device
-) -> Pairs:
+def fused_lora(config: Config, name: str, seed: int, rank: int = RANK) -> RandomLora:
+    """Make a LoRA on the original linears, in host memory."""
+    return _random(of(config).family.layout(config), name, seed, rank, lambda in_features: STD, STD, CPU)
+
+
+def _random(
+    layout: Layout, name: str, seed: int, rank: int, a_std: Callable[[int], float], b_std: float, device: torch.device
+) -> RandomLora:
     generator = torch.Generator(device).manual_seed(seed)
 
     def normal(rows: int, columns: int, std: float) -> Tensor:
         return torch.empty(rows, columns, dtype=DTYPE, device=device).normal_(0.0, std, generator=generator).cpu()
 
-    return {
-        module: (normal(rank, in_features, a_std(in_features)), normal(out_features, rank, b_std))
-        for module, out_features, in_features in block_linears(Flux1().layout(config))
-    }
+    matrices, pairs = {}, {}
+    for linear in linears_in_blocks(layout):
+        a, b = normal(rank, linear.in_features, a_std(linear.in_features)), normal(linear.out_features, rank, b_std)
+        matrices[linear.name] = a, b
+        pairs |= {part.module: (a, b[part.start : part.start + part.rows]) for part in linear.parts}
+    return RandomLora(name, matrices, pairs)
 
 
 def lora_weights(lora: RandomLora) -> Adapter:
@@ -119,61 +149,9 @@ def lora_weights(lora: RandomLora) -> Adapter:
     return Adapter(FileIdentity(lora.name, 0, 0), layers, ())
 
 
-@dataclass(frozen=True)
-class FusedLora:
-    """A LoRA whose matrices belong to BFL's linears, where q, k and v are one: `kohya` or `native` files.
-
-    Attributes:
-        matrices: BFL name -> (lora_A, lora_B), bf16.
-        pairs: diffusers module -> the matrices that it gets of them.
-    """
-
-    name: str
-    matrices: Pairs
-    pairs: Pairs
-
-    @cached_property
-    def scaled(self) -> Pairs:
-        """What has to be bound at `STRENGTH`."""
-        return {module: (a, (b.float() * STRENGTH).to(DTYPE)) for module, (a, b) in self.pairs.items()}
-
-    def state_dict(self, format: str) -> dict[str, Tensor]:
-        """The tensors under sd-scripts' keys ("kohya", with alphas) or ComfyUI's ("native")."""
-        tensors = {}
-        for name, (a, b) in self.matrices.items():
-            if format == "kohya":
-                key = f"lora_unet_{name.replace('.', '_')}"
-                tensors |= {f"{key}.lora_down.weight": a, f"{key}.lora_up.weight": b}
-                tensors[f"{key}.alpha"] = torch.tensor(float(a.shape[0]), dtype=DTYPE)
-            else:
-                key = f"diffusion_model.{name}"
-                tensors |= {f"{key}.lora_A.weight": a, f"{key}.lora_B.weight": b}
-        return tensors
-
-
-def fused_lora(config: Flux1Config, name: str, seed: int, rank: int = RANK) -> FusedLora:
-    """Make a LoRA on all linears inside the blocks; the same seed gives the same values."""
-    generator = torch.Generator().manual_seed(seed)
-    matrices, pairs = {}, {}
-    layout = Flux1().layout(config)
-    for linear in layout.linears:
-        if layout.block_of(linear.parts[0].module) is not None:
-            a, b = (
-                torch.empty(shape, dtype=DTYPE).normal_(0.0, 0.02, generator=generator)
-                for shape in ((rank, linear.in_features), (linear.out_features, rank))
-            )
-            matrices[linear.name] = a, b
-            for part in linear.parts:
-                pairs[part.module] = a, b[part.start : part.start + part.rows]
-    return FusedLora(name, matrices, pairs)
-
-
-def block_linears(layout: Layout) -> Iterator[tuple[str, int, int]]:
-    """(diffusers module, out_features, in_features) of every linear inside the blocks."""
-    for linear in layout.linears:
-        for part in linear.parts:
-            if layout.block_of(part.module) is not None:
-                yield part.module, part.rows, linear.in_features
+def linears_in_blocks(layout: Layout) -> Iterator[FusedLinear]:
+    """Those that a LoRA of the benchmarks is on."""
+    return (linear for linear in layout.linears if layout.block_of(linear.parts[0].module) is not None)
 
 
 def check_bound(variant: str, model: nn.Module, adapter: str | None, expected: Pairs) -> tuple[Tensor, ...]:

@@ -1,6 +1,8 @@
 """Child process of `gpu_code`: generate the code of blocks for an H100, and print as JSON what is in it.
 
-    python -m benchmarks.generated_code HIDDEN_SIZE IMAGE_TOKENS TEXT_TOKENS
+    python -m benchmarks.generated_code MODEL IMAGE_TOKENS TEXT_TOKENS [VARIANT ...]
+
+MODEL is the name of a published model, whose width the blocks have; without VARIANT it is all of `VARIANTS`.
 
 Per variant and block: the Triton kernels, the matrix products, what crosses to the host, the bytes that all of it
 moves, and the calls of the pack's own operators, which are opaque here and are counted by `lora_bytes`.
@@ -19,19 +21,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from accel.families.flux1 import Flux1, Flux1Config
-from accel.families.flux1.blocks import double_block, single_block
 from accel.families.streams.layout import HEAD_DIM
 from accel.linear.inputs import MODULATED, NONE
 from accel.lora.hold.slots import LoraSlots
 
-from .block_variants import add_peft, block_modules, one_of_each, quantize_float8, without_lora_layers
+from .block_variants import add_peft, block_modules, diffusers_modules, quantize_float8, without_lora_layers
+from .families.base import Config, Tokens
+from .families.registry import config_of, of
+from .flux_loras import diffusers_model, meta_model
 from .pretend_h100 import pretend
 
 DTYPE = torch.bfloat16
 # Our block functions over our LoRA layers; over bare linears; diffusers' blocks, bare; those with PEFT's layers.
 KINDS = ("ours", "bare", "diffusers", "peft")
+THEIRS = KINDS[2:]
+VARIANTS = tuple(f"{kind}_{dtype}" for dtype in ("bf16", "fp8") for kind in KINDS)
 PEFT_RANK = 16
+BLOCKS = ("double", "single")
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_scaled_mm", "_int_mm")
 # What makes the host wait for the device, and what moves data to it, in generated code.
 SYNCS = r"\.item\(\)|\.tolist\(\)|synchronize\(|_local_scalar_dense|\.wait\(\)"
@@ -44,43 +50,40 @@ class _Generated(Exception):
 
 def main() -> None:
     """Print the JSON."""
-    hidden_size, image_tokens, text_tokens = map(int, sys.argv[1:])
+    model, image_tokens, text_tokens, *wanted = sys.argv[1:]
     warnings.filterwarnings("ignore")
     pretend()
     torch._inductor.config.fx_graph_cache = False
     torch._functorch.config.enable_autograd_cache = False
     generate = _capture()
-    config = one_of_each(hidden_size)
-    found: dict[str, Any] = {}
-    for quantized in (False, True):
-        for kind in KINDS:
-            name = f"{kind}_{'fp8' if quantized else 'bf16'}"
-            found[name] = _variant(generate, config, kind, quantized, image_tokens, text_tokens)
-    print(json.dumps(found))
+    whole = config_of(model)
+    config, tokens = of(whole).one_of_each(whole.hidden_size), Tokens(int(image_tokens), int(text_tokens))
+    print(json.dumps({name: _variant(generate, config, name, tokens) for name in wanted or VARIANTS}))
 
 
-def _variant(
-    generate: Callable, config: Flux1Config, kind: str, quantized: bool, image_tokens: int, text_tokens: int
-) -> dict[str, Any]:
+def _variant(generate: Callable, config: Config, name: str, tokens: Tokens) -> dict[str, Any]:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    with torch.device("meta"):
-        model = nn.Module.to(Flux1().build(config), DTYPE).eval().requires_grad_(False)
-        if kind == "peft":
-            add_peft(model, config, PEFT_RANK)
+    kind, _, dtype = name.partition("_")
+    theirs = kind in THEIRS
+    modules = diffusers_modules(config) if theirs else block_modules(config)
+    model = diffusers_model(config) if theirs else meta_model(config)
+    if kind == "peft":
+        with torch.device("meta"):
+            add_peft(model, modules, PEFT_RANK)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode(), torch.device("cuda"):
         _to_device(model)
-        if quantized:
-            for module in block_modules(config):
+        if dtype == "fp8":
+            for module in modules:
                 linear = model.get_submodule(module)
                 # PEFT's layer for torchao's weights has the same forward as its ordinary one, which is there already.
                 quantize_float8(linear.base_layer if kind == "peft" else linear)
         if kind == "ours":
-            slots = LoraSlots(model, block_modules(config), torch.device("cuda"))
+            slots = LoraSlots(model, modules, torch.device("cuda"))
             slots.bind(slots.empty)
-        blocks = {"double": model.transformer_blocks[0], "single": model.single_transformer_blocks[0]}
-        inputs = _inputs(config.hidden_size, image_tokens, text_tokens, theirs=kind in ("diffusers", "peft"))
-        return {name: generate(_function(kind, name), block, inputs[name]) for name, block in blocks.items()}
+        blocks = model.transformer_blocks[0], model.single_transformer_blocks[0]
+        runs = zip(BLOCKS, _functions(kind, config), blocks, _inputs(config, tokens, theirs), strict=True)
+        return {block_type: generate(*run) for block_type, *run in runs}
 
 
 def _to_device(model: nn.Module) -> None:
@@ -92,26 +95,29 @@ def _to_device(model: nn.Module) -> None:
                 module._parameters[name] = nn.Parameter(empty, requires_grad=False)
 
 
-def _function(kind: str, name: str) -> Callable:
-    if kind in ("diffusers", "peft"):
-        return lambda block, *inputs: block(*inputs)
-    function = {"double": double_block, "single": single_block}[name]
-    if kind == "bare":
-        function = without_lora_layers(function)
-    return lambda block, *inputs: function(block, *inputs, None, _attention)
+def _functions(kind: str, config: Config) -> Iterator[Callable]:
+    """What runs a double and a single block."""
+    for function in of(config).family.regions(_attention):
+        if kind in THEIRS:
+            yield lambda block, *inputs: block(*inputs)
+        else:
+            yield without_lora_layers(function) if kind == "bare" else function
 
 
-def _inputs(hidden_size: int, image_tokens: int, text_tokens: int, theirs: bool) -> dict[str, tuple]:
-    tokens = image_tokens + text_tokens
-    image = torch.empty(1, image_tokens, hidden_size, dtype=DTYPE)
-    text = torch.empty(1, text_tokens, hidden_size, dtype=DTYPE)
-    temb = torch.empty(1, hidden_size, dtype=DTYPE)
+def _inputs(config: Config, tokens: Tokens, theirs: bool) -> tuple[tuple, tuple]:
+    """What a double and a single block are called with."""
+    family, hidden_size = of(config), config.hidden_size
+
+    def make(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=DTYPE)
+
     if theirs:
-        rotary = (torch.empty(tokens, HEAD_DIM), torch.empty(tokens, HEAD_DIM))
-        return dict.fromkeys(("double", "single"), (image, text, temb, rotary))
-    rotary = torch.empty(2, 1, 1, tokens, HEAD_DIM // 2)
-    both = torch.empty(1, tokens, hidden_size, dtype=DTYPE)
-    return {"double": (image, text, temb, rotary), "single": (both, temb, rotary)}
+        rotary = torch.empty(tokens.all, HEAD_DIM), torch.empty(tokens.all, HEAD_DIM)
+        called = family.theirs(config, make, tokens, rotary)
+        return called.double, called.single
+    behind = family.ours(config, make, torch.empty(2, 1, 1, tokens.all, HEAD_DIM // 2))
+    streams = make(1, tokens.image, hidden_size), make(1, tokens.text, hidden_size)
+    return (*streams, *behind.double), (make(1, tokens.all, hidden_size), *behind.single)
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
@@ -126,9 +132,10 @@ def _register_attention() -> None:
 
     attention.register_fake(lambda query, key, value: torch.empty_like(query))
 
-    import diffusers.models.transformers.transformer_flux as diffusers_flux
+    from diffusers.models.transformers import transformer_flux, transformer_flux2
 
-    diffusers_flux.dispatch_attention_fn = lambda query, key, value, **_: _attention(query, key, value, None)
+    for module in (transformer_flux, transformer_flux2):
+        module.dispatch_attention_fn = lambda query, key, value, **_: _attention(query, key, value, None)
 
 
 def _capture() -> Callable[[Callable, nn.Module, tuple], dict[str, Any]]:

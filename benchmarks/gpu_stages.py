@@ -160,8 +160,7 @@ def steps(job: Job, mode: str, resolution: int) -> None:
     else:
         case = replace(case, rounds=STEP_ROUNDS)
     measured = step.measure(case, job.ends - 4 * RESERVE_S)
-    tokens = case.image_tokens + case.text_tokens
-    job.add(**step.figures(measured.samples), attention=measured.steps.attention, tokens=tokens)
+    job.add(**step.figures(measured.samples), attention=measured.steps.attention, tokens=case.tokens.all)
     watch = Stopwatch(job.device)
     for name in NAMES[:1] + NAMES[2:3]:
         job.add(**{f"{name}_profile": profile_kernels(lambda name=name: measured.steps.step(name), watch)})

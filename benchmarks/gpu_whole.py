@@ -19,7 +19,8 @@ from harness.comfyui import source_path
 
 from .ablation_report import distance
 from .device_memory import free_bytes, peak_bytes, start_peak
-from .flux_loras import DEV, DTYPE, KEY_PREFIX, QUICK, RANK, STRENGTH, lora_weights, visible_lora
+from .families.flux1 import DEV, QUICK
+from .flux_loras import DTYPE, KEY_PREFIX, RANK, STRENGTH, lora_weights, visible_lora
 from .gpu_job import Job
 from .kernel_profile import profile_kernels
 from .make_subject import make_subject

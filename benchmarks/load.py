@@ -1,4 +1,4 @@
-"""Load a checkpoint of FLUX.1-dev's size into 8 bits: time, memory, and the next start from the cache."""
+"""Load a checkpoint of a published model's size into 8 bits: time, memory, and the next start from the cache."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from accel.families.flux1 import Flux1, Flux1Config
 from accel.memory.budgets import GB
 
-from .flux_loras import DEV, KEY_PREFIX, QUICK, random_lora
+from .families.base import Config
+from .families.registry import DEFAULT, config_of, of
+from .flux_loras import KEY_PREFIX, diffusers_model, random_lora
 from .random_checkpoint import write_checkpoint
 from .report import BenchmarkError, Goal, Report, Row
 
@@ -25,23 +26,25 @@ MODES = ("fp8", "int8")
 PEER_SCALE = 0.1
 ALLOWANCE_BYTES = 1.5e9
 CACHED_FACTOR = 1.5
-LATENT = 32
+# Pixels along one side of the picture.
+PICTURE = 256
 
 
-def run(quick: bool, scale: float = 1.0) -> Report:
-    """Measure at a share of FLUX.1-dev's blocks; `quick` takes a narrow model, without the comparison.
+def run(quick: bool, scale: float = 1.0, family: str = DEFAULT) -> Report:
+    """Measure at a share of a published model's blocks; `quick` takes a narrow one, without the comparison.
 
     Raises:
         BenchmarkError: no room on the disk, this system does not tell its memory, or a step failed.
     """
     if not Path("/proc/self/status").is_file():
         raise BenchmarkError("it samples /proc/self/status, which only Linux has.")
-    config = QUICK if quick else scaled(scale)
+    whole = config_of(family, quick)
+    config = whole if quick else scaled(whole, scale)
     with tempfile.TemporaryDirectory(prefix="flux-hotswap-load-", dir=Path.cwd()) as folder:
         values, notes = _measure(Path(folder), config)
         if not quick:
             peer_scale = min(scale, PEER_SCALE)
-            values |= {"peer_scale": peer_scale, **_compare(Path(folder), scaled(peer_scale))}
+            values |= {"peer_scale": peer_scale, **_compare(Path(folder), scaled(whole, peer_scale))}
     values |= {"scale": None if quick else scale}
     return Report(
         title=f"Loading {values['file_bytes'] / GB:.2f} GB of bf16 weights into 8 bits",
@@ -52,23 +55,27 @@ def run(quick: bool, scale: float = 1.0) -> Report:
     )
 
 
-def scaled(scale: float) -> Flux1Config:
-    """FLUX.1-dev with a share of its blocks, at least one of each kind; their width stays."""
+def scaled(config: Config, scale: float) -> Any:
+    """A model with a share of its blocks, at least one of each kind; their width stays."""
     if not 0 < scale <= 1:
         raise BenchmarkError(f"--scale is {scale}, expected more than 0 and at most 1.")
-    return replace(DEV, depth=max(1, round(DEV.depth * scale)), depth_single=max(1, round(DEV.depth_single * scale)))
+    whole: Any = config
+    depths = {name: max(1, round(getattr(config, name) * scale)) for name in ("depth", "depth_single")}
+    return replace(whole, **depths)
 
 
-def _measure(folder: Path, config: Flux1Config) -> tuple[dict[str, Any], list[str]]:
+def _measure(folder: Path, config: Config) -> tuple[dict[str, Any], list[str]]:
     file, lora = folder / "random.safetensors", folder / "lora.safetensors"
     _require_space(folder, config)
-    values: dict[str, Any] = {"file_bytes": write_checkpoint(file, config), "latent": LATENT}
+    latent = PICTURE // of(config).family.pixels_per_latent
+    values: dict[str, Any] = {"file_bytes": write_checkpoint(file, config), "latent": latent}
+    values["model"] = {"family": of(config).family.name, "hidden": config.hidden_size}
     made = random_lora(config, "bench", seed=1)
     save_file(made.state_dict(KEY_PREFIX), lora)
     for mode in MODES:
         cache = folder / "cache"
-        first = _stage("load", file, mode=mode, cache=cache, lora=lora, latent=LATENT)
-        second = _stage("load", file, mode=mode, cache=cache, lora=lora, latent=LATENT)
+        first = _stage("load", file, mode=mode, cache=cache, lora=lora, latent=latent)
+        second = _stage("load", file, mode=mode, cache=cache, lora=lora, latent=latent)
         hot = _stage("load", file, mode=mode, cache=cache, hot=True)
         shutil.rmtree(cache)
         _check(mode, first, second)
@@ -82,7 +89,7 @@ def _measure(folder: Path, config: Flux1Config) -> tuple[dict[str, Any], list[st
         "dropped from the page cache (posix_fadvise), so both come from the disk; the …_hot_s pair from memory.",
         "Peak is anonymous resident memory, sampled every 5 ms during the load, with Python and the libraries in it. "
         "Mapped file pages, which the system drops when it needs the memory, do not count.",
-        f"The forward is eager, on a latent of {LATENT} × {LATENT} and 512 text tokens: compiling takes a minute, and "
+        f"The forward is eager, on a latent of {latent} × {latent} and 512 text tokens: compiling takes a minute, and "
         "says nothing of loading. Its output from the cache equals the first one's.",
     ]
 
@@ -105,12 +112,11 @@ def _check(mode: str, first: dict, second: dict) -> None:
         raise BenchmarkError(f"{mode}: the output from the cache is not that of the first load.")
 
 
-def _compare(folder: Path, config: Flux1Config) -> dict[str, Any]:
+def _compare(folder: Path, config: Config) -> dict[str, Any]:
     """The same file through diffusers and torchao, and through us, both into int8."""
     file, directory = folder / "peer.safetensors", folder / "config"
     size = write_checkpoint(file, config)
-    with torch.device("meta"):
-        Flux1().build(config).save_config(directory)
+    diffusers_model(config).save_config(directory)
     peer = _stage("peer", file, config=directory)
     ours = _stage("load", file, mode="int8")
     return {
@@ -133,8 +139,8 @@ def _stage(stage: str, checkpoint: Path, **options: Any) -> dict[str, Any]:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def _require_space(folder: Path, config: Flux1Config) -> None:
-    weights = sum(torch.Size(shape).numel() for shape in Flux1().layout(config).expected_shapes().values())
+def _require_space(folder: Path, config: Config) -> None:
+    weights = sum(torch.Size(shape).numel() for shape in of(config).family.layout(config).expected_shapes().values())
     needed, free = int(3.3 * weights), shutil.disk_usage(folder).free  # 2 bytes in the file, 1 in the cache
     if free < needed:
         raise BenchmarkError(

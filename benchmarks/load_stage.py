@@ -18,10 +18,14 @@ import torch
 
 from accel.checkpoint import inspect_checkpoint
 from accel.engine import Engine
-from accel.families.flux1 import Flux1Inputs
+from accel.families.diffusers_models import model_class
+from accel.families.streams.inputs import StreamInputs
 from accel.lora.stack import LoraStack
 from accel.quantize import find_mode
 from accel.settings import EngineSettings, Quantization, QuantizedCache
+from accel.spec import ModelSpec
+
+from .families.registry import of
 
 STATUS = Path("/proc/self/status")
 SAMPLE_S = 0.005
@@ -118,7 +122,7 @@ def load(options: argparse.Namespace) -> dict:
     cached = next(Path(options.cache).glob("*.safetensors"), None) if options.cache else None
     source = cached or file
     spec = inspect_checkpoint(str(file))
-    import_libraries(options.mode)
+    import_libraries(spec, options.mode)
     notices, result = Notices(), {"from_cache": cached is not None}
     cache = QuantizedCache(str(options.cache), 10**13) if options.cache else None
     # Not "auto": two processes that measure may take different kernels, and their outputs are to be equal.
@@ -150,39 +154,32 @@ def load(options: argparse.Namespace) -> dict:
     return result
 
 
-def import_libraries(mode: str) -> None:
+def import_libraries(spec: ModelSpec, mode: str) -> None:
     """Import what a load imports: that takes seconds, and is not what is measured."""
-    import diffusers.models.transformers.transformer_flux  # noqa: F401
-
+    model_class(spec.family.diffusers_class)
     find_mode(mode).convert(torch.zeros(64, 64, dtype=torch.bfloat16), torch.zeros(64, dtype=torch.bfloat16), False)
 
 
-def inputs(spec, latent: int) -> Flux1Inputs:
+def inputs(spec: ModelSpec, latent: int) -> StreamInputs:
     """Random inputs of a latent's size, the same in every process."""
     generator = torch.Generator().manual_seed(SEED)
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator).bfloat16()
 
-    return Flux1Inputs(
-        latent=normal(1, 16, latent, latent),
-        timestep=torch.tensor([0.7367]),
-        encoder_hidden_states=normal(1, TEXT_TOKENS, spec.config.context_dim),
-        pooled_projections=normal(1, spec.config.pooled_dim),
-        guidance=torch.tensor([3.5]),
-    )
+    return of(spec.config).forward_inputs(spec.config, normal, latent, TEXT_TOKENS)
 
 
 def peer(options: argparse.Namespace) -> dict:
     """Load the same file as diffusers and torchao do it."""
-    from diffusers import FluxTransformer2DModel
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
+    transformer = model_class(inspect_checkpoint(str(options.checkpoint)).family.diffusers_class)
     drop(options.checkpoint)
     memory = PeakMemory()
     with memory.sampling():
         start = time.perf_counter()
-        model = FluxTransformer2DModel.from_single_file(
+        model = transformer.from_single_file(
             str(options.checkpoint), config=str(options.config), torch_dtype=torch.bfloat16
         )
         quantize_(model, Int8DynamicActivationInt8WeightConfig(set_inductor_config=False))

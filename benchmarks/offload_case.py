@@ -16,7 +16,8 @@ from accel.offload.plan import OffloadPlan, Room, demand_of, lora_share, make_pl
 from accel.quantize import find_mode, refusal
 from accel.settings import Offload
 
-from .flux_loras import DTYPE, QUICK
+from .families.flux1 import DEV, QUICK
+from .flux_loras import DTYPE
 from .load import scaled
 from .random_checkpoint import random_spec
 from .timing import CPU
@@ -52,9 +53,9 @@ def case_of(quick: bool, scale: float, device: torch.device) -> Case:
     if quick:
         return replace(QUICK_CASE, device=device)
     if device.type == "cpu":
-        return Case(scaled(scale), 40, 192, "regional", ROUNDS)
+        return Case(scaled(DEV, scale), 40, 192, "regional", ROUNDS)
     mode = next((name for name in ("fp8", "int8") if refusal(find_mode(name), device) is None), "int8_weight_only")
-    return Case(scaled(scale), 128, 512, "regional", ROUNDS, device, mode)
+    return Case(scaled(DEV, scale), 128, 512, "regional", ROUNDS, device, mode)
 
 
 def memory_for(case: Case, plan: OffloadPlan) -> DeviceMemory:

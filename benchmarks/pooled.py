@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import torch
 
-from accel.families.flux1 import Flux1Config
 from accel.lora.adapter import Adapter
 from accel.lora.hold.library import LoraLibrary
 from accel.lora.stack import LoraStack
@@ -15,6 +14,7 @@ from accel.memory.budgets import GIB, PoolBudgets
 from accel.memory.buffers import HostBuffers
 
 from . import flux_loras
+from .families.base import Config
 from .flux_loras import DTYPE, STRENGTH, Pairs, RandomLora, check_bound, lora_weights, pairs_on, random_lora, same_bits
 from .random_checkpoint import random_spec
 from .report import BenchmarkError
@@ -39,7 +39,7 @@ POOLED = {
 class Pooled:
     """The pack's `LoraLibrary` over a model on the meta device. On a CPU, host memory is the device."""
 
-    def __init__(self, config: Flux1Config, loras: Sequence[RandomLora], device: torch.device) -> None:
+    def __init__(self, config: Config, loras: Sequence[RandomLora], device: torch.device) -> None:
         """Prepare nothing yet but what is compared with."""
         self._config = config
         self._device = device

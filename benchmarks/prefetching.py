@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from accel.families.flux1 import Flux1Config
 from accel.lora.adapter import Adapter
 from accel.lora.hold.library import LoraLibrary
 from accel.lora.stack import LoraStack
@@ -18,6 +17,7 @@ from accel.memory.budgets import GIB, PoolBudgets
 from accel.prefetch import Prefetcher, WantedLora
 
 from . import flux_loras
+from .families.base import Config
 from .flux_loras import DTYPE, KEY_PREFIX, STRENGTH, RandomLora
 from .random_checkpoint import random_spec
 from .report import BenchmarkError
@@ -41,7 +41,7 @@ class Prefetching:
     """
 
     def __init__(
-        self, config: Flux1Config, loras: Sequence[RandomLora], folder: Path, quick: bool, device: torch.device
+        self, config: Config, loras: Sequence[RandomLora], folder: Path, quick: bool, device: torch.device
     ) -> None:
         """Write the LoRAs' files, and find out how many products are long enough."""
         self.prepared_count = 0

@@ -1,4 +1,4 @@
-"""A FLUX.1 checkpoint of any size with random weights: made on a device while it is read, or written into a file."""
+"""A checkpoint of any size with random weights: made on a device while it is read, or written into a file."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from accel.families.flux1 import Flux1, Flux1Config
 from accel.files import FileIdentity, TensorInfo
 from accel.spec import ModelSpec, StoredTensor
+
+from .families.base import Config
+from .families.registry import of
 
 DTYPE = torch.bfloat16
 CPU = torch.device("cpu")
@@ -29,7 +31,7 @@ class RandomCheckpoint:
     norms are about 1.
     """
 
-    def __init__(self, config: Flux1Config, device: torch.device = CPU, seed: int = 0) -> None:
+    def __init__(self, config: Config, device: torch.device = CPU, seed: int = 0) -> None:
         """Make nothing yet.
 
         Args:
@@ -37,7 +39,7 @@ class RandomCheckpoint:
             device: where the weights are made; another one gives other values.
             seed: gives other values, too.
         """
-        shapes = Flux1().layout(config).expected_shapes()
+        shapes = of(config).family.layout(config).expected_shapes()
         self.name = "random weights"
         self.identity = FileIdentity(f"random weights {seed} for {config}", 0, 0)
         self.tensors = {name: TensorInfo(shape, DTYPE) for name, shape in shapes.items()}
@@ -76,14 +78,14 @@ class RandomCheckpoint:
         return shape[1] ** -0.5 if len(shape) == 2 else BIAS_STD
 
 
-def random_spec(config: Flux1Config, device: torch.device = CPU) -> ModelSpec:
+def random_spec(config: Config, device: torch.device = CPU) -> ModelSpec:
     """What `inspect_checkpoint` would say of a random checkpoint."""
-    file, family = RandomCheckpoint(config, device), Flux1()
+    file, family = RandomCheckpoint(config, device), of(config).family
     stored = {name: StoredTensor(name, info) for name, info in file.tensors.items()}
     return ModelSpec(file, family, config, DTYPE, family.layout(config), stored)
 
 
-def write_checkpoint(path: Path, config: Flux1Config, seed: int = 0) -> int:
+def write_checkpoint(path: Path, config: Config, seed: int = 0) -> int:
     """Write a bf16 checkpoint in the original layout; holds one tensor's worth of memory.
 
     Returns:

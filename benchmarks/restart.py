@@ -14,7 +14,7 @@ from typing import Any
 from accel.families.flux1 import Flux1Config
 from accel.memory.budgets import GB
 
-from .flux_loras import DEV, QUICK
+from .families.flux1 import DEV, QUICK
 from .random_checkpoint import write_checkpoint
 from .report import BenchmarkError, Goal, Report, Row
 

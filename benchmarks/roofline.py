@@ -1,4 +1,4 @@
-"""The least time that a step of FLUX.1-dev can take on a GPU, from what its kernels read, write and compute: a bound.
+"""The least time that a step can take on a GPU, from what its kernels read, write and compute: a bound.
 
 Each kernel takes at least its bytes over the memory's bandwidth, and at least its operations over the peak of the
 tensor cores; kernels follow one another. Nothing here is measured, and no kernel reaches both peaks. The peaks are the
@@ -11,9 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from accel.families.flux1 import Flux1
-
-from .flux_loras import DEV
+from .families.base import Config, Tokens
+from .families.registry import of
 from .lora_bytes import WIDTH, Linears, linears_bytes
 
 
@@ -65,17 +64,19 @@ def linears_work(linears: Linears, rank: int, fused: bool) -> Work:
     return Work(linears_bytes(linears, rank, fused), flops, linears.weight_width)
 
 
-def rest(image_tokens: int, text_tokens: int) -> list[Work]:
+def rest(config: Config, tokens: Tokens) -> list[Work]:
     """The linears outside the blocks, which are not quantized: on image tokens, on text tokens, or once per picture."""
-    rows = {"x_embedder": image_tokens, "proj_out": image_tokens, "context_embedder": text_tokens}
+    rows = {"x_embedder": tokens.image, "proj_out": tokens.image, "context_embedder": tokens.text}
     return [
         linears_work(Linears(rows.get(module, 1), [linear.in_features], [linear.out_features], WIDTH), 0, False)
-        for module, linear in Flux1().layout(DEV).by_module.items()
+        for module, linear in of(config).family.layout(config).by_module.items()
         if not linear.quantizable
     ]
 
 
-def step_ms(gpu: Gpu, double: Iterable[Work], single: Iterable[Work], others: Iterable[Work]) -> float:
+def step_ms(
+    gpu: Gpu, config: Config, double: Iterable[Work], single: Iterable[Work], others: Iterable[Work]
+) -> float:
     """The bound of one step: all blocks, and what is around them."""
     times = [sum(map(gpu.seconds, works)) for works in (double, single, others)]
-    return 1e3 * (DEV.depth * times[0] + DEV.depth_single * times[1] + times[2])
+    return 1e3 * (config.depth * times[0] + config.depth_single * times[1] + times[2])

@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from .block_steps import NAMES, Case, Steps
-from .flux_loras import DEV
+from .families.base import Tokens
+from .families.registry import DEFAULT, config_of, of
 from .report import Goal, OtherLoad, Report, Row, figure
 from .timing import Stopwatch, Timed, interleave_timed, median
 
@@ -24,7 +25,6 @@ WARM_UP = 2
 QUIET_SHARE = 0.05
 GOALS = {"empty": 1.01, "rank16": 1.03, "rank128": 1.09}
 TEXT_TOKENS = 512
-PIXELS_PER_TOKEN = 16
 NOTES = (
     "none: our block functions over bare linears. empty to stack4: the same functions over the pack's LoRA layers, one "
     "compiled code for all of them. peft_rank16: the same functions over PEFT's layers, which hold the LoRA of rank16.",
@@ -32,11 +32,16 @@ NOTES = (
 )
 
 
-FULL = Case(DEV.hidden_size, 400, 192, ROUNDS)
-QUICK = Case(256, 24, 8, QUICK_ROUNDS)
+FULL_TOKENS, QUICK_TOKENS = Tokens(400, 192), Tokens(24, 8)
 
 
-def run(quick: bool, device: str = "cpu", resolution: int | None = None, quantization: str = "none") -> Report:
+def run(
+    quick: bool,
+    device: str = "cpu",
+    resolution: int | None = None,
+    quantization: str = "none",
+    family: str = DEFAULT,
+) -> Report:
     """Compile, check that all variants compute what they should, and time them in turn.
 
     Args:
@@ -44,24 +49,29 @@ def run(quick: bool, device: str = "cpu", resolution: int | None = None, quantiz
         device: where it runs.
         resolution: of the picture; by default 320 × 320 on a CPU, with a shorter prompt, and 1024 × 1024 elsewhere.
         quantization: of the blocks' linears.
+        family: name of a published model, whose width the blocks have.
 
     Raises:
         BenchmarkError: a variant computed something else, or compiled again.
     """
-    case = case_of(quick, torch.device(device), resolution, quantization)
+    case = case_of(quick, torch.device(device), resolution, quantization, family)
     load = OtherLoad()
     return _report(case, measure(case).samples, load.share())
 
 
-def case_of(quick: bool, device: torch.device, resolution: int | None, mode: str) -> Case:
+def case_of(
+    quick: bool, device: torch.device, resolution: int | None, mode: str, family: str = DEFAULT
+) -> Case:
     """See `run`."""
-    case = QUICK if quick else FULL
+    whole = config_of(family, quick)
+    config = of(whole).one_of_each(whole.hidden_size)
+    case = Case(config, QUICK_TOKENS, QUICK_ROUNDS) if quick else Case(config, FULL_TOKENS, ROUNDS)
     if device.type != "cpu":
         case = replace(case, device=device, attention="auto")
         resolution = resolution or (None if quick else 1024)
     if resolution is not None:
-        tokens = (resolution // PIXELS_PER_TOKEN) ** 2
-        case = replace(case, image_tokens=tokens, text_tokens=QUICK.text_tokens if quick else TEXT_TOKENS)
+        image = (resolution // of(whole).family.pixels_per_token) ** 2
+        case = replace(case, tokens=Tokens(image, QUICK_TOKENS.text if quick else TEXT_TOKENS))
     return replace(case, mode=mode)
 
 
@@ -111,7 +121,7 @@ def _ratios(samples: Mapping[str, Sequence[Timed]]) -> dict[str, list[float]]:
 
 
 def _report(case: Case, samples: Mapping[str, Sequence[Timed]], other_cpu_share: float | None) -> Report:
-    values, rounds = figures(samples), len(samples["none"])
+    values, rounds, family = figures(samples), len(samples["none"]), of(case.config).family.name
     goals = tuple(
         Goal(f"{name}, step over that of a model without LoRA layers", values[f"{name}_over_none"], limit)
         for name, limit in GOALS.items()
@@ -121,12 +131,18 @@ def _report(case: Case, samples: Mapping[str, Sequence[Timed]], other_cpu_share:
         "other_cpu_share": other_cpu_share,
         "rounds": rounds,
         "quantization": case.mode,
-        "model": {"hidden": case.hidden, "image_tokens": case.image_tokens, "text_tokens": case.text_tokens},
+        "model": {
+            "family": family,
+            "hidden": case.config.hidden_size,
+            "image_tokens": case.tokens.image,
+            "text_tokens": case.tokens.text,
+        },
     }
     what = "bf16" if case.mode == "none" else case.mode
     title = (
-        f"A compiled step of one double and one single block, hidden {case.hidden}, {case.image_tokens} image and "
-        f"{case.text_tokens} text tokens, {what}, {case.device.type}; medians of {rounds} interleaved rounds"
+        f"A compiled step of one double and one single block of {family}, hidden {case.config.hidden_size}, "
+        f"{case.tokens.image} image and {case.tokens.text} text tokens, {what}, "
+        f"{case.device.type}; medians of {rounds} interleaved rounds"
     )
     notes = list(NOTES)
     if other_cpu_share is not None and other_cpu_share > QUIET_SHARE:

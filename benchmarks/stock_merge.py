@@ -1,6 +1,6 @@
 """ComfyUI's own way to switch a LoRA: merge it into every weight that it changes.
 
-Real ComfyUI code runs, in a process of its own, on a FLUX.1 with one double and one single block of the real width; the
+Real ComfyUI code runs, in a process of its own, on a model with one double and one single block of the real width; the
 time of each block is multiplied by how many of its kind the model has. What is timed are ComfyUI's calls of
 `ModelPatcher.patch_weight_to_device`, as `load_models_gpu` makes them before sampling.
 """
@@ -12,6 +12,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from accel.families.flux1 import Flux1Config
 from harness.comfyui import fetch, resolve_version
-from harness.tiny_models import HEAD_DIM, TinyFluxConfig, flux_linears
 
+from .families.base import Config
+from .families.registry import of
 from .flux_loras import DTYPE, KEY_PREFIX, STRENGTH, RandomLora
 from .report import BenchmarkError
 
@@ -31,12 +32,14 @@ BLOCK_TYPES = ("double_blocks", "single_blocks")
 STOP_S = 30
 # Rounding to bf16 is off by 2**-9 at most, relative to each value.
 BF16_ERROR = 2**-9
+# Of every tensor of a checkpoint in the original layout.
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 class StockMerge:
     """A ComfyUI process that holds the sampled blocks and merges LoRAs into them on request."""
 
-    def __init__(self, config: Flux1Config, loras: Mapping[str, RandomLora]) -> None:
+    def __init__(self, config: Config, loras: Mapping[str, RandomLora]) -> None:
         """Start ComfyUI and hand it the sampled blocks' share of each LoRA."""
         self.version = resolve_version()
         self._block_counts = {"double_blocks": config.depth, "single_blocks": config.depth_single}
@@ -51,8 +54,9 @@ class StockMerge:
             name: {key: tensor.view(torch.int16).numpy() for key, tensor in share.items()}
             for name, share in shares.items()
         }
-        sampled = TinyFluxConfig(config.hidden_size, 1, 1, context=config.context_dim, pooled=config.pooled_dim)
-        arguments = (theirs, fetch(self.version), sampled)
+        sampled: Any = replace(config, depth=1, depth_single=1)
+        shapes = of(config).family.layout(sampled).expected_shapes()
+        arguments = (theirs, fetch(self.version), shapes)
         self._process = context.Process(target=_serve, args=arguments, name="stock-merge", daemon=True)
         self._process.start()
         theirs.close()
@@ -87,7 +91,7 @@ class StockMerge:
         return answer
 
 
-def _serve(connection: Connection, comfyui: Path, sampled: TinyFluxConfig) -> None:
+def _serve(connection: Connection, comfyui: Path, shapes: Shapes) -> None:
     """The process: answer each LoRA name with {block type: ms}, until the other end closes."""
     sys.path.insert(0, str(comfyui))
     import comfy.cli_args
@@ -95,7 +99,7 @@ def _serve(connection: Connection, comfyui: Path, sampled: TinyFluxConfig) -> No
     comfy.cli_args.args.cpu = True  # read when comfy.model_management is imported
 
     try:
-        merge = _Merge(sampled, connection.recv())
+        merge = _Merge(shapes, connection.recv())
         connection.send(merge.layers_per_block)
         while True:
             connection.send(merge.switch(connection.recv()))
@@ -108,12 +112,12 @@ def _serve(connection: Connection, comfyui: Path, sampled: TinyFluxConfig) -> No
 class _Merge:
     """The sampled model in ComfyUI's hands, and one clone of it with each LoRA."""
 
-    def __init__(self, sampled: TinyFluxConfig, loras: Mapping[str, Mapping[str, Any]]) -> None:
+    def __init__(self, shapes: Shapes, loras: Mapping[str, Mapping[str, Any]]) -> None:
         import comfy.lora
         import comfy.sd
 
-        # The dtype by name: ComfyUI keeps all of FLUX in bf16 on a CPU, but would load these few blocks in fp32.
-        root = comfy.sd.load_diffusion_model_state_dict(_checkpoint(sampled), model_options={"dtype": DTYPE})
+        # The dtype by name: ComfyUI keeps a whole model in bf16 on a CPU, but would load these few blocks in fp32.
+        root = comfy.sd.load_diffusion_model_state_dict(_checkpoint(shapes), model_options={"dtype": DTYPE})
         self._model = root.model
         self._originals = {key: tensor.clone() for key, tensor in self._model.state_dict().items()}
         self._block_ms: dict[str, float] = {}
@@ -182,13 +186,10 @@ def _kind(key: str) -> str:
     return next((kind for kind in BLOCK_TYPES if f".{kind}." in key), "other")
 
 
-def _checkpoint(sampled: TinyFluxConfig) -> dict[str, Tensor]:
-    """A bf16 checkpoint in the original layout, random weights of a trained model's scale."""
+def _checkpoint(shapes: Shapes) -> dict[str, Tensor]:
+    """Random weights of a trained model's scale, bf16; no biases."""
     tensors: dict[str, Tensor] = {}
-    for module, (out_features, in_features) in flux_linears(sampled).items():
-        tensors[f"{module}.weight"] = torch.empty(out_features, in_features, dtype=DTYPE).normal_(0.0, 0.02)
-        tensors[f"{module}.bias"] = torch.zeros(out_features, dtype=DTYPE)
-    for norm in ("double_blocks.0.img_attn.norm", "double_blocks.0.txt_attn.norm", "single_blocks.0.norm"):
-        for part in ("query_norm", "key_norm"):
-            tensors[f"{norm}.{part}.scale"] = torch.ones(HEAD_DIM, dtype=DTYPE)
+    for name, shape in shapes.items():
+        value = torch.ones(shape, dtype=DTYPE) if name.endswith("norm.scale") else torch.zeros(shape, dtype=DTYPE)
+        tensors[name] = value.normal_(0.0, 0.02) if len(shape) == 2 else value
     return tensors

@@ -1,4 +1,4 @@
-"""Switching a LoRA, at FLUX.1-dev's sizes: every way to do it, side by side in one run.
+"""Switching a LoRA, at a published model's sizes: every way to do it, side by side in one run.
 
 The base weights are on the meta device, the LoRAs are real. Each switch is checked: what is bound afterwards must be,
 bit for bit, the LoRA that was asked for, and must not have been bound before.
@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 
-from accel.families.flux1 import Flux1Config
 from harness.paths import CACHE
 
-from . import flux_loras
 from .cold_files import ColdFiles
+from .families.base import Config
+from .families.registry import DEFAULT, config_of, of
 from .flux_loras import RANK, RandomLora, random_lora
 from .peers import DiffusersHotswap, PeftHotswap
 from .pooled import POOLED, SHORT_RUNS, Pooled
@@ -48,12 +48,13 @@ NOTES = (
 )
 
 
-def run(quick: bool, device: str = "cpu") -> Report:
+def run(quick: bool, device: str = "cpu", family: str = DEFAULT) -> Report:
     """Measure all variants in turn; ComfyUI's merge on a CPU only.
 
     Args:
         quick: a small model and few rounds.
         device: where the LoRAs go.
+        family: name of a published model.
 
     Raises:
         BenchmarkError: a variant did not do its work.
@@ -61,7 +62,7 @@ def run(quick: bool, device: str = "cpu") -> Report:
     rounds, where = QUICK_ROUNDS if quick else ROUNDS, torch.device(device)
     load = OtherLoad()
     with ExitStack() as stack:
-        swaps = stack.enter_context(Swaps.made(quick, where))
+        swaps = stack.enter_context(Swaps.made(quick, where, family))
         variants = [variant for group in GROUPS for variant in swaps.group(group)]
         stock = None
         if where.type == "cpu":
@@ -86,9 +87,9 @@ class Swaps:
         switch: the group "pack", once it was made.
     """
 
-    def __init__(self, quick: bool, device: torch.device, folder: Path) -> None:
-        """Make the LoRAs; `folder` is for files that are read cold."""
-        self.config = flux_loras.QUICK if quick else flux_loras.DEV
+    def __init__(self, quick: bool, device: torch.device, folder: Path, family: str = DEFAULT) -> None:
+        """Make the LoRAs; `folder` is for files that are read cold, `family` names a published model."""
+        self.config = config_of(family, quick)
         self.loras = [random_lora(self.config, f"lora-{seed}", seed, device=device) for seed in range(LORA_COUNT)]
         self.device = device
         self.switch: Switch | None = None
@@ -97,11 +98,11 @@ class Swaps:
 
     @classmethod
     @contextmanager
-    def made(cls, quick: bool, device: torch.device) -> Iterator[Swaps]:
+    def made(cls, quick: bool, device: torch.device, family: str = DEFAULT) -> Iterator[Swaps]:
         """With a folder of its own, for the length of a `with`."""
         CACHE.mkdir(parents=True, exist_ok=True)  # not the system's temporary folder, which may be a RAM disk
         with tempfile.TemporaryDirectory(prefix="bench-swap-", dir=CACHE) as folder:
-            yield cls(quick, device, Path(folder))
+            yield cls(quick, device, Path(folder), family)
 
     def group(self, name: str) -> list[Variant]:
         """The variants of one of `GROUPS`."""
@@ -115,7 +116,7 @@ class Swaps:
         return Prefetching(self.config, self.loras, self._folder, self._quick, self.device).variants()
 
 
-def peer_variants(config: Flux1Config, loras: Sequence[RandomLora], device: torch.device) -> Iterator[Variant]:
+def peer_variants(config: Config, loras: Sequence[RandomLora], device: torch.device) -> Iterator[Variant]:
     """PEFT and diffusers; both have the last LoRA loaded, so that the first switch changes something."""
     for name, kind in (("peft", PeftHotswap), ("diffusers", DiffusersHotswap)):
         peer = kind(config, loras[-1], device)
@@ -130,7 +131,12 @@ def _report(
         **_figures(samples, switch),
         "other_cpu_share": other_cpu_share,
         "rounds": rounds,
-        "model": {"hidden": config.hidden_size, "double_blocks": config.depth, "single_blocks": config.depth_single},
+        "model": {
+            "family": of(config).family.name,
+            "hidden": config.hidden_size,
+            "double_blocks": config.depth,
+            "single_blocks": config.depth_single,
+        },
     }
     notes = [*([NO_GPU] if swaps.device.type == "cpu" else []), *NOTES, switch.files.describe()]
     if stock is not None:
@@ -141,9 +147,9 @@ def _report(
             "each type, CPU, bf16; stock_merge_ms multiplies each block's time by how many of its type the model has."
         )
     title = (
-        f"Switch a LoRA: rank {RANK} on all {switch.layer_count} block linears of FLUX.1, hidden {config.hidden_size}, "
-        f"{config.depth} + {config.depth_single} blocks, bf16, {switch.lora_bytes / 1e6:,.1f} MB, {swaps.device.type}; "
-        f"medians of {rounds} interleaved rounds"
+        f"Switch a LoRA: rank {RANK} on all {switch.layer_count} block linears of {of(config).family.name}, hidden "
+        f"{config.hidden_size}, {config.depth} + {config.depth_single} blocks, bf16, "
+        f"{switch.lora_bytes / 1e6:,.1f} MB, {swaps.device.type}; medians of {rounds} interleaved rounds"
     )
     if other_cpu_share is not None and other_cpu_share > QUIET_SHARE:
         notes.append(

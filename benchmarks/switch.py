@@ -5,12 +5,11 @@ from __future__ import annotations
 import itertools
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from accel.families.flux1 import Flux1Config
 from accel.lora.hold.device import DeviceLoras, Prepared
 from accel.lora.hold.library import LoraLibrary
 from accel.lora.pack.flat import FlatLora, flatten
@@ -21,7 +20,18 @@ from accel.memory.device import memory_of
 
 from . import flux_loras
 from .cold_files import ColdFiles, read_into
-from .flux_loras import DTYPE, KEY_PREFIX, STRENGTH, FusedLora, Pairs, RandomLora, check_bound, lora_weights, pairs_on
+from .families.base import Config
+from .flux_loras import (
+    DTYPE,
+    KEY_PREFIX,
+    NATIVE_PREFIX,
+    STRENGTH,
+    Pairs,
+    RandomLora,
+    check_bound,
+    lora_weights,
+    pairs_on,
+)
 from .pooled import SHORT_RUNS
 from .random_checkpoint import random_spec
 from .report import BenchmarkError
@@ -35,8 +45,11 @@ POOL_BYTES = 2**40
 # See `Variant.runs`. Of what takes tens of milliseconds: the first ones use every buffer; of three others one may find
 # the disk busy.
 LONG_RUNS = RESIDENT_COUNT + 3
-# Formats of the cold files beside the main one, diffusers'.
-FUSED_FORMATS = ("kohya", "native")
+# Formats of the cold files beside the main one, diffusers': sd-scripts' and ComfyUI's, of the original linears.
+FUSED_FORMATS: Mapping[str, Callable[[RandomLora], dict[str, torch.Tensor]]] = {
+    "kohya": RandomLora.kohya_state_dict,
+    "native": lambda lora: lora.state_dict(NATIVE_PREFIX),
+}
 
 
 def in_turn(
@@ -69,7 +82,7 @@ class Switch:
     """
 
     def __init__(
-        self, config: Flux1Config, loras: Sequence[RandomLora], files: ColdFiles, device: torch.device
+        self, config: Config, loras: Sequence[RandomLora], files: ColdFiles, device: torch.device
     ) -> None:
         """Prepare the LoRAs on the host, two of them on the device.
 
@@ -102,7 +115,7 @@ class Switch:
         self._expected: dict[str, Pairs] = {}
         self._fused = [flux_loras.fused_lora(config, f"fused-{seed}", seed) for seed in range(LORA_COUNT)]
         for lora, format in itertools.product(self._fused, FUSED_FORMATS):
-            files.add(f"{format}-{lora.name}", lora.state_dict(format))
+            files.add(f"{format}-{lora.name}", FUSED_FORMATS[format](lora))
 
     def variants(self) -> list[Variant]:
         """hot, warm, memcpy, read, cold and cold by format."""
@@ -119,13 +132,13 @@ class Switch:
     def _cold_fused(self, format: str) -> Variant:
         name = f"cold_{format}"
 
-        def drop(lora: FusedLora) -> None:
+        def drop(lora: RandomLora) -> None:
             self.files.drop(f"{format}-{lora.name}")
 
-        def bind(lora: FusedLora) -> None:
+        def bind(lora: RandomLora) -> None:
             self._bind_file(name)
 
-        def check(lora: FusedLora) -> None:
+        def check(lora: RandomLora) -> None:
             self.files.note_read()
             self._check(name, lora)
 
@@ -203,7 +216,7 @@ class Switch:
         self.files.note_read()
         self._check("cold", lora)
 
-    def _check(self, variant: str, lora: RandomLora | FusedLora) -> None:
+    def _check(self, variant: str, lora: RandomLora) -> None:
         if lora.name not in self._expected:
             self._expected[lora.name] = pairs_on(self._device, lora.scaled)
         bound = check_bound(variant, self._model, None, self._expected[lora.name])

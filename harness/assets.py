@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import lora_files
 from .tensor_files import is_current, write_tensors
+from .tiny_flux2 import TinyFlux2Config, tiny_flux2_state_dict
 from .tiny_models import TinyFluxConfig, tiny_flux_state_dict
 from .tiny_others import tiny_clip_l_state_dict, tiny_taesd_state_dict
 
@@ -39,9 +40,14 @@ def _flux_in(dtype: torch.dtype, config: TinyFluxConfig, seed: int) -> dict[str,
     return {name: tensor.to(dtype) for name, tensor in tiny_flux_state_dict(config, seed).items()}
 
 
+def _flux2_in(dtype: torch.dtype, config: TinyFlux2Config, seed: int) -> dict[str, Tensor]:
+    return {name: tensor.to(dtype) for name, tensor in tiny_flux2_state_dict(config, seed).items()}
+
+
 def assets() -> dict[str, Asset]:
     """The files of `write_all`, by path relative to ComfyUI's `models` folder."""
     dev, schnell = TinyFluxConfig(), TinyFluxConfig(guidance=False)
+    klein, dev2 = TinyFlux2Config(), TinyFlux2Config(guidance=True)
     return {
         "diffusion_models/tiny-flux-dev-fp32.safetensors": _asset(_flux_in, dtype=torch.float32, config=dev, seed=0),
         "diffusion_models/tiny-flux-dev-bf16.safetensors": _asset(_flux_in, dtype=torch.bfloat16, config=dev, seed=0),
@@ -49,6 +55,12 @@ def assets() -> dict[str, Asset]:
             _flux_in, dtype=torch.float32, config=schnell, seed=1),
         "diffusion_models/tiny-flux-schnell-bf16.safetensors": _asset(
             _flux_in, dtype=torch.bfloat16, config=schnell, seed=1),
+        "diffusion_models/tiny-flux2-klein-fp32.safetensors": _asset(
+            _flux2_in, dtype=torch.float32, config=klein, seed=2),
+        "diffusion_models/tiny-flux2-klein-bf16.safetensors": _asset(
+            _flux2_in, dtype=torch.bfloat16, config=klein, seed=2),
+        "diffusion_models/tiny-flux2-dev-fp32.safetensors": _asset(
+            _flux2_in, dtype=torch.float32, config=dev2, seed=3),
         "vae/tiny-taesd.safetensors": _asset(tiny_taesd_state_dict, seed=0),
         "text_encoders/tiny-clip-l.safetensors": _asset(tiny_clip_l_state_dict, seed=0),
         "loras/demo-a.safetensors": _asset(lora_files.demo_a),

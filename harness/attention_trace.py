@@ -21,7 +21,8 @@ from torch import nn
 from accel.attention import BACKENDS, Attention
 from accel.families.flux1 import Flux1
 from accel.families.flux1.blocks import single_block
-from benchmarks.block_variants import one_of_each, without_lora_layers
+from benchmarks.block_variants import without_lora_layers
+from benchmarks.families.flux1 import one_of_each
 from benchmarks.generated_code import crossings
 from benchmarks.pretend_h100 import pretend
 

@@ -1,6 +1,7 @@
-"""The same FLUX.1 transformer in every kind of file that users have, by the writers that make those files.
+"""The same FLUX transformer in every kind of file that users have, by the writers that make those files.
 
-Each function takes the tensors in the original layout (`tiny_models.tiny_flux_state_dict`), writes them to `path`, and
+Each function takes the tensors in the original layout (`tiny_models.tiny_flux_state_dict`, or
+`tiny_flux2.tiny_flux2_state_dict`), writes them to `path`, and
 returns what `inspect_checkpoint` is given. What the file's rounding leaves of each tensor is in `Written.tensors`.
 """
 
@@ -16,7 +17,9 @@ from torch import Tensor
 
 from accel.hardware import dtype_name
 
+from .lora_formats import TinyConfig
 from .tensor_files import json_tensor, write_tensors
+from .tiny_flux2 import CHANNELS, MLP_RATIO, TinyFlux2Config
 from .tiny_models import HEAD_DIM, TinyFluxConfig
 
 FP8_MAX = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
@@ -110,8 +113,10 @@ def all_in_one(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype = t
     return Written(path, {name: tensor.float() for name, tensor in stored.items()})
 
 
-def diffusers_model(tensors: Mapping[str, Tensor], config: TinyFluxConfig, dtype: torch.dtype):
-    """A `FluxTransformer2DModel` with these weights, converted by diffusers' own code."""
+def diffusers_model(tensors: Mapping[str, Tensor], config: TinyConfig, dtype: torch.dtype):
+    """A `FluxTransformer2DModel` or `Flux2Transformer2DModel` with these weights, converted by diffusers' own code."""
+    if isinstance(config, TinyFlux2Config):
+        return _diffusers_flux2(tensors, config).to(dtype)
     from diffusers import FluxTransformer2DModel
     from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpoint_to_diffusers
 
@@ -123,6 +128,18 @@ def diffusers_model(tensors: Mapping[str, Tensor], config: TinyFluxConfig, dtype
     converted = _cut(convert_flux_transformer_checkpoint_to_diffusers(_padded(tensors, config)), config)
     model.load_state_dict(converted, strict=True)
     return model.to(dtype)
+
+
+def _diffusers_flux2(tensors: Mapping[str, Tensor], config: TinyFlux2Config):
+    from diffusers import Flux2Transformer2DModel
+    from diffusers.loaders.single_file_utils import convert_flux2_transformer_checkpoint_to_diffusers
+
+    model = Flux2Transformer2DModel(
+        patch_size=1, in_channels=CHANNELS, num_layers=config.depth, num_single_layers=config.depth_single,
+        attention_head_dim=HEAD_DIM, num_attention_heads=config.hidden // HEAD_DIM,
+        joint_attention_dim=config.context, mlp_ratio=float(MLP_RATIO), guidance_embeds=config.guidance)
+    model.load_state_dict(convert_flux2_transformer_checkpoint_to_diffusers(dict(tensors)), strict=True)
+    return model
 
 
 FLUX_WIDTHS = (3072, 3072, 3072, 12288)
@@ -151,7 +168,7 @@ def _cut(converted: Mapping[str, Tensor], config: TinyFluxConfig) -> dict[str, T
     return cut
 
 
-def diffusers_folder(path: Path, tensors: Mapping[str, Tensor], config: TinyFluxConfig,
+def diffusers_folder(path: Path, tensors: Mapping[str, Tensor], config: TinyConfig,
                      dtype: torch.dtype = torch.bfloat16, shard_bytes: int | None = None,
                      pipeline: bool = False) -> Written:
     """A folder by `save_pretrained`.
@@ -169,7 +186,7 @@ def diffusers_folder(path: Path, tensors: Mapping[str, Tensor], config: TinyFlux
     arguments = {"max_shard_size": shard_bytes} if shard_bytes else {}
     model.save_pretrained(folder, safe_serialization=True, **arguments)
     if pipeline:
-        index = {"_class_name": "FluxPipeline", "transformer": ["diffusers", "FluxTransformer2DModel"]}
+        index = {"_class_name": "DiffusionPipeline", "transformer": ["diffusers", type(model).__name__]}
         (path / "model_index.json").write_text(json.dumps(index))
     return Written(path, {name: tensor.to(dtype).float() for name, tensor in tensors.items()})
 

@@ -22,6 +22,7 @@ class Picture:
     Attributes:
         loras: (file, strength), first applied first.
         guidance: what FluxGuidance sets; None leaves the node out.
+        empty: the node that makes the latent, of as many channels as the model reads.
     """
 
     model: str = "tiny-flux-dev-fp32.safetensors"
@@ -35,6 +36,7 @@ class Picture:
     height: int = 64
     batch: int = 1
     guidance: float | None = 3.5
+    empty: str = "EmptySD3LatentImage"
     dtype: str = "auto"
     compile: str = "off"
     stock: bool = False
@@ -81,9 +83,8 @@ def _add(nodes: Graph, prefix: str, picture: Picture) -> None:
         nodes[prefix + "guidance"] = node("FluxGuidance", conditioning=positive, guidance=picture.guidance)
         nodes[prefix + "guidance_negative"] = node("FluxGuidance", conditioning=negative, guidance=picture.guidance)
         positive, negative = link("guidance"), link("guidance_negative")
-    nodes[prefix + "empty"] = node(
-        "EmptySD3LatentImage", width=picture.width, height=picture.height, batch_size=picture.batch
-    )
+    size = {"width": picture.width, "height": picture.height}
+    nodes[prefix + "empty"] = node(picture.empty, **size, batch_size=picture.batch)
     nodes[prefix + "sample"] = node(
         "KSampler",
         model=model,

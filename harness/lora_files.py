@@ -1,4 +1,4 @@
-"""Random FLUX.1 LoRA files: in each format that trainers write (`lora_formats`), of each kind (`lora_kinds`)."""
+"""Random FLUX LoRA files: in each format that trainers write (`lora_formats`), of each kind (`lora_kinds`)."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .lora_formats import LoraFormat, format_named
+from .lora_formats import LoraFormat, TinyConfig, format_named, linears_of
 from .lora_kinds import kind_tensors
 from .tensor_files import write_tensors
-from .tiny_models import HEAD_DIM, TinyFluxConfig, flux_linears, linear_gain, seeded_normal
+from .tiny_models import HEAD_DIM, TinyFluxConfig, linear_gain, seeded_normal
 
 Rank = int | Mapping[str, int] | Callable[[str], int]
 
@@ -42,13 +42,13 @@ def _matrices(name: str, shape: tuple[int, int], rank: int, alpha: float | None,
     return down, seeded_normal(seed, f"{name}.up", (out_features, rank), up_std)
 
 
-def lora_state_dict(format: str, config: TinyFluxConfig = TinyFluxConfig(), *, rank: Rank = 8,
+def lora_state_dict(format: str, config: TinyConfig = TinyFluxConfig(), *, rank: Rank = 8,
                     alpha: float | None = None, targets: Callable[[str], bool] | None = None, seed: int = 0,
                     scale: float = 0.3, dtype: torch.dtype = torch.float32, tied: bool = False) -> dict[str, Tensor]:
-    """Random LoRA for a FLUX.1 transformer; both matrices of every layer are non-zero.
+    """Random LoRA for a FLUX transformer; both matrices of every layer are non-zero.
 
     Args:
-        format: A name in `lora_formats.ALL_FORMATS`.
+        format: A name in `lora_formats.ALL_FORMATS`, or `FLUX2_FORMATS` with a FLUX.2 model.
         config: The model that it fits.
         rank: One rank, or one per BFL module name, as a mapping or a function.
         alpha: Written as `.alpha` keys; None writes none, which readers take as alpha = rank.
@@ -66,7 +66,7 @@ def lora_state_dict(format: str, config: TinyFluxConfig = TinyFluxConfig(), *, r
     """
     spelling = format_named(format)
     tensors: dict[str, Tensor] = {}
-    for module, (out_features, in_features) in flux_linears(config).items():
+    for module, (out_features, in_features) in linears_of(config).items():
         if targets is not None and not targets(module):
             continue
         module_rank = _rank_of(rank, module)
@@ -122,7 +122,7 @@ def clip_l_lora_state_dict(format: str, *, rank: int = 4, alpha: float | None = 
     return tensors
 
 
-def write_lora(path: Path | str, format: str, config: TinyFluxConfig = TinyFluxConfig(), **arguments: object) -> Path:
+def write_lora(path: Path | str, format: str, config: TinyConfig = TinyFluxConfig(), **arguments: object) -> Path:
     """Write `lora_state_dict(format, config, **arguments)` to a safetensors file and return its path."""
     return write_tensors(Path(path), lora_state_dict(format, config, **arguments))
 
@@ -137,7 +137,7 @@ def demo_b() -> dict[str, Tensor]:
     return lora_state_dict("diffusers", rank=16, targets=in_attention, seed=29, scale=0.6, dtype=torch.bfloat16)
 
 
-def kind_state_dict(kind: str, format: str = "native", config: TinyFluxConfig = TinyFluxConfig(), *,
+def kind_state_dict(kind: str, format: str = "native", config: TinyConfig = TinyFluxConfig(), *,
                     targets: Callable[[str], bool] | None = None, rank: int = 4, alpha: float | None = None,
                     seed: int = 0, rms: float = 0.02, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """A file with one kind of change on every targeted linear, in the names of a format.
@@ -154,7 +154,7 @@ def kind_state_dict(kind: str, format: str = "native", config: TinyFluxConfig = 
         dtype: Of every tensor.
     """
     tensors: dict[str, Tensor] = {}
-    for module, (_, in_features) in flux_linears(config).items():
+    for module, (_, in_features) in linears_of(config).items():
         if targets is None or targets(module):
             for part in format_named(format).parts(module, config):
                 shape = (part.out_features, in_features)
@@ -163,7 +163,7 @@ def kind_state_dict(kind: str, format: str = "native", config: TinyFluxConfig = 
     return tensors
 
 
-def norm_state_dict(config: TinyFluxConfig = TinyFluxConfig(), format: str = "native", seed: int = 0,
+def norm_state_dict(config: TinyConfig = TinyFluxConfig(), format: str = "native", seed: int = 0,
                     std: float = 0.2) -> dict[str, Tensor]:
     """Differences of every RMS norm's scale, `.diff` behind the norm's name, in BFL's or diffusers' names."""
     tensors = {}

@@ -1,13 +1,21 @@
-"""How trainers spell a FLUX.1 LoRA: which parts of each module get matrices of their own, and under which keys.
+"""How trainers spell a FLUX LoRA: which parts of each module get matrices of their own, and under which keys.
 
 A LoRA is described by BFL module names (`double_blocks.0.img_attn.qkv`). To add a format, add one entry to
 `OTHER_FORMATS`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from .tiny_flux2 import TinyFlux2Config, flux2_linears
 from .tiny_models import TinyFluxConfig, flux_linears
+
+TinyConfig = TinyFluxConfig | TinyFlux2Config
+
+
+def linears_of(config: TinyConfig) -> dict[str, tuple[int, int]]:
+    """Every linear of a model under its BFL module name, as (out_features, in_features)."""
+    return flux2_linears(config) if isinstance(config, TinyFlux2Config) else flux_linears(config)
 
 
 @dataclass(frozen=True)
@@ -40,22 +48,22 @@ class LoraFormat:
         clip_separator: "_" or ".".
     """
 
-    parts: Callable[[str, TinyFluxConfig], tuple[Part, ...]]
+    parts: Callable[[str, TinyConfig], tuple[Part, ...]]
     down: str
     up: str
     clip_prefix: str
     clip_separator: str
 
 
-def _whole(prefix: str, module: str, config: TinyFluxConfig) -> tuple[Part, ...]:
-    return (Part(prefix, ((0, flux_linears(config)[module][0]),)),)
+def _whole(prefix: str, module: str, config: TinyConfig) -> tuple[Part, ...]:
+    return (Part(prefix, ((0, linears_of(config)[module][0]),)),)
 
 
-def _kohya_parts(module: str, config: TinyFluxConfig) -> tuple[Part, ...]:
+def _kohya_parts(module: str, config: TinyConfig) -> tuple[Part, ...]:
     return _whole(f"lora_unet_{module.replace('.', '_')}", module, config)
 
 
-def _native_parts(module: str, config: TinyFluxConfig) -> tuple[Part, ...]:
+def _native_parts(module: str, config: TinyConfig) -> tuple[Part, ...]:
     return _whole(f"diffusion_model.{module}", module, config)
 
 
@@ -89,28 +97,51 @@ _DIFFUSERS_BLOCKS = {
     "linear2": ("proj_out",),
     "modulation.lin": ("norm.linear",),
 }
+# Where diffusers calls a part of FLUX.2 otherwise than the same part of FLUX.1.
+_DIFFUSERS_EMBEDDERS_2 = {
+    name: module.replace("time_text_embed", "time_guidance_embed") for name, module in _DIFFUSERS_EMBEDDERS.items()
+} | {
+    "double_stream_modulation_img.lin": "double_stream_modulation_img.linear",
+    "double_stream_modulation_txt.lin": "double_stream_modulation_txt.linear",
+    "single_stream_modulation.lin": "single_stream_modulation.linear",
+}
+_DIFFUSERS_BLOCKS_2 = _DIFFUSERS_BLOCKS | {
+    "img_mlp.0": ("ff.linear_in",),
+    "img_mlp.2": ("ff.linear_out",),
+    "txt_mlp.0": ("ff_context.linear_in",),
+    "txt_mlp.2": ("ff_context.linear_out",),
+    "linear1": ("attn.to_qkv_mlp_proj",),
+    "linear2": ("attn.to_out",),
+}
 
 
-def _diffusers_parts(module: str, config: TinyFluxConfig, prefix: str = "transformer.") -> tuple[Part, ...]:
-    """Split q, k, v and the MLP of single blocks; `norm_out` holds (scale, shift) where BFL holds (shift, scale)."""
+def _diffusers_parts(module: str, config: TinyConfig, prefix: str = "transformer.") -> tuple[Part, ...]:
+    """Split q, k, v and FLUX.1's MLP of single blocks; `norm_out` holds (scale, shift), BFL (shift, scale)."""
+    if isinstance(config, TinyFlux2Config):
+        return _renamed_parts(module, config, prefix, _DIFFUSERS_EMBEDDERS_2, _DIFFUSERS_BLOCKS_2)
+    return _renamed_parts(module, config, prefix, _DIFFUSERS_EMBEDDERS, _DIFFUSERS_BLOCKS)
+
+
+def _renamed_parts(module: str, config: TinyConfig, prefix: str, embedders: Mapping[str, str],
+                   blocks: Mapping[str, tuple[str, ...]]) -> tuple[Part, ...]:
     hidden = config.hidden
     if module == "final_layer.adaLN_modulation.1":
         return (Part(f"{prefix}norm_out.linear", ((hidden, 2 * hidden), (0, hidden))),)
-    if module in _DIFFUSERS_EMBEDDERS:
-        return _whole(f"{prefix}{_DIFFUSERS_EMBEDDERS[module]}", module, config)
+    if module in embedders:
+        return _whole(f"{prefix}{embedders[module]}", module, config)
     family, index, inner = module.split(".", 2)
     block = DIFFUSERS_LISTS[family]
-    names = [f"{prefix}{block}.{index}.{name}" for name in _DIFFUSERS_BLOCKS[inner]]
+    names = [f"{prefix}{block}.{index}.{name}" for name in blocks[inner]]
     if len(names) == 1:
         return _whole(names[0], module, config)
-    stops = [hidden, 2 * hidden, 3 * hidden, 3 * hidden + config.mlp]
+    stops = [hidden, 2 * hidden, 3 * hidden, linears_of(config)[module][0]]
     return tuple(Part(name, ((start, stop),)) for name, start, stop in zip(names, [0, *stops], stops, strict=False))
 
 
-def _underscored(prefix: str) -> Callable[[str, TinyFluxConfig], tuple[Part, ...]]:
+def _underscored(prefix: str) -> Callable[[str, TinyConfig], tuple[Part, ...]]:
     """Diffusers' names with underscores, behind a prefix."""
 
-    def parts(module: str, config: TinyFluxConfig) -> tuple[Part, ...]:
+    def parts(module: str, config: TinyConfig) -> tuple[Part, ...]:
         return tuple(
             Part(prefix + part.prefix.replace(".", "_"), part.rows) for part in _diffusers_parts(module, config, "")
         )
@@ -118,7 +149,7 @@ def _underscored(prefix: str) -> Callable[[str, TinyFluxConfig], tuple[Part, ...
     return parts
 
 
-def _original(prefix: str) -> Callable[[str, TinyFluxConfig], tuple[Part, ...]]:
+def _original(prefix: str) -> Callable[[str, TinyConfig], tuple[Part, ...]]:
     return lambda module, config: _whole(prefix + module, module, config)
 
 
@@ -131,7 +162,7 @@ _XLABS = {
 }
 
 
-def _xlabs_parts(module: str, config: TinyFluxConfig) -> tuple[Part, ...]:
+def _xlabs_parts(module: str, config: TinyConfig) -> tuple[Part, ...]:
     """Attention only; of a single block's first linear the q, k and v rows."""
     for suffix, name in _XLABS.items():
         if module.endswith(f".{suffix}"):
@@ -141,12 +172,19 @@ def _xlabs_parts(module: str, config: TinyFluxConfig) -> tuple[Part, ...]:
     return ()
 
 
-def _omi_parts(module: str, config: TinyFluxConfig) -> tuple[Part, ...]:
+def _omi_parts(module: str, config: TinyConfig) -> tuple[Part, ...]:
     """BFL's names, behind which fused linears are numbered parts; rows stand in BFL's order."""
     parts = _diffusers_parts(module, config)
     if len(parts) == 1:
-        return _whole("transformer.img_in.proj" if module == "img_in" else f"transformer.{module}", module, config)
+        embedder = module == "img_in" and isinstance(config, TinyFluxConfig)
+        return _whole("transformer.img_in.proj" if embedder else f"transformer.{module}", module, config)
     return tuple(Part(f"transformer.{module}.{number}", part.rows) for number, part in enumerate(parts))
+
+
+def _single_parts(module: str, config: TinyConfig) -> tuple[Part, ...]:
+    """FLUX.2 in the names of FLUX.1 that ComfyUI's map has for it, with every part of a single block by itself."""
+    blocks = _DIFFUSERS_BLOCKS_2 | {name: _DIFFUSERS_BLOCKS[name] for name in ("linear1", "linear2")}
+    return _renamed_parts(module, config, "transformer.", _DIFFUSERS_EMBEDDERS_2 | _DIFFUSERS_EMBEDDERS, blocks)
 
 
 _FUSED = {
@@ -157,7 +195,7 @@ _FUSED = {
 }
 
 
-def _fused_parts(module: str, config: TinyFluxConfig) -> tuple[Part, ...]:
+def _fused_parts(module: str, config: TinyConfig) -> tuple[Part, ...]:
     """Names of diffusers where q, k and v stay fused."""
     for suffix, name in _FUSED.items():
         if module.endswith(f".{suffix}"):
@@ -201,18 +239,28 @@ OTHER_FORMATS: dict[str, LoraFormat] = {
 `bfl` Black Forest Labs; `fal` fal's Kontext trainer; `omi` OneTrainer's newer files; `diffusers_fused` SimpleTuner with
 fused projections; `simpletuner` SimpleTuner for ComfyUI; `xlabs` XLabs' x-flux."""
 
+FLUX2_FORMATS: dict[str, LoraFormat] = {
+    **FORMATS,
+    **{name: spelling for name, spelling in OTHER_FORMATS.items() if name != "xlabs"},
+    "single_parts": LoraFormat(_single_parts, *_PEFT, _CLIP_DIFFUSERS, "."),
+}
+"""Those of a FLUX.2 LoRA."""
+
 UNKNOWN_TO_STOCK = ("bfl", "fal", "omi", "diffusers_fused", "simpletuner", "xlabs")
 ALL_FORMATS = {**FORMATS, **OTHER_FORMATS}
 STOCK_FORMATS = tuple(name for name in ALL_FORMATS if name not in UNKNOWN_TO_STOCK)
-"""Those that stock ComfyUI reads too, in models of every size (it knows XLabs' names by the last block's)."""
+"""Those of FLUX.1 that stock ComfyUI reads too, in models of every size (it knows XLabs' names by the last block's)."""
+FLUX2_STOCK_FORMATS = ("kohya", "native")
+"""Of diffusers' names stock ComfyUI lacks those of FLUX.2's modulations and embedders."""
 
 
 def format_named(name: str) -> LoraFormat:
-    """The format of a name in `ALL_FORMATS`.
+    """The format of a name in `ALL_FORMATS` or `FLUX2_FORMATS`.
 
     Raises:
         ValueError: There is none.
     """
-    if name not in ALL_FORMATS:
-        raise ValueError(f"LoRA format {name!r} is not known; expected one of {', '.join(ALL_FORMATS)}.")
-    return ALL_FORMATS[name]
+    known = ALL_FORMATS | FLUX2_FORMATS
+    if name not in known:
+        raise ValueError(f"LoRA format {name!r} is not known; expected one of {', '.join(known)}.")
+    return known[name]

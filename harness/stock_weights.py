@@ -1,13 +1,17 @@
 """What stock ComfyUI makes of a checkpoint's weights when it merges LoRA files: the numbers that all others must equal.
 
 Real ComfyUI code runs in a process of its own: `load_lora_for_models`, then `comfy.lora.calculate_weight` on float32
-copies, as `ModelPatcher.patch_weight_to_device` calls it on a CPU.
+copies, as `ModelPatcher.patch_weight_to_device` calls it on a CPU. The same process shows what ComfyUI's own loaders
+put on the pack's model.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import io
 import logging
 import multiprocessing
+import pickle
 import sys
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
@@ -18,8 +22,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .comfyui import fetch, resolve_version
+from .paths import REPO
 
 STOP_S = 30
+# What the process calls the pack: its folder is a package, as ComfyUI's custom nodes are.
+PACK = "flux_hotswap_pack"
 
 
 class StockWeights:
@@ -30,7 +37,7 @@ class StockWeights:
         self._folder = folder
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        arguments = (theirs, fetch(resolve_version()))
+        arguments = (theirs, fetch(resolve_version()), folder)
         self._process = context.Process(target=_serve, args=arguments, name="stock-weights", daemon=True)
         self._process.start()
         theirs.close()
@@ -58,27 +65,58 @@ class StockWeights:
             RuntimeError: ComfyUI left a key of a LoRA out, or failed.
         """
         result = self._folder / "merged.safetensors"
-        self._connection.send((str(checkpoint), [(str(path), strength) for path, strength in loras], str(result)))
+        self._ask("merge", checkpoint, loras, result)
+        return load_file(result)
+
+    def native(self, checkpoint: Path, loras: Sequence[tuple[Path, float]]) -> Any:
+        """Load LoRAs by ComfyUI's own loader, as LoraLoader does, onto the pack's accelerated model.
+
+        Args:
+            checkpoint: any that the pack reads.
+            loras: file and strength of each.
+
+        Returns:
+            The `accel.lora.stack.LoraStack` that the model then carries.
+
+        Raises:
+            RuntimeError: ComfyUI or the pack failed.
+        """
+        result = self._folder / "stack.pickle"
+        self._ask("native", checkpoint, loras, result)
+        return _Unpickler(io.BytesIO(result.read_bytes())).load()
+
+    def _ask(self, what: str, checkpoint: Path, loras: Sequence[tuple[Path, float]], result: Path) -> None:
+        self._connection.send((what, str(checkpoint), [(str(path), strength) for path, strength in loras], str(result)))
         answer = self._connection.recv()
         if answer is not None:
             raise RuntimeError(f"stock ComfyUI: {answer}")
-        return load_file(result)
 
 
-def _serve(connection: Connection, comfyui: Path) -> None:
+class _Unpickler(pickle.Unpickler):
+    """What is of the pack there is of `accel` here."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        return super().find_class(module.removeprefix(f"{PACK}."), name)
+
+
+def _serve(connection: Connection, comfyui: Path, folder: Path) -> None:
     sys.path.insert(0, str(comfyui))
     import comfy.cli_args
 
     comfy.cli_args.args.cpu = True  # read when comfy.model_management is imported
+    comfy.cli_args.args.base_directory = str(folder)  # likewise folder_paths: nothing is written into ComfyUI's own
     logging.getLogger().addHandler(_Raise(logging.ERROR))
     models: dict[str, Any] = {}
     while True:
         try:
-            checkpoint, loras, result = connection.recv()
+            what, checkpoint, loras, result = connection.recv()
         except EOFError:
             return
         try:
-            save_file(_merge(models, checkpoint, loras), result)
+            if what == "merge":
+                save_file(_merge(models, checkpoint, loras), result)
+            else:
+                Path(result).write_bytes(pickle.dumps(_native(checkpoint, loras)))
             connection.send(None)
         except Exception as error:
             connection.send(f"{type(error).__name__}: {error}")
@@ -119,3 +157,21 @@ def _merge(models: dict[str, Any], checkpoint: str, loras: Sequence[tuple[str, f
             name = key.removeprefix("diffusion_model.")
             merged[name.replace("_norm.weight", "_norm.scale")] = weight.contiguous()
     return merged
+
+
+def _native(checkpoint: str, loras: Sequence[tuple[str, float]]) -> Any:
+    import comfy.sd
+
+    if PACK not in sys.modules:
+        spec = importlib.util.spec_from_file_location(
+            PACK, REPO / "__init__.py", submodule_search_locations=[str(REPO)]
+        )
+        sys.modules[PACK] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[PACK])
+    pack = {name: importlib.import_module(f"{PACK}.{name}") for name in ("nodes.engines", "accel.checkpoint",
+                                                                         "accel.settings")}  # fmt: skip
+    settings = pack["accel.settings"].EngineSettings(compile="off", device="cpu")
+    model = pack["nodes.engines"].model_of(pack["accel.checkpoint"].inspect_checkpoint(checkpoint), settings)
+    for path, strength in loras:
+        model, _ = comfy.sd.load_lora_for_models(model, None, load_file(path), strength, 0.0)
+    return model.loras.stack

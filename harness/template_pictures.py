@@ -1,6 +1,6 @@
-"""`python -m harness.template_pictures`: the pictures of the templates in `workflows`, from those of `make demo`.
+"""`python -m harness.template_pictures`: the pictures of the templates, from those of `make demo`.
 
-A template for FLUX.1's real files cannot be drawn without them, so its picture shows Pocket FLUX and says so.
+A template for real files of FLUX cannot be drawn without them, so its picture shows Pocket FLUX and says so.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ class Template:
 
 
 OTHERS = "Shown with Pocket FLUX; this template uses FLUX.1 dev"
+FLUX2 = "Shown with Pocket FLUX; this template uses FLUX.2 klein"
 TEMPLATES = (
     Template(
         "flux_hotswap_pocket",
@@ -63,6 +64,24 @@ TEMPLATES = (
         "Small card: fewer bits, offload",
         OTHERS,
         (("none", "no LoRA"), ("B: stripes", "with a LoRA")),
+    ),
+    Template(
+        "flux_hotswap_flux2_two_loras",
+        "FLUX.2 klein: two LoRAs, 4 steps",
+        FLUX2,
+        (("none", "no LoRA"), ("A: neon", "LoRA A"), ("B: stripes", "LoRA B"), ("A + B", "LoRA A + LoRA B")),
+    ),
+    Template(
+        "flux_hotswap_flux2_edit",
+        "FLUX.2 klein: edit a picture with a LoRA",
+        FLUX2,
+        (("none", "no LoRA"), ("C: outline", "with a LoRA")),
+    ),
+    Template(
+        "flux_hotswap_flux2_low_vram",
+        "FLUX.2 klein 9B on a small card",
+        FLUX2,
+        (("none", "no LoRA"), ("A: neon", "with a LoRA")),
     ),
 )
 

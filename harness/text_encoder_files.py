@@ -33,8 +33,8 @@ def tied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def is_linear(name: str) -> bool:
-    """Whether a T5 tensor is the weight of a linear."""
-    return ("SelfAttention" in name or "DenseReluDense" in name) and "relative" not in name
+    """Whether a tensor of a T5, or of a language model, is the weight of a linear."""
+    return "_proj." in name or (("SelfAttention" in name or "DenseReluDense" in name) and "relative" not in name)
 
 
 def _scaled(tensor: Tensor, rows: bool) -> tuple[Tensor, Tensor]:

@@ -13,11 +13,12 @@ import comfy.sd
 import torch
 from torch import Tensor
 
+from ..accel.errors import SettingsError
 from ..accel.memory.budgets import MIB
 from ..accel.store.lru import ByteLru
-from .encoders import Encoders, EncodersPatcher, host_memory_is_scarce
+from .encoders import Encoded, Encoders, EncodersPatcher, host_memory_is_scarce
 
-# Some sixty prompts: what a large encoder gives for one is about 4 MB.
+# Some sixty prompts of a T5, 4 MB each; ten to sixteen of a language model of which three layers lie side by side.
 CACHE_BYTES = 256 * MIB
 
 
@@ -54,7 +55,7 @@ class RememberingClip(comfy.sd.CLIP):
         self.use_clip_schedule = False
         self.apply_hooks_to_conds = None
         self.tokenizer_options = {}
-        self.cache: ByteLru[Tensor] = ByteLru(CACHE_BYTES, lambda output: output.nbytes)
+        self.cache: ByteLru[Encoded] = ByteLru(CACHE_BYTES, lambda output: sum(part.nbytes for part in output))
 
     def clone(self, *args: Any, **kwargs: Any) -> RememberingClip:
         """Copy the handle, not the encoders, nor what they remember."""
@@ -83,18 +84,29 @@ class RememberingClip(comfy.sd.CLIP):
             with encoders.knowing(outputs) as complete:
                 super().encode_from_tokens(tokens, return_pooled or True)
             for part in complete.keys() - outputs.keys():
-                self.cache.put(keys[part], complete[part].cpu().clone())
+                self.cache.put(keys[part], tuple(tensor.cpu().clone() for tensor in complete[part]))
             outputs = complete
             self._release_if_scarce()
         # Copies: a node may change what it gets.
         device = comfy.model_management.intermediate_device()
-        copies = {part: output.to(device, copy=True) for part, output in outputs.items()}
-        cond, pooled = encoders.conditioning(copies)
+        copies = {part: tuple(each.to(device, copy=True) for each in output) for part, output in outputs.items()}
+        cond, pooled, extra = encoders.conditioning(copies)
         if return_dict:
-            encoded = {"cond": cond, "pooled_output": pooled}
+            encoded = {"cond": cond, "pooled_output": pooled, **extra}
             self.add_hooks_to_dict(encoded)
             return encoded
         return (cond, pooled) if return_pooled else cond
+
+    def generate(self, *_: Any, **__: Any) -> Any:
+        """Refuse what a language model does elsewhere: its last layers are not loaded.
+
+        Raises:
+            SettingsError: always.
+        """
+        raise SettingsError(
+            f"The {self.cond_stage_model.title} of Flux Text Encoder Loader encodes prompts, and writes no text. Load "
+            "the complete model with ComfyUI's own Load CLIP for that."
+        )
 
     def get_sd(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """The weights, when they are as in the files."""

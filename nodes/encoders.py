@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any
 
 import comfy.lora
 import comfy.model_management
@@ -21,6 +21,10 @@ from ..accel.text_encoder.spec import EncoderSpec
 from .progress import NodeObserver
 
 log = logging.getLogger(__name__)
+
+# What an encoder gives for one prompt, and what a conditioning has beside context and pooled vector.
+Encoded = tuple[Tensor, ...]
+Extra = dict[str, Tensor]
 
 # Give weights back when less host memory than this is free.
 SCARCE_BYTES = 2 * GIB
@@ -39,18 +43,24 @@ class Encoders(nn.Module):
         encode_counts: how often each encoder ran, by the names of the tokens.
     """
 
-    modules_of: ClassVar[Mapping[str, str]]
-    title: ClassVar[str]
-
-    def __init__(self, encoders: Mapping[str, tuple[nn.Module, EncoderSpec]], mode: str, quantized: str) -> None:
+    def __init__(
+        self,
+        modules_of: Mapping[str, str],
+        encoders: Mapping[str, tuple[nn.Module, EncoderSpec]],
+        mode: str,
+        quantized: str,
+    ) -> None:
         """Have the sizes of the files, without data.
 
         Args:
+            modules_of: see the class.
             encoders: by the names here: ComfyUI's `SDClipModel` on the meta device, and the file of its weights.
             mode: of `accel.text_encoder.modes`.
             quantized: which of them it is for; the others stay as their files have them.
         """
         super().__init__()
+        self.modules_of = modules_of
+        self.title = encoders[quantized][1].config.title
         # Not modules: nn.Module must not see them.
         self.weights: dict[str, EncoderWeights] = {}
         for name, (encoder, spec) in encoders.items():
@@ -58,9 +68,9 @@ class Encoders(nn.Module):
             self.weights[name] = EncoderWeights(encoder.transformer, spec, mode if name == quantized else "none")
         self.mode = mode
         self.encode_counts = dict.fromkeys(self.modules_of, 0)
-        self._outputs: dict[str, Tensor] | None = None
+        self._outputs: dict[str, Encoded] | None = None
 
-    def encode_part(self, part: str, tokens: Any) -> Tensor:
+    def encode_part(self, part: str, tokens: Any) -> Encoded:
         """Run one encoder, or give what stands for one that is not there.
 
         Args:
@@ -69,8 +79,8 @@ class Encoders(nn.Module):
         """
         raise NotImplementedError
 
-    def conditioning(self, outputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
-        """What ComfyUI's text encoders of the family give: the context (1, T, C), and the pooled vector or None.
+    def conditioning(self, outputs: Mapping[str, Encoded]) -> tuple[Tensor, Tensor | None, Extra]:
+        """What ComfyUI's text encoders of the family give: the context (1, T, C), the pooled vector or None, and more.
 
         Args:
             outputs: of all encoders, by the names of their tokens.
@@ -127,7 +137,7 @@ class Encoders(nn.Module):
         return self.modules_of[part] in self.weights
 
     @contextmanager
-    def knowing(self, outputs: Mapping[str, Tensor]) -> Iterator[Mapping[str, Tensor]]:
+    def knowing(self, outputs: Mapping[str, Encoded]) -> Iterator[Mapping[str, Encoded]]:
         """Take these for what `encode_part` would give, and run only the other encoders.
 
         Args:
@@ -144,8 +154,8 @@ class Encoders(nn.Module):
 
     def encode_token_weights(
         self, token_weight_pairs: dict[str, Any], *_: Any, **__: Any
-    ) -> tuple[Tensor, Tensor | None]:
-        """As ComfyUI's text encoders have it: tokens by the tokenizer's names -> context and pooled vector."""
+    ) -> tuple[Tensor, Tensor | None, Extra]:
+        """As ComfyUI's text encoders have it: tokens by the tokenizer's names -> see `conditioning`."""
         outputs = {} if self._outputs is None else self._outputs
         for part in self.modules_of:
             if part not in outputs:
@@ -154,6 +164,16 @@ class Encoders(nn.Module):
 
     def _encoders(self) -> list[nn.Module]:
         return [self.get_submodule(name) for name in self.weights]
+
+
+def interruptible(blocks: nn.ModuleList) -> None:
+    """Let a prompt be cancelled between the blocks of an encoder."""
+    for block in blocks:
+        block.register_forward_pre_hook(_check_interrupted)
+
+
+def _check_interrupted(*_: Any) -> None:
+    comfy.model_management.throw_exception_if_processing_interrupted()
 
 
 class EncodersPatcher(comfy.model_patcher.ModelPatcher):

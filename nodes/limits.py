@@ -77,8 +77,11 @@ class LimitedPatcher(comfy.model_patcher.ModelPatcher):
         super().set_injections(key, *args, **kwargs)
 
     def add_object_patch(self, name: str, *args: Any, **kwargs: Any) -> None:
-        """Take any object patch, and warn of those on parts of the transformer, which compute nothing here."""
-        if name.startswith("diffusion_model."):
+        """Take any object patch, and warn of those on parts of the transformer, which compute nothing here.
+
+        Its `params` are read all the same: Flux KV Cache changes how references are placed there.
+        """
+        if name.startswith("diffusion_model.") and not name.startswith("diffusion_model.params."):
             log.warning(
                 "Flux Hotswap: a node replaces %s, which has no effect on the accelerated model. For this effect use "
                 "ComfyUI's Load Diffusion Model.",

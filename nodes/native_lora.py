@@ -24,7 +24,8 @@ from ..accel.lora.kinds import KINDS
 from ..accel.lora.kinds.shapes import INSTEAD
 from ..accel.lora.read.keys import CONFIG_END
 from ..accel.lora.read.names import known_names
-from ..accel.lora.read.patches import LinearPatch, NormPatch, from_patches, tensor_digest
+from ..accel.lora.read.other_models import for_another_model
+from ..accel.lora.read.patches import SOURCE, LinearPatch, NormPatch, from_patches, shapes_of, tensor_digest
 from .prompts import inputs_of_running_node
 
 log = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ class NativeLoras:
             cache_dir: where matrices that are slow to compute are kept on disk; None computes them each time.
         """
         layout = family.layout(config)
-        self._family_name = family.name
+        self._family, self._config = family, config
         # Linears that other models of the family have: what is for them is left, as ComfyUI does.
         self._absent = known_names(family, config).absent
         self._cache_dir = cache_dir
@@ -85,7 +86,7 @@ class NativeLoras:
         ]
         if not others:
             raise LoraError(
-                f"LoRA: ComfyUI's loader found no key for the {self._family_name} model in it (the log names them): it "
+                f"LoRA: ComfyUI's loader found no key for the {self._family.name} model in it (the log names them): it "
                 "is for another model, for text encoders alone, or in a format that only Hotswap LoRA reads, such as "
                 "XLabs' and BFL's. Try it with Hotswap LoRA, which says what it is."
             )
@@ -101,7 +102,14 @@ class NativeLoras:
         return self._weights(patches, ours), [*ours, *configs]
 
     def _weights(self, patches: Mapping[Any, Any], keys: list[Any]) -> Adapter:
-        return from_patches([self._patch(key, patches[key]) for key in keys], self._digest, cache_dir=self._cache_dir)
+        own = [self._patch(key, patches[key]) for key in keys]
+        try:
+            return from_patches(own, self._digest, cache_dir=self._cache_dir)
+        except LoraError as wrong:
+            message = for_another_model(SOURCE, shapes_of(own), self._family, self._config)
+            if message is None:
+                raise
+            raise LoraError(message) from wrong
 
     def _patch(self, key: Any, patch: Any) -> LinearPatch | NormPatch:
         name = _name(key)
@@ -117,7 +125,7 @@ class NativeLoras:
         roles = self._roles.get(type(patch))
         if linear is None:
             raise LoraError(
-                f"LoRA: '{name}' is not a linear layer or norm of this {self._family_name} model, expected one: it is "
+                f"LoRA: '{name}' is not a linear layer or norm of this {self._family.name} model, expected one: it is "
                 f"for another variant. {INSTEAD}"
             )
         if end != "weight" or roles is None:
@@ -197,8 +205,8 @@ def _target(key: Any, linear: FusedLinear) -> LoraTarget:
     parts = [part for part in linear.parts if start <= part.start and part.start + part.rows <= start + length]
     if dim != 0 or sum(part.rows for part in parts) != length:
         raise LoraError(
-            f"LoRA: rows {start} to {start + length} of '{linear.name}' are not whole layers of the accelerated model. "
-            f"{INSTEAD}"
+            f"LoRA: rows {start} to {start + length} of '{linear.name}' are not whole layers of the accelerated model: "
+            "ComfyUI names them so for models with another MLP. Read the file with Hotswap LoRA instead."
         )
     moved = tuple(LinearPart(part.module, part.start - start, part.rows) for part in parts)
     return LoraTarget(moved, linear.in_features, length, False, linear.bias)

@@ -33,12 +33,9 @@ class EngineTransformer(nn.Module):
         skeleton: ComfyUI's own transformer of these sizes without data.
         dtype: what the engine computes in.
         patch_size: how many rows, and columns, of the latent are one token; ComfyUI reads it, too.
-        inside_blocks: `transformer_options["patches"]` that ComfyUI's model runs inside its blocks, where a compiled
-            region has no place for them.
     """
 
     patch_size: ClassVar[int]
-    inside_blocks: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, engine: Engine, planner: Planner, skeleton: nn.Module) -> None:
         """Hide engine and skeleton from nn.Module, so that ComfyUI's walks over modules and `.to` do not see them."""
@@ -94,14 +91,11 @@ class EngineTransformer(nn.Module):
             self._warned.add(what)
             log.warning(message, *args)
 
-    def _warn_of_patches_inside_blocks(self, options: dict[str, Any]) -> None:
-        found = [name for name in self.inside_blocks if options.get("patches", {}).get(name)]
+    def _warn_of_attention_override(self, options: dict[str, Any]) -> None:
         if "optimized_attention_override" in options:
-            found.append("optimized_attention_override")
-        for name in found:
             self._warn_once(
-                name,
-                "Flux Hotswap: a node patches the inside of attention (%s). The accelerated model cannot run that "
-                "and goes on without it. For this effect use ComfyUI's Load Diffusion Model.",
-                name,
+                "override",
+                "Flux Hotswap: a node replaces ComfyUI's attention function (optimized_attention_override). The "
+                "accelerated model has its own, chosen in Accelerated Flux Loader, and goes on without it. For this "
+                "effect use ComfyUI's Load Diffusion Model.",
             )

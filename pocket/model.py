@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from accel.families.base import Family
 from accel.families.layout import Layout
-from accel.families.streams.forward import StreamForward
+from accel.families.streams.forward import Regions, StreamForward
 from accel.families.streams.inputs import StreamInputs
 from accel.families.streams.layout import HEAD_DIM
 
@@ -87,7 +87,8 @@ def forward(
         references: latents of pictures to edit, each (B, C, h, w).
     """
     inputs = kind.inputs(latents, timestep, text, attention_mask=bias, references=references)
-    return kind.forward(kind.config, model, kind.double, kind.single)(inputs)
+    regions = Regions(kind.double, kind.single, None, kind.double, kind.single)
+    return kind.forward(kind.config, model, regions)(inputs)
 
 
 def sample(

@@ -13,6 +13,10 @@ from harness.paths import CACHE, REPO
 
 # Compiles are shared with the server's and with earlier runs': a cold one takes a minute.
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(CACHE / "inductor"))
+# Several test files at once share the cores, and so do the processes that they start.
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+if WORKERS > 1:
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // WORKERS)))
 # Every process that compiles would start another, which imports torch for Triton's kernels: a CPU needs none of them.
 os.environ.setdefault("TORCH_WARM_POOL", "0")
 

@@ -17,7 +17,7 @@ from benchmarks.__main__ import main
 from benchmarks.ablation_report import Measured, check_changes
 from benchmarks.ablation_rows import ALL, BASELINE, Configuration
 from benchmarks.ablation_work import make_work
-from benchmarks.block_variants import one_of_each
+from benchmarks.families.flux1 import one_of_each
 from benchmarks.random_checkpoint import random_spec
 from benchmarks.report import BenchmarkError, Goal
 from benchmarks.sampling import Clock, euler, exact_sigmas, make_prompt

@@ -29,14 +29,15 @@ LAYERS = (
     "compile prove",
     "families.base linear",
     "spec quantize attention",
-    "lora",
     "families",
+    "lora",
     "checkpoint",
     "build text_encoder",
     "load offload recipe",
     "assemble",
     "engine plan",
-    "registry prefetch report chart selftest families.flux1.diffusers_pipeline",
+    "families.streams.diffusers_pipeline",
+    "registry prefetch report chart selftest families.flux1.diffusers_pipeline families.flux2.diffusers_pipeline",
 )
 RANKS = {part: rank for rank, row in enumerate(LAYERS) for part in row.split()}
 

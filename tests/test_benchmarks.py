@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ from accel.lora.pack.strength import UnscaledB
 from benchmarks import flux_loras, peers
 from benchmarks.__main__ import main
 from benchmarks.cold_files import ColdFiles
+from benchmarks.families.registry import config_of, of, published
 from benchmarks.pooled import Pooled
 from benchmarks.report import BenchmarkError, Goal, OtherLoad
 from benchmarks.swap import peer_variants
@@ -25,6 +27,8 @@ from benchmarks.switch import LORA_COUNT, Switch
 from benchmarks.timing import CPU, Variant, interleave
 from harness.paths import REPO
 
+# One of each family.
+FAMILIES = ("flux1-dev", "flux2-klein-4b")
 MS_KEYS = {"memcpy_ms", "read_ms", "hot_ms", "warm_ms", "cold_ms", "peft_ms", "diffusers_ms", "stock_merge_ms",
            "cold_kohya_ms", "cold_native_ms", "step_alone_ms", "step_prefetching_ms",
            "stack3_ms", "multiply_ms", "strength_ms", "prefetched_ms", "rank64_hot_ms", "rank128_hot_ms"}
@@ -53,10 +57,21 @@ def command(*arguments):
     )
 
 
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def config(family):
+    """The narrow model that is measured."""
+    return config_of(family, quick=True)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, family):
     path = tmp_path_factory.mktemp("bench") / "swap.json"
-    done = command("swap", "--quick", "--json", path)
+    done = command("swap", "--quick", "--family", family, "--json", path)
     assert done.returncode == 0, done.stderr
     return json.loads(path.read_text(encoding="utf-8")), done.stdout
 
@@ -93,13 +108,17 @@ def test_swap_medians_come_from_its_samples(finished):
         assert sorted(samples)[len(samples) // 2] == pytest.approx(figures[f"{name}_ms"], abs=1e-3)
 
 
-def test_swap_counts_bytes_and_layers(finished):
+# The original linears of a double and of a single block; those of FLUX.2 have no modulation.
+WEIGHTS = {"FLUX.1": (10, 3), "FLUX.2": (8, 2)}
+
+
+def test_swap_counts_bytes_and_layers(finished, config):
     figures, _ = finished
-    lora = flux_loras.random_lora(flux_loras.QUICK, "one", 0)
+    lora = flux_loras.random_lora(config, "one", 0)
     assert lora.bytes <= figures["lora_bytes"] <= lora.bytes + 64 * (1 + 2 * len(lora.pairs))
-    # 10 weights in a double block, 3 in a single one, one of each sampled.
-    assert figures["stock_merge_sampled_layers"] == 13
-    assert figures["stock_merge_layers"] == 10 * flux_loras.QUICK.depth + 3 * flux_loras.QUICK.depth_single
+    double, single = WEIGHTS[figures["model"]["family"]]
+    assert figures["stock_merge_sampled_layers"] == double + single
+    assert figures["stock_merge_layers"] == double * config.depth + single * config.depth_single
 
 
 def test_swap_prints_figures_goals_and_what_stood_in_for_what(finished):
@@ -112,7 +131,8 @@ def test_swap_prints_figures_goals_and_what_stood_in_for_what(finished):
         assert goal["statement"] in stdout
     assert all(note in stdout for note in figures["notes"])
     notes = " ".join(figures["notes"])
-    for word in ("stands in for the device", "meta device", "13 of 32 weights", "cold file"):
+    merged = f"{figures['stock_merge_sampled_layers']} of {figures['stock_merge_layers']} weights"
+    for word in ("stands in for the device", "meta device", merged, "cold file"):
         assert word in notes
 
 
@@ -154,6 +174,25 @@ def test_help_lists_each_benchmark(capsys):
     assert "switch a LoRA" in text
 
 
+def test_families_are_asked_for_by_name(capsys):
+    assert {type(config_of(name)) for name in published()} == {type(config_of(name)) for name in FAMILIES}
+    assert of(config_of("flux2-dev")).family.name == "FLUX.2"
+    assert main(["gpu_code", "--family", "flux3-dev"]) == 1
+    assert "--family is 'flux3-dev', expected one of: flux1-dev, " in capsys.readouterr().err
+
+
+def test_a_lora_is_on_the_linears_that_diffusers_has(loras, config):
+    """PEFT trains those; where they are several here, each gets its rows."""
+    modules = {name for name, module in flux_loras.diffusers_model(config).named_modules() if name in loras[0].matrices}
+    assert modules == loras[0].matrices.keys()
+    ours = flux_loras.meta_model(config)
+    for module, (lora_A, lora_B) in loras[0].pairs.items():
+        weight = ours.get_submodule(module).weight
+        assert (lora_B.shape[0], lora_A.shape[1]) == weight.shape
+    given = sum(lora_B.shape[0] for _, lora_B in loras[0].pairs.values())
+    assert given == sum(lora_B.shape[0] for _, lora_B in loras[0].matrices.values())
+
+
 def test_json_into_a_missing_folder_fails_before_measuring(tmp_path, capsys):
     assert main(["swap", "--quick", "--json", str(tmp_path / "absent" / "swap.json")]) == 2
     printed = capsys.readouterr()
@@ -189,19 +228,19 @@ def test_goals():
 
 
 @pytest.fixture(scope="module")
-def loras():
-    return [flux_loras.random_lora(flux_loras.QUICK, f"lora-{seed}", seed) for seed in range(LORA_COUNT)]
+def loras(config):
+    return [flux_loras.random_lora(config, f"lora-{seed}", seed) for seed in range(LORA_COUNT)]
 
 
 @pytest.fixture
-def switch(loras, tmp_path):
-    return Switch(flux_loras.QUICK, loras, ColdFiles(tmp_path), CPU)
+def switch(config, loras, tmp_path):
+    return Switch(config, loras, ColdFiles(tmp_path), CPU)
 
 
 @pytest.fixture(scope="module")
-def pooled(loras):
+def pooled(config, loras):
     """The variants, which take turns on one model in all tests, as they do when they are measured."""
-    return Pooled(flux_loras.QUICK, loras, CPU).variants()
+    return Pooled(config, loras, CPU).variants()
 
 
 def variant_of(variants, name):
@@ -218,16 +257,16 @@ def test_a_bind_that_does_nothing_is_noticed(switch, monkeypatch, name):
 
 
 @pytest.mark.parametrize("name", ["hot", "warm", "cold"])
-def test_one_wrong_bit_is_noticed(switch, monkeypatch, name):
-    bind = LoraSlots.bind
+def test_one_wrong_bit_is_noticed(switch, loras, monkeypatch, name):
+    bind, last = LoraSlots.bind, list(loras[0].pairs)[-1]
 
     def bind_wrong(self, bindings):
-        lora_B = bindings.loras[self.modules.index("single_transformer_blocks.3.proj_out")].lora_B
+        lora_B = bindings.loras[self.modules.index(last)].lora_B
         lora_B.view(torch.int16)[5] ^= 1
         bind(self, bindings)
 
     monkeypatch.setattr(LoraSlots, "bind", bind_wrong)
-    with pytest.raises(BenchmarkError, match=r"lora_B of single_transformer_blocks\.3\.proj_out"):
+    with pytest.raises(BenchmarkError, match=f"lora_B of {re.escape(last)}"):
         interleave([variant_of(switch.variants(), name)], rounds=1, warm_up=0)
 
 
@@ -252,8 +291,8 @@ def test_warm_that_allocates_is_noticed(switch, monkeypatch):
 
 
 @pytest.mark.parametrize(("name", "kind"), [("peft", peers.PeftHotswap), ("diffusers", peers.DiffusersHotswap)])
-def test_a_peer_that_does_nothing_is_noticed(loras, monkeypatch, name, kind):
-    variant = variant_of(peer_variants(flux_loras.QUICK, loras, CPU), name)
+def test_a_peer_that_does_nothing_is_noticed(config, loras, monkeypatch, name, kind):
+    variant = variant_of(peer_variants(config, loras, CPU), name)
     interleave([variant], rounds=LORA_COUNT, warm_up=0)
     monkeypatch.setattr(kind, "swap", lambda self: None)
     with pytest.raises(BenchmarkError, match=f"^{name}: "):
@@ -268,11 +307,11 @@ def test_a_layer_outside_the_lora_must_be_zero(switch, loras):
         flux_loras.check_bound("hot", switch._model, None, fewer)
 
 
-def test_loras_differ_by_seed_and_strength(loras):
+def test_loras_differ_by_seed_and_strength(config, loras):
     module, (_, lora_B) = next(iter(loras[0].pairs.items()))
     assert not flux_loras.same_bits(lora_B, loras[1].pairs[module][1])
     assert not flux_loras.same_bits(lora_B, loras[0].scaled[module][1])
-    assert flux_loras.same_bits(lora_B, flux_loras.random_lora(flux_loras.QUICK, "again", 0).pairs[module][1])
+    assert flux_loras.same_bits(lora_B, flux_loras.random_lora(config, "again", 0).pairs[module][1])
     assert not flux_loras.same_bits(lora_B, lora_B.float())
 
 
@@ -294,10 +333,10 @@ def test_a_product_that_is_not_made_is_noticed(pooled, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="only Linux tells a process's anonymous memory")
-def test_load_measures_both_modes_and_gives_the_disk_back(tmp_path):
+def test_load_measures_both_modes_and_gives_the_disk_back(tmp_path, family):
     path = tmp_path / "load.json"
     before = set(REPO.iterdir())
-    done = command("load", "--quick", "--json", path)
+    done = command("load", "--quick", "--family", family, "--json", path)
     assert done.returncode == 0, done.stderr
     figures = json.loads(path.read_text(encoding="utf-8"))
     assert set(REPO.iterdir()) == before

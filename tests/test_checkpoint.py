@@ -9,8 +9,10 @@ from accel.build import load_model
 from accel.checkpoint import inspect_checkpoint
 from accel.errors import CheckpointError, FileError
 from accel.families.flux1 import Flux1Config
+from accel.families.flux2 import Flux2Config
 from harness import broken_files
 from harness.tensor_files import write_tensors
+from harness.tiny_flux2 import TinyFlux2Config, tiny_flux2_state_dict
 from harness.tiny_models import TinyFluxConfig, tiny_flux_state_dict
 
 CPU = torch.device("cpu")
@@ -128,16 +130,23 @@ def test_a_checkpoint_with_nan_is_refused_when_it_loads(tmp_path):
 
 
 RELATIVES = {
-    "FLUX.2": "double_stream_modulation_img.lin.weight",
     "Chroma": "distilled_guidance_layer.in_proj.weight",
 }
+
+
+def test_flux2_is_a_family_of_its_own(tmp_path):
+    """FLUX.1 has a name for it as for any relative; yet it is loaded, not refused."""
+    path = write_tensors(tmp_path / "flux2.safetensors", tiny_flux2_state_dict(TinyFlux2Config()))
+    spec = inspect_checkpoint(str(path))
+    assert (spec.family.name, spec.config) == ("FLUX.2", Flux2Config(256, 2, 2, 768, 768, False))
+    assert (spec.config.variant, spec.config.num_heads) == ("klein", 2)
 
 
 @pytest.mark.parametrize(("model", "key"), RELATIVES.items())
 def test_relatives_are_named(tmp_path, model, key):
     path = tmp_path / "relative.safetensors"
     write_tensors(path, {**tiny_flux_state_dict(TinyFluxConfig()), key: torch.zeros(4, 4)})
-    with pytest.raises(CheckpointError, match=f"'relative.safetensors' is a {model} checkpoint"):
+    with pytest.raises(CheckpointError, match=f"'relative.safetensors' is a {model} checkpoint.*FLUX.1 .*and FLUX.2 "):
         inspect_checkpoint(str(path))
 
 

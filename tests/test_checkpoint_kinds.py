@@ -11,19 +11,34 @@ from safetensors.torch import load_file, save_file
 
 from accel.build import load_model
 from accel.checkpoint import identify, inspect_checkpoint, read_weights
+from accel.checkpoint.other_models import first_match
 from accel.checkpoint.read import LinearWeights
 from accel.errors import AccelError, CheckpointError, FileError
+from accel.families import registry
+from accel.families.flux2.layout import diffusers_layout
+from accel.files import TensorInfo
 from harness import checkpoint_kinds as kinds
 from harness.tensor_files import json_tensor, write_tensors
+from harness.tiny_flux2 import TinyFlux2Config, tiny_flux2_state_dict
 from harness.tiny_models import TinyFluxConfig, tiny_flux_state_dict
 
 CPU = torch.device("cpu")
 CONFIG = TinyFluxConfig(hidden=256, depth=1, depth_single=2, context=256, pooled=256)
+FLUX2 = TinyFlux2Config(hidden=256, depth=1, depth_single=2, context=256, guidance=True)
+# What a test without the mark `of_both` runs with is FLUX.1.
+CONFIGS = {"FLUX.1": CONFIG, "FLUX.2": FLUX2}
+of_both = pytest.mark.parametrize("config", CONFIGS, indirect=True)
 
 
 @pytest.fixture(scope="module")
-def tensors():
-    return {name: tensor.contiguous() for name, tensor in tiny_flux_state_dict(CONFIG).items()}
+def config(request):
+    return CONFIGS[getattr(request, "param", "FLUX.1")]
+
+
+@pytest.fixture(scope="module")
+def tensors(config):
+    made = tiny_flux2_state_dict(config) if config is FLUX2 else tiny_flux_state_dict(config)
+    return {name: tensor.contiguous() for name, tensor in made.items()}
 
 
 def parameters(path, dtype=torch.float32):
@@ -33,11 +48,25 @@ def parameters(path, dtype=torch.float32):
 
 def assert_holds(path, tensors, dtype=torch.float32):
     """The loaded model is diffusers' own conversion of these tensors, bit for bit after one rounding to `dtype`."""
-    expected = dict(kinds.diffusers_model(tensors, CONFIG, torch.float32).named_parameters())
+    config = config_of(tensors)
+    expected = dict(apart(kinds.diffusers_model(tensors, config, torch.float32), config))
     loaded = parameters(path, dtype)
     assert loaded.keys() == expected.keys()
     for name, value in expected.items():
         assert torch.equal(loaded[name], value.to(dtype)), name
+
+
+def apart(model, config):
+    """Names and values of diffusers' model, with the linear that this package takes apart in four."""
+    for name, value in model.named_parameters():
+        block, found, end = name.partition("to_qkv_mlp_proj")
+        parts = value.split([config.hidden] * 3 + [2 * config.mlp]) if found else [value]
+        names = ("to_q", "to_k", "to_v", "to_mlp") if found else ("",)
+        yield from ((f"{block}{part}{end}", rows) for part, rows in zip(names, parts, strict=True))
+
+
+def config_of(tensors):
+    return FLUX2 if "double_stream_modulation_img.lin.weight" in tensors else CONFIG
 
 
 KINDS = {
@@ -56,11 +85,18 @@ KINDS = {
         path, tensors, "metadata", prefix="model.diffusion_model."),
     "all in one": kinds.all_in_one,
     "sft": lambda path, tensors: kinds.plain(path.with_suffix(".sft"), tensors, torch.bfloat16),
-    "folder": lambda path, tensors: kinds.diffusers_folder(path.with_suffix(""), tensors, CONFIG),
-    "shards": lambda path, tensors: kinds.diffusers_folder(path.with_suffix(""), tensors, CONFIG, shard_bytes=400_000),
-    "pipeline": lambda path, tensors: kinds.diffusers_folder(path.with_suffix(""), tensors, CONFIG, pipeline=True),
+    "folder": lambda path, tensors: kinds.diffusers_folder(path.with_suffix(""), tensors, config_of(tensors)),
+    "shards": lambda path, tensors: kinds.diffusers_folder(
+        path.with_suffix(""), tensors, config_of(tensors), shard_bytes=400_000),
+    "pipeline": lambda path, tensors: kinds.diffusers_folder(
+        path.with_suffix(""), tensors, config_of(tensors), pipeline=True),
+    "diffusers in one file": lambda path, tensors: diffusers_file(path, tensors),
+    "diffusers, prefixed": lambda path, tensors: diffusers_file(path, tensors, "transformer."),
+    "as trainers save it": lambda path, tensors: kinds.plain(path, tensors, torch.bfloat16, "diffusion_model."),
     "gguf without architecture": lambda path, tensors: kinds.gguf(
         path.with_suffix(".gguf"), tensors, architecture=None),
+    "gguf of a nameless architecture": lambda path, tensors: kinds.gguf(
+        path.with_suffix(".gguf"), tensors, architecture="pig"),
     "gguf reshaped": lambda path, tensors: kinds.gguf(
         path.with_suffix(".gguf"), tensors, reshaped="single_blocks.0.linear2.weight"),
 }  # fmt: skip
@@ -70,7 +106,27 @@ for gguf_kind in GGUF_KINDS:
         path.with_suffix(".gguf"), tensors, kind)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+def diffusers_file(path, tensors, prefix=""):
+    model = kinds.diffusers_model(tensors, config_of(tensors), torch.bfloat16)
+    save_file({prefix + name: value.contiguous() for name, value in model.state_dict().items()}, path)
+    return kinds.Written(path, {name: tensor.bfloat16().float() for name, tensor in tensors.items()})
+
+
+def renamed(path, tensors):
+    """The scales of norms as some programs call them."""
+    stored = {name.replace("_norm.scale", "_norm.weight"): tensor.bfloat16() for name, tensor in tensors.items()}
+    write_tensors(path, stored)
+    return kinds.Written(path, {name: tensor.bfloat16().float() for name, tensor in tensors.items()})
+
+
+KINDS["norms called weight"] = renamed
+# How one GGML type or another is unpacked does not depend on the model.
+PAIRS = [("FLUX.1", kind) for kind in KINDS]
+PAIRS += [("FLUX.2", kind) for kind in KINDS if kind.removeprefix("gguf ") not in GGUF_KINDS or kind in (
+    "gguf BF16", "gguf Q8_0", "gguf Q4_K")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("config", "kind"), PAIRS, indirect=["config"])
 def test_every_kind_gives_the_weights_that_it_was_made_from(tmp_path, tensors, kind):
     written = KINDS[kind](tmp_path / "model.safetensors", tensors)
     assert_holds(written.path, written.tensors)
@@ -79,6 +135,7 @@ def test_every_kind_gives_the_weights_that_it_was_made_from(tmp_path, tensors, k
 
 
 @pytest.mark.parametrize("kind", ["bf16", "scaled, marker", "scaled, rows", "all in one", "shards", "gguf Q4_K"])
+@of_both
 def test_parameters_are_counted_without_scales_and_other_parts(tmp_path, tensors, kind):
     spec = inspect_checkpoint(KINDS[kind](tmp_path / "model.safetensors", tensors).path)
     assert spec.parameter_count == sum(tensor.numel() for tensor in tensors.values())
@@ -105,6 +162,7 @@ def test_scaled_weights_are_what_they_were_quantized_from(tmp_path, tensors):
     assert raw.norm() > 100 * source.norm()
 
 
+@of_both
 def test_int8_with_scales(tmp_path, tensors):
     scale = tensors["img_in.weight"].abs().amax(dim=1, keepdim=True) / 127
     stored = {**tensors, "img_in.weight": (tensors["img_in.weight"] / scale).round().to(torch.int8),
@@ -114,6 +172,16 @@ def test_int8_with_scales(tmp_path, tensors):
     assert_holds(tmp_path / "int8.safetensors", {**tensors, "img_in.weight": stored["img_in.weight"] * scale})
 
 
+def test_int8_that_was_rotated_is_refused(tmp_path, tensors):
+    """ComfyUI's ConvRot: without the rotation of what it multiplies, the weights mean nothing."""
+    stored = {**tensors, "img_in.weight": torch.zeros(256, 64, dtype=torch.int8),
+              "img_in.weight_scale": torch.ones(256, 1)}  # fmt: skip
+    described = {"layers": {"img_in": {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 64}}}
+    save_file(stored, tmp_path / "int8.safetensors", metadata={"_quantization_metadata": json.dumps(described)})
+    assert "'img_in' is quantized as 'int8_tensorwise' with a rotation" in error_of(tmp_path / "int8.safetensors")
+
+
+@of_both
 def test_nothing_of_the_file_is_kept(tmp_path, tensors):
     """Every yielded tensor owns exactly its own memory: no view of the file or of a fused linear."""
     for kind in ("fp32", "scaled, marker", "gguf Q8_0", "gguf F32"):
@@ -121,7 +189,7 @@ def test_nothing_of_the_file_is_kept(tmp_path, tensors):
         for weights in read_weights(spec, torch.float32, CPU):
             values = [weights.weight, weights.bias] if isinstance(weights, LinearWeights) else [weights.value]
             for value in values:
-                assert value.untyped_storage().nbytes() == value.nbytes
+                assert value is None or value.untyped_storage().nbytes() == value.nbytes
 
 
 @pytest.mark.parametrize("kind", ["bf16", "scaled, rows", "shards"])
@@ -331,9 +399,6 @@ def test_quantizations_of_other_libraries_are_named(tmp_path, tensors, key):
 
 
 OTHER_MODELS = {
-    "double_stream_modulation_img.lin.weight": "a FLUX.2 checkpoint",
-    "model.diffusion_model.double_stream_modulation_img.lin.weight": "a FLUX.2 checkpoint",
-    "double_stream_modulation_img.linear.weight": "a FLUX.2 checkpoint",
     "distilled_guidance_layer.norms.0.scale": "a Chroma checkpoint",
     "txt_in.individual_token_refiner.blocks.0.norm1.weight": "a HunyuanVideo checkpoint",
     "joint_blocks.0.context_block.attn.qkv.weight": "an SD3 checkpoint",
@@ -362,6 +427,7 @@ def test_other_models_are_named(tmp_path, key):
     message = error_of(path)
     assert OTHER_MODELS[key] in message
     assert "FLUX.1" in message
+    assert "FLUX.2" in message
     assert "'other.safetensors'" in message
 
 
@@ -454,7 +520,8 @@ def test_an_index_that_is_none(shards, content):
         ("num_layers", 19, "config.json says num_layers = 19, but the tensors say 1"),
         ("guidance_embeds", False, "config.json says guidance_embeds = False, but the tensors say True"),
         ("joint_attention_dim", 4096, "says joint_attention_dim = 4096"),
-        ("_class_name", "Flux2Transformer2DModel", "config.json is of a Flux2Transformer2DModel"),
+        ("_class_name", "QwenImageTransformer2DModel", "config.json is of a QwenImageTransformer2DModel"),
+        ("_class_name", "Flux2Transformer2DModel", "config.json is of a Flux2Transformer2DModel, but the tensors are"),
     ],
 )
 def test_a_config_in_conflict(shards, key, value, words):
@@ -506,6 +573,71 @@ def test_a_missing_block_in_an_all_in_one_file(tmp_path, tensors):
             del stored[name]
 
     assert "single_blocks.0 is missing, though single_blocks.1 is there" in error_of(edit(path, remove))
+
+
+# FLUX.2's own.
+
+
+def without(end):
+    return lambda file: {name: tensor for name, tensor in file.items() if not name.startswith(end)}
+
+
+DAMAGED = {
+    "a block": (without("single_blocks.0."), "single_blocks.0 is missing, though single_blocks.1 is there"),
+    "a linear": (without("double_blocks.0.img_mlp.0"), "are missing, such as 'double_blocks.0.img_mlp.0.weight'"),
+    "a shared modulation": (
+        without("double_stream_modulation_img"), "are missing, such as 'double_stream_modulation_img.lin.weight'"),
+    "an embedder": (without("txt_in"), "looks like FLUX.2, but 'txt_in.weight' is missing"),
+    "half of the guidance": (without("guidance_in.out"), "are missing, such as 'guidance_in.out_layer.weight'"),
+    "channels that go in": (
+        lambda file: {**file, "img_in.weight": torch.zeros(256, 256)}, "img_in has 256 channels, expected 128"),
+    "channels that come out": (
+        lambda file: {**file, "final_layer.linear.weight": torch.zeros(64, 256)},
+        "final_layer.linear has 64 channels, expected 128"),
+    "a width": (
+        lambda file: {**file, "img_in.weight": torch.zeros(200, 128)}, "expected a multiple of 128 (FLUX.2 heads"),
+    "an MLP that is not gated": (
+        lambda file: {**file, "double_blocks.0.img_mlp.0.weight": torch.zeros(768, 256)},
+        "has shape (768, 256), expected"),
+    "a bias": (
+        lambda file: {**file, "img_in.bias": torch.zeros(256)}, "no place in the model, such as 'img_in.bias'"),
+    "a block of FLUX.1": (
+        lambda file: {**file, "double_blocks.0.img_mod.lin.weight": torch.zeros(1536, 256)},
+        "no place in the model, such as 'double_blocks.0.img_mod.lin.weight'"),
+    "NaN": (
+        lambda file: {**file, "single_stream_modulation.lin.weight": torch.full((768, 256), float("nan"))},
+        "'single_stream_modulation.lin.weight' holds NaN or infinity"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("damage", "words"), DAMAGED.values(), ids=DAMAGED)
+@pytest.mark.parametrize("config", ["FLUX.2"], indirect=True)
+def test_damaged_files_of_flux2(tmp_path, tensors, damage, words):
+    message = error_of(write_tensors(tmp_path / "damaged.safetensors", damage(tensors)))
+    assert "'damaged.safetensors'" in message
+    assert words in message
+
+
+@pytest.mark.parametrize("key", ["double_stream_modulation_img.lin.weight", "single_stream_modulation.linear.weight"])
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_a_file_of_both_families_is_none(tmp_path, tensors, key, prefix):
+    file = {prefix + name: tensor for name, tensor in {**tensors, key: torch.zeros(4, 4)}.items()}
+    message = error_of(write_tensors(tmp_path / "mixed.safetensors", file))
+    assert f"'mixed.safetensors' has '{key}', as FLUX.2 has, and 'vector_in.in_layer.weight', as FLUX.1 has." in message
+
+
+@pytest.mark.parametrize("name", registry.FAMILIES[1].published)
+def test_published_models_are_recognised_by_their_headers(name):
+    """In both layouts, by sizes alone."""
+    flux1, flux2 = registry.FAMILIES
+    expected = flux2.published[name]
+    for layout in (flux2.layout(expected), diffusers_layout(expected)):
+        tensors = {key: TensorInfo(shape, torch.bfloat16) for key, shape in layout.expected_shapes().items()}
+        config, found = flux2.recognise(tensors, "file")
+        assert (config, found.expected_shapes()) == (expected, layout.expected_shapes())
+        assert first_match(flux1.relatives, tensors).what == "a FLUX.2 checkpoint"
+    variant = {"flux2-dev": "dev", "flux2-klein-9b": "klein 9B", "flux2-klein-4b": "klein 4B"}[name]
+    assert expected.variant == variant
 
 
 # GGUF.

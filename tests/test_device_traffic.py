@@ -20,7 +20,8 @@ from accel.linear import float8, layers, operators, product
 from accel.linear.autotune import Autotuner
 from accel.linear.slot import Bound
 from accel.lora.hold.slots import Bindings, LoraSlots
-from benchmarks.block_variants import block_modules, one_of_each, quantize_float8
+from benchmarks.block_variants import block_modules, quantize_float8
+from benchmarks.families.flux1 import one_of_each
 
 CUDA = torch.device("cuda")
 RANK = 16
@@ -119,7 +120,7 @@ def forward(request, skeleton, fake, monkeypatch):
     monkeypatch.setattr(Autotuner, "fastest", lambda self, x, shape, fused, separate, configs=(): separate())
 
     def make(attend=attention):
-        return Flux1().forward(config, model, Flux1().regions(attend))
+        return Flux1().forward(config, model, Flux1().regions(attend), attend)
 
     return make
 

@@ -16,7 +16,7 @@ from accel.linear import float8
 from accel.quantize.modes import MODES
 from benchmarks import gpu, gpu_report, gpu_stages
 from benchmarks.__main__ import main
-from benchmarks.block_variants import one_of_each
+from benchmarks.families.flux1 import one_of_each
 from benchmarks.gpu_job import Row
 from benchmarks.gpu_rows import ROWS, STAGES
 from benchmarks.kernel_profile import profile_kernels

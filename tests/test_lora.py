@@ -24,13 +24,23 @@ from accel.memory.buffers import BYTES_ALIGNMENT
 from accel.store.lru import ByteLru
 from harness import broken_files
 from harness.lora_files import clip_l_lora_state_dict, lora_state_dict, write_lora
-from harness.lora_formats import ALL_FORMATS
+from harness.lora_formats import ALL_FORMATS, FLUX2_FORMATS, format_named
+from harness.tensor_files import write_tensors
+from harness.tiny_flux2 import TinyFlux2Config, tiny_flux2_state_dict
 from harness.tiny_models import TinyFluxConfig
+
+TINY_FLUX2 = TinyFlux2Config(guidance=True)
 
 
 @pytest.fixture(scope="module")
 def spec(models):
     return inspect_checkpoint(str(models / "diffusion_models/tiny-flux-dev-fp32.safetensors"))
+
+
+@pytest.fixture(scope="module")
+def flux2(tmp_path_factory):
+    path = tmp_path_factory.mktemp("flux2") / "tiny.safetensors"
+    return inspect_checkpoint(write_tensors(path, tiny_flux2_state_dict(TINY_FLUX2)))
 
 
 def deltas(weights) -> dict[str, torch.Tensor]:
@@ -42,16 +52,22 @@ def deltas(weights) -> dict[str, torch.Tensor]:
     return total
 
 
+FORMATS = [("spec", TinyFluxConfig(), name) for name in ALL_FORMATS]
+FORMATS += [("flux2", TINY_FLUX2, name) for name in FLUX2_FORMATS]
+
+
 @pytest.mark.parametrize("alpha", [None, 3.0])
-@pytest.mark.parametrize("format", list(ALL_FORMATS))
-def test_every_format_changes_every_linear_as_the_file_says(tmp_path, spec, format, alpha):
-    weights = read_lora(str(write_lora(tmp_path / "a.safetensors", format, rank=5, alpha=alpha)), spec)
+@pytest.mark.parametrize(("model", "config", "format"), FORMATS, ids=[f"{model}-{name}" for model, _, name in FORMATS])
+def test_every_format_changes_every_linear_as_the_file_says(tmp_path, request, model, config, format, alpha):
+    spec = request.getfixturevalue(model)
+    weights = read_lora(str(write_lora(tmp_path / "a.safetensors", format, config, rank=5, alpha=alpha)), spec)
     file = load_file(tmp_path / "a.safetensors")
-    ours, spelling = deltas(weights), ALL_FORMATS[format]
+    ours, spelling = deltas(weights), format_named(format)
+    assert weights.report.keys_applied == len(file)
     scale = 1.0 if alpha is None else alpha / 5
     for linear in spec.layout.linears:
         expected, touched = torch.zeros(linear.out_features, linear.in_features).double(), False
-        for part in spelling.parts(linear.name, TinyFluxConfig()):
+        for part in spelling.parts(linear.name, config):
             up, down = (file[f"{part.prefix}.{end}"].double() for end in (spelling.up, spelling.down))
             touched, row = True, 0
             for start, stop in part.rows:
@@ -66,11 +82,15 @@ def test_every_format_changes_every_linear_as_the_file_says(tmp_path, spec, form
         assert touched or format == "xlabs"
 
 
-def test_formats_that_say_the_same_read_the_same(tmp_path, spec):
+@pytest.mark.parametrize(("model", "config", "formats"), [
+    ("spec", TinyFluxConfig(), [format for format in ALL_FORMATS if format != "xlabs"]),  # attention only
+    ("flux2", TINY_FLUX2, FLUX2_FORMATS),
+], ids=["FLUX.1", "FLUX.2"])  # fmt: skip
+def test_formats_that_say_the_same_read_the_same(tmp_path, request, model, config, formats):
+    spec = request.getfixturevalue(model)
     read = [
-        deltas(read_lora(str(write_lora(tmp_path / f"{format}.safetensors", format, rank=4, tied=True)), spec))
-        for format in ALL_FORMATS
-        if format != "xlabs"  # attention only
+        deltas(read_lora(str(write_lora(tmp_path / f"{format}.safetensors", format, config, rank=4, tied=True)), spec))
+        for format in formats
     ]
     for module, change in read[0].items():
         for other in read[1:]:

@@ -40,8 +40,17 @@ from accel.quantize import find_mode
 from accel.tensors import own_vector
 from harness import lora_files, lora_kinds
 from harness.lora_files import kind_state_dict, lora_state_dict, norm_state_dict
-from harness.lora_formats import ALL_FORMATS, STOCK_FORMATS
+from harness.lora_formats import (
+    ALL_FORMATS,
+    FLUX2_FORMATS,
+    FLUX2_STOCK_FORMATS,
+    STOCK_FORMATS,
+    format_named,
+    linears_of,
+)
 from harness.stock_weights import StockWeights
+from harness.tensor_files import write_tensors
+from harness.tiny_flux2 import TinyFlux2Config, tiny_flux2_state_dict
 from harness.tiny_models import TinyFluxConfig, flux_linears, tiny_flux_state_dict
 
 EXACT = 2e-5
@@ -49,9 +58,21 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, tor
 TINY = TinyFluxConfig()
 
 
+# What a test without the mark `of_both` runs with is FLUX.1.
+MODELS = {"FLUX.1": TINY, "FLUX.2": TinyFlux2Config(guidance=True)}
+of_both = pytest.mark.parametrize("tiny", MODELS, indirect=True)
+
+
 @pytest.fixture(scope="module")
-def checkpoint(models):
-    return models / "diffusion_models/tiny-flux-dev-fp32.safetensors"
+def tiny(request):
+    return MODELS[getattr(request, "param", "FLUX.1")]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(models, tiny, tmp_path_factory):
+    if tiny is TINY:
+        return models / "diffusion_models/tiny-flux-dev-fp32.safetensors"
+    return write_tensors(tmp_path_factory.mktemp("flux2") / "tiny-flux2.safetensors", tiny_flux2_state_dict(tiny))
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +98,7 @@ class Base:
         layout = spec.layout
         self.values = {}
         for linear in layout.linears:
-            for end in ("weight", "bias"):
+            for end in ("weight", "bias") if linear.bias else ("weight",):
                 value = tensors[f"{linear.name}.{end}"].float()
                 if linear.swap_halves:
                     value = torch.cat(value.chunk(2)[::-1])
@@ -153,25 +174,35 @@ def write(folder, name, tensors, metadata=None):
     return path
 
 
+def formats(flux1, flux2):
+    """Every format of each family."""
+    pairs = [(name, format) for name, known in (("FLUX.1", flux1), ("FLUX.2", flux2)) for format in known]
+    ids = [f"{name}-{format}" for name, format in pairs]
+    return pytest.mark.parametrize(("tiny", "format"), pairs, ids=ids, indirect=["tiny"])
+
+
 @pytest.mark.parametrize("alpha", [None, 3.0])
-@pytest.mark.parametrize("format", STOCK_FORMATS)
-def test_every_format_equals_stock(tmp_path, spec, tensors, base, stock, checkpoint, format, alpha):
-    path = write(tmp_path, "a", lora_state_dict(format, rank=5, alpha=alpha))
+@formats(STOCK_FORMATS, FLUX2_STOCK_FORMATS)
+def test_every_format_equals_stock(tmp_path, spec, tensors, base, stock, checkpoint, tiny, format, alpha):
+    path = write(tmp_path, "a", lora_state_dict(format, tiny, rank=5, alpha=alpha))
     expected = stock.merge(checkpoint, [(path, 0.7)])
     assert_same(ours([(path, 0.7)], spec, base), expected, tensors)
-    assert set(expected) == {f"{module}.weight" for module in flux_linears(TINY)}
+    assert set(expected) == {f"{module}.weight" for module in linears_of(tiny)}
 
 
-@pytest.mark.parametrize("format", [name for name in ALL_FORMATS if name not in STOCK_FORMATS])
-def test_names_that_stock_does_not_know_mean_the_same_layers(tmp_path, spec, tensors, base, stock, checkpoint, format):
+@formats([name for name in ALL_FORMATS if name not in STOCK_FORMATS],
+         [name for name in FLUX2_FORMATS if name not in FLUX2_STOCK_FORMATS])  # fmt: skip
+def test_names_that_stock_does_not_know_mean_the_same_layers(
+    tmp_path, spec, tensors, base, stock, checkpoint, tiny, format
+):
     """Against stock on the same matrices in its own names."""
-    other, own = {}, {}
-    for module, (_, in_features) in flux_linears(TINY).items():
+    other, own, spelling = {}, {}, format_named(format)
+    for module, (out_features, in_features) in linears_of(tiny).items():
         downs, ups = [], []
-        for part in ALL_FORMATS[format].parts(module, TINY):
+        for part in spelling.parts(module, tiny):
             down, up = torch.randn(3, in_features), 0.02 * torch.randn(part.out_features, 3)
-            other |= {f"{part.prefix}.{ALL_FORMATS[format].down}": down, f"{part.prefix}.{ALL_FORMATS[format].up}": up}
-            whole, row = torch.zeros(flux_linears(TINY)[module][0], 3), 0
+            other |= {f"{part.prefix}.{spelling.down}": down, f"{part.prefix}.{spelling.up}": up}
+            whole, row = torch.zeros(out_features, 3), 0
             for start, stop in part.rows:
                 whole[start:stop] = up[row : row + stop - start]
                 row += stop - start
@@ -188,40 +219,119 @@ def test_names_that_stock_does_not_know_mean_the_same_layers(tmp_path, spec, ten
 STOCK_KINDS = [kind for kind in lora_kinds.KINDS if not kind.startswith("PEFT") and kind != "LoKr Tucker"]
 
 
-@pytest.mark.parametrize("strength", [1.0, 0.6, -0.8])
-@pytest.mark.parametrize("kind", STOCK_KINDS)
-def test_every_kind_equals_stock(tmp_path, spec, tensors, base, stock, checkpoint, kind, strength):
-    path = write(tmp_path, "kind", kind_state_dict(kind, alpha=1.5))
+# FLUX.2 has the same kinds of layers at one strength: what else there is to a kind does not depend on the model.
+KINDS_EQUAL_STOCK = [("FLUX.1", kind, strength) for kind in STOCK_KINDS for strength in (1.0, 0.6, -0.8)]
+KINDS_EQUAL_STOCK += [("FLUX.2", kind, 0.6) for kind in STOCK_KINDS if kind != "bias"]
+
+
+@pytest.mark.parametrize(("tiny", "kind", "strength"), KINDS_EQUAL_STOCK, indirect=["tiny"])
+def test_every_kind_equals_stock(tmp_path, spec, tensors, base, stock, checkpoint, tiny, kind, strength):
+    path = write(tmp_path, "kind", kind_state_dict(kind, config=tiny, alpha=1.5))
     expected = stock.merge(checkpoint, [(path, strength)])
     assert_same(ours([(path, strength)], spec, base), expected, tensors)
 
 
-@pytest.mark.parametrize(
-    "kind",
-    ["LoKr", "LoHa", "DoRA", "OFT", "LoKr products", "LoKr full", "LoKr full DoRA", "GLoRA", "GLoRA old", "difference"],
-)
-def test_kinds_in_split_names_equal_stock(tmp_path, spec, tensors, base, stock, checkpoint, kind):
-    # ComfyUI adds a DoRA's or OFT's change to norm_out with its halves exchanged, but not what multiplies them.
-    file = kind_state_dict(kind, "lycoris", targets=lambda module: not module.startswith("final_layer.adaLN"))
-    path = write(tmp_path, "kind", file)
+SPLIT_KINDS = ["LoKr", "LoHa", "DoRA", "OFT", "LoKr products", "LoKr full", "LoKr full DoRA", "GLoRA", "GLoRA old",
+               "difference"]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SPLIT_KINDS)
+@of_both
+def test_kinds_in_split_names_equal_stock(tmp_path, spec, tensors, base, stock, checkpoint, tiny, kind):
+    """ComfyUI adds a DoRA's or OFT's change to norm_out with its halves exchanged, but not what multiplies them.
+
+    Nor has it diffusers' names of FLUX.2's modulations and embedders.
+    """
+
+    def known(module):
+        return "_blocks." in module if tiny is not TINY else not module.startswith("final_layer.adaLN")
+
+    path = write(tmp_path, "kind", kind_state_dict(kind, "lycoris", tiny, targets=known))
     assert_same(ours([(path, 0.9)], spec, base), stock.merge(checkpoint, [(path, 0.9)]), tensors)
 
 
 @pytest.mark.parametrize("format", ["native", "diffusers"])
-def test_norms_equal_stock(tmp_path, spec, tensors, base, stock, checkpoint, format):
-    path = write(tmp_path, "norms", norm_state_dict(format=format))
+@of_both
+def test_norms_equal_stock(tmp_path, spec, tensors, base, stock, checkpoint, tiny, format):
+    path = write(tmp_path, "norms", norm_state_dict(tiny, format))
     expected = stock.merge(checkpoint, [(path, 0.7)])
     if format == "native":
-        assert len(expected) == 2 * (2 * TINY.depth + TINY.depth_single)
+        assert len(expected) == 2 * (2 * tiny.depth + tiny.depth_single)
     assert_same(ours([(path, 0.7)], spec, base), expected, tensors)
 
 
-def test_a_stack_of_everything_equals_stock(tmp_path, spec, tensors, base, stock, checkpoint):
+# Parts of a single block's first linear, which diffusers' FLUX.2 and checkpoints keep whole.
+PARTS = {
+    "linear1_qkv": ("diffusion_model.single_blocks.0.linear1_qkv", 0, 3),
+    "to_qkv": ("transformer.single_transformer_blocks.0.attn.to_qkv", 0, 3),
+    "to_q": ("transformer.single_transformer_blocks.0.attn.to_q", 0, 1),
+    "to_v": ("lycoris_single_transformer_blocks_0_attn_to_v", 2, 1),
+    "proj_mlp": ("transformer.single_transformer_blocks.0.proj_mlp", 3, 6),
+    "linear1.3": ("transformer.single_blocks.0.linear1.3", 3, 6),
+    "to_added_qkv": ("transformer.transformer_blocks.0.attn.to_added_qkv", 0, 3),
+    "linear_in": ("transformer.transformer_blocks.1.ff.linear_in", 0, 6),
+}
+
+
+@pytest.mark.parametrize("kind", ["LoRA", "LoKr full", "LoHa", "difference", "OFT", "DoRA"])
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("tiny", ["FLUX.2"], indirect=True)
+def test_a_part_of_a_fused_linear_is_changed_as_if_it_were_a_linear(tmp_path, spec, base, tensors, part, kind):
+    """Each kind's own formula on the rows of a part; the other rows stay bit for bit."""
+    name, first, count = PARTS[part]
+    rows = slice(256 * first, 256 * (first + count))
+    values = lora_kinds.kind_tensors(kind, (256 * count, 256), rms=0.02)
+    path = write(tmp_path, "part", {f"{name}.{end}": value for end, value in values.items()})
+    ((linear, weight),) = ours([(path, 0.8)], spec, base).items()
+    before = tensors[linear].double()
+    expected = before.clone()
+    expected[rows] = changed(kind, before[rows], {end: value.double() for end, value in values.items()}, 0.8)
+    torch.testing.assert_close(weight, expected, rtol=1e-5, atol=1e-6)
+    assert (expected[rows] - before[rows]).norm() > 0.001 * before[rows].norm()
+    untouched = torch.ones(len(before), dtype=torch.bool)
+    untouched[rows] = False
+    assert torch.equal(weight[untouched], before[untouched])
+
+
+def changed(kind, weight, values, strength):
+    """A weight (rows, columns) under one change without alpha, in float64."""
+    if kind == "LoKr full":
+        return weight + strength * torch.kron(values["lokr_w1"], values["lokr_w2"])
+    if kind == "LoHa":
+        halves = (values[f"hada_w{number}_a"] @ values[f"hada_w{number}_b"] for number in (1, 2))
+        return weight + strength * next(halves) * next(halves)
+    if kind == "difference":
+        return weight + strength * values["diff"]
+    if kind == "OFT":
+        skew = values["oft_blocks"] - values["oft_blocks"].transpose(1, 2)
+        identity = torch.eye(16, dtype=torch.float64)
+        rotation = (identity + skew) @ torch.linalg.inv(identity - skew) - identity
+        turned = torch.einsum("k n m, k n c -> k m c", rotation, weight.view(-1, 16, 256))
+        return weight + strength**2 * turned.reshape_as(weight)
+    change = values["lora_up.weight"] @ values["lora_down.weight"]
+    if kind == "LoRA":
+        return weight + strength * change
+    longer = values["dora_scale"] / weight.norm(dim=1, keepdim=True)
+    return weight + strength * (longer * (weight + change) - weight)
+
+
+@pytest.mark.parametrize("kind", ["bias", "PEFT bias"])
+@pytest.mark.parametrize("tiny", ["FLUX.2"], indirect=True)
+def test_a_change_of_a_bias_that_is_not_there_is_refused(tmp_path, spec, tiny, kind):
+    file = kind_state_dict(kind, "diffusers", tiny, targets=lambda module: module == "single_blocks.1.linear2")
+    with pytest.raises(LoraError, match=r"changes a bias of 'transformer\.single_tr.*attn\.to_out', which has none in"):
+        read_lora(str(write(tmp_path, "bias", file)), spec)
+
+
+@of_both
+def test_a_stack_of_everything_equals_stock(tmp_path, spec, tensors, base, stock, checkpoint, tiny):
     """DoRA, OFT and GLoRA twice each, among others, in both orders: composition depends on the order."""
     names = ["DoRA", "GLoRA", "LoKr full", "OFT", "LoRA", "LoKr full DoRA", "OFT", "bias", "LoKr DoRA", "LoHa", "DoRA"]
     names.append("GLoRA old")
+    if tiny is not TINY:
+        names[names.index("bias")] = "LoRA"
     files = [
-        write(tmp_path, f"{number}", kind_state_dict(kind, seed=number, alpha=2.0))
+        write(tmp_path, f"{number}", kind_state_dict(kind, config=tiny, seed=number, alpha=2.0))
         for number, kind in enumerate(names)
     ]
     loras = list(zip(files, (0.8, 0.9, -0.6, 0.5, -0.7, 0.9, 1.0, 0.9, 0.3, 0.4, 0.6, -0.5), strict=True))
@@ -278,18 +388,24 @@ def test_peft_bias_is_added_with_the_scale(tmp_path, spec, base):
         torch.testing.assert_close(value, base.parameter(parameter) + 0.6 * 0.5 * added)
 
 
-def saved_by_diffusers(folder, **config):
+def saved_by_diffusers(folder, tiny=TINY, **config):
     """A file by diffusers' own `save_lora_weights`, from a model with PEFT's layers in it."""
-    from diffusers import FluxPipeline, FluxTransformer2DModel
+    import diffusers
     from diffusers.training_utils import _collate_lora_metadata
     from peft import LoraConfig, get_peft_model_state_dict
 
-    model = FluxTransformer2DModel(
-        patch_size=1, in_channels=64, num_layers=2, num_single_layers=2, attention_head_dim=128, num_attention_heads=2,
-        joint_attention_dim=768, pooled_projection_dim=768, guidance_embeds=True,
-    )
+    sizes = {
+        "patch_size": 1, "num_layers": 2, "num_single_layers": 2, "attention_head_dim": 128, "num_attention_heads": 2,
+        "joint_attention_dim": 768, "guidance_embeds": True,
+    }  # fmt: skip
+    if tiny is TINY:
+        pipeline = diffusers.FluxPipeline
+        model = diffusers.FluxTransformer2DModel(in_channels=64, pooled_projection_dim=768, **sizes)
+    else:
+        pipeline = diffusers.Flux2Pipeline
+        model = diffusers.Flux2Transformer2DModel(in_channels=128, mlp_ratio=3.0, **sizes)
     model.add_adapter(LoraConfig(init_lora_weights=False, **config))
-    FluxPipeline.save_lora_weights(
+    pipeline.save_lora_weights(
         folder, transformer_lora_layers=get_peft_model_state_dict(model),
         **_collate_lora_metadata({"transformer": model}),
     )
@@ -312,6 +428,24 @@ def test_what_diffusers_saves_is_scaled_as_peft_does(tmp_path, spec, rslora):
     assert {layer.rank for layer in weights.layers} == {3, 4, 8}
     for layer in weights.layers:
         torch.testing.assert_close(layer.scale * layer.lora_B @ layer.lora_A, expected[layer.module])
+
+
+@pytest.mark.parametrize("tiny", ["FLUX.2"], indirect=True)
+def test_what_diffusers_saves_of_flux2_is_scaled_as_peft_does(tmp_path, spec, tiny):
+    """The fused linear of single blocks too, which is four here."""
+    path, expected = saved_by_diffusers(
+        tmp_path, tiny, r=4, lora_alpha=6, use_rslora=True, rank_pattern={"attn.to_qkv_mlp_proj": 8},
+        target_modules=["to_q", "to_qkv_mlp_proj", "to_out.0", "ff.linear_in", "ff_context.linear_out",
+                        "norm_out.linear", "double_stream_modulation_img.linear",
+                        "time_guidance_embed.timestep_embedder.linear_1"],
+    )
+    changes = {layer.module: layer.scale * layer.lora_B @ layer.lora_A for layer in read_lora(str(path), spec).layers}
+    for name, change in expected.items():
+        block, fused, _ = name.partition("to_qkv_mlp_proj")
+        names = [block + part for part in (("to_q", "to_k", "to_v", "to_mlp") if fused else ("",))]
+        torch.testing.assert_close(torch.cat([changes.pop(each) for each in names]), change)
+    assert not changes
+    assert len(expected) == 2 * 4 + 2 * 1 + 3
 
 
 def test_metadata_that_contradicts_the_matrices_is_refused(tmp_path, spec):
@@ -669,15 +803,21 @@ FACTORS = {
     "single_blocks.0.linear2": [(16, 16), (4, 5)],
     "final_layer.adaLN_modulation.1": [(1, 16), (16, 16), (512, 1)],
 }
+FACTORS_OF_FLUX2 = {
+    "single_blocks.1.linear1": [(16, 16), (2, 8), (9, 4), (256, 64)],
+    "single_stream_modulation.lin": [(2, 1)],
+}
+FLAT = [("FLUX.1", *each) for each in FACTORS.items()] + [("FLUX.2", *each) for each in FACTORS_OF_FLUX2.items()]
+FLAT_IDS = [f"{name}-{module}" for name, module, _ in FLAT]
 
 
 @pytest.mark.parametrize("product", [False, True], ids=["whole", "product"])
-@pytest.mark.parametrize("module", FACTORS)
+@pytest.mark.parametrize(("tiny", "module", "factors"), FLAT, indirect=["tiny"], ids=FLAT_IDS)
 def test_a_lokr_of_a_flat_spectrum_is_exact_wherever_its_blocks_lie(
-    tmp_path, spec, tensors, base, stock, checkpoint, module, product
+    tmp_path, spec, tensors, base, stock, checkpoint, module, factors, product
 ):
     shape = tuple(tensors[f"{module}.weight"].shape)
-    for number, factor in enumerate(FACTORS[module]):
+    for number, factor in enumerate(factors):
         path = write(tmp_path, f"lokr{number}", lokr(shape, factor, number, module, product))
         loras = [(path, 0.7), (path, -0.2)]
         assert_same(ours(loras, spec, base), stock.merge(checkpoint, loras), tensors)
@@ -1132,6 +1272,71 @@ def test_rows_of_one_layer_as_patches_of_one_name_stay_apart(spec, tmp_path):
             w1_a, w1_b, w2_a, w2_b = (patch.values[f"hada_{end}"] for end in ("w1_a", "w1_b", "w2_a", "w2_b"))
             change = (w1_a @ w1_b) * (w2_a @ w2_b)
             assert (layer.lora_B @ layer.lora_A - change).norm() < 0.02 * change.norm()
+
+
+# What ComfyUI's own loaders put on the pack's model.
+
+
+def natively(stock, checkpoint, loras, base, spec):
+    """As `ours`, by ComfyUI's own loader."""
+    return effective(flatten(stock.native(checkpoint, loras).active, torch.float32, pin=False, base=base), base, spec)
+
+
+@pytest.mark.parametrize("format", ["native", "kohya", "diffusers", "onetrainer", "lycoris", "diffsynth"])
+@of_both
+def test_comfyuis_own_loader_brings_what_it_merges(tmp_path, spec, tensors, base, stock, checkpoint, tiny, format):
+    """In blocks: of FLUX.2's modulations and embedders ComfyUI leaves out diffusers' names, here as when it merges."""
+    file = lora_state_dict(format, tiny, rank=3, alpha=2.0, targets=lambda module: "_blocks." in module)
+    loras = [(write(tmp_path, "a", file), 0.7), (write(tmp_path, "b", file), -0.3)]
+    actual = natively(stock, checkpoint, loras, base, spec)
+    assert_same(actual, stock.merge(checkpoint, loras), tensors)
+    assert_same(actual, ours(loras, spec, base), tensors)
+
+
+@pytest.mark.parametrize("kind", ["LoKr full", "LoHa", "DoRA", "OFT", "GLoRA", "difference"])
+@pytest.mark.parametrize("tiny", ["FLUX.2"], indirect=True)
+def test_comfyuis_own_loader_brings_kinds(tmp_path, spec, tensors, base, stock, checkpoint, tiny, kind):
+    loras = [(write(tmp_path, "kind", kind_state_dict(kind, config=tiny, alpha=1.5)), 0.8)]
+    assert_same(natively(stock, checkpoint, loras, base, spec), stock.merge(checkpoint, loras), tensors)
+
+
+@pytest.mark.parametrize("tiny", ["FLUX.2"], indirect=True)
+def test_comfyuis_own_loader_brings_norms_and_rows(tmp_path, spec, tensors, base, stock, checkpoint, tiny):
+    file = norm_state_dict(tiny)
+    for name, rows in (
+        ("diffusion_model.single_blocks.0.linear1_qkv", 768),
+        ("transformer.single_transformer_blocks.1.attn.to_k", 256),
+    ):
+        values = lora_kinds.kind_tensors("LoRA", (rows, 256), name=name)
+        file |= {f"{name}.{end}": value for end, value in values.items()}
+    loras = [(write(tmp_path, "rows", file), 0.8)]
+    assert_same(natively(stock, checkpoint, loras, base, spec), stock.merge(checkpoint, loras), tensors)
+
+
+@pytest.mark.parametrize("tiny", ["FLUX.2"], indirect=True)
+def test_what_comfyui_places_wrongly_is_refused_and_read_from_the_file(tmp_path, spec, base, stock, checkpoint):
+    """Its map gives `proj_mlp` four times the width, which is FLUX.1's; stock logs an error, and leaves it out."""
+    name = "transformer.single_transformer_blocks.0.proj_mlp"
+    values = lora_kinds.kind_tensors("LoRA", (1536, 256))
+    path = write(tmp_path, "mlp", {f"{name}.{end}": value for end, value in values.items()})
+    with pytest.raises(RuntimeError, match="ERROR"):
+        stock.merge(checkpoint, [(path, 1.0)])
+    with pytest.raises(RuntimeError, match=r"rows 768 to 1792 of 'single_blocks\.0\.linear1' are not .*Hotswap LoRA"):
+        stock.native(checkpoint, [(path, 1.0)])
+    assert list(ours([(path, 1.0)], spec, base)) == ["single_blocks.0.linear1.weight"]
+
+
+@of_both
+def test_comfyuis_own_loader_on_a_model_of_another_width(tmp_path, stock, checkpoint, tiny):
+    """FLUX.2 klein 9B's, by ComfyUI's own loader, on what is as small as the tests' models."""
+    shapes = {"double_blocks.0.img_attn.qkv": (12288, 4096), "double_blocks.1.txt_attn.proj": (4096, 4096),
+              "single_blocks.0.linear1": (36864, 4096)}  # fmt: skip
+    file = {}
+    for module, (rows, columns) in shapes.items():
+        file[f"diffusion_model.{module}.lora_A.weight"] = torch.zeros(1, columns)
+        file[f"diffusion_model.{module}.lora_B.weight"] = torch.zeros(rows, 1)
+    with pytest.raises(RuntimeError, match=r"LoRA: it is for FLUX\.2 klein 9B, not for FLUX.*are 256 wide"):
+        stock.native(checkpoint, [(write(tmp_path, "klein", file), 1.0)])
 
 
 # Properties.

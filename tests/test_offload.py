@@ -758,7 +758,7 @@ def trace_of(spec, resident_blocks, steps, skipped=()):
             return run
 
         regions = tuple(map(traced, family.regions(sdpa)))
-        forward = family.forward(config, model, regions, weights.ring)
+        forward = family.forward(config, model, regions, sdpa, weights.ring)
         inputs = make_inputs()
         moved = {
             field.name: value.to(memory.device)

@@ -15,6 +15,9 @@ from accel.checkpoint import inspect_checkpoint
 from accel.engine import Engine
 from accel.errors import SettingsError
 from accel.families.flux1 import Flux1Inputs
+from accel.families.flux2 import Flux2, Flux2Inputs
+from accel.families.flux2.text_encoders import HEAD_DIM, LANGUAGE_MODEL_SIZES, text_encoder
+from accel.files import FileIdentity, TensorFile, TensorInfo
 from accel.hardware import hardware_of
 from accel.memory.budgets import GB
 from accel.memory.cpu import HostMemory
@@ -26,11 +29,16 @@ from accel.quantize import find_mode
 from accel.quantize.linears import stored_tensors
 from accel.quantize.modes import MODES
 from accel.settings import EngineSettings, Offload, Quantization
+from accel.spec import StoredTensor
+from accel.text_encoder.config import LlmConfig
+from accel.text_encoder.modes import resident_bytes
+from accel.text_encoder.spec import EncoderSpec
 from benchmarks import offload
 from benchmarks.report import BenchmarkError
 from harness.paths import REPO
 
 CHECKPOINT = "diffusion_models/tiny-flux-dev-fp32.safetensors"
+FLUX2 = "diffusion_models/tiny-flux2-dev-fp32.safetensors"
 CPU = torch.device("cpu")
 ON_CPU = [name for name, mode in MODES.items() if mode.lacks(hardware_of(CPU)) is None]
 # Eight blocks of FLUX's proportions, in bytes; the double ones are larger and run first.
@@ -47,6 +55,12 @@ def spec(models):
     return inspect_checkpoint(str(models / CHECKPOINT))
 
 
+@pytest.fixture(scope="module", params=[CHECKPOINT, FLUX2], ids=["flux1", "flux2"])
+def either(request, models):
+    """A model of each family."""
+    return inspect_checkpoint(str(models / request.param))
+
+
 def engine_of(spec, quantization="none", compile="off"):
     engine = Engine(spec, EngineSettings(compile=compile, quantization=Quantization(quantization)))
     engine.load()
@@ -54,9 +68,9 @@ def engine_of(spec, quantization="none", compile="off"):
 
 
 @pytest.mark.parametrize("quantization", ["none", *ON_CPU])
-def test_sizes_are_those_of_the_loaded_tensors(spec, quantization):
-    engine = engine_of(spec, quantization)
-    sizes = weight_sizes(spec, engine.dtype, find_mode(quantization))
+def test_sizes_are_those_of_the_loaded_tensors(either, quantization):
+    engine = engine_of(either, quantization)
+    sizes = weight_sizes(either, engine.dtype, find_mode(quantization))
     model = engine.assembled.model
     blocks = [*model.transformer_blocks, *model.single_transformer_blocks]
     real = [bytes_of(part for weight in block.parameters() for part in stored_tensors(weight)) for block in blocks]
@@ -104,13 +118,18 @@ def test_every_weight_counts_once(spec):
 
 
 def inputs_of(engine, workload, context=768):
-    return Flux1Inputs(
-        latent=torch.randn(workload.batch, 16, workload.height // 8, workload.width // 8, dtype=engine.dtype),
-        timestep=torch.full((workload.batch,), 0.5),
-        encoder_hidden_states=torch.randn(workload.batch, workload.text_tokens, context, dtype=engine.dtype),
-        pooled_projections=torch.randn(workload.batch, context, dtype=engine.dtype),
-        guidance=torch.full((workload.batch,), 3.5),
-    )
+    batch, family = workload.batch, engine.spec.family
+    side = family.pixels_per_latent
+    latent = workload.height // side, workload.width // side
+    common = {
+        "timestep": torch.full((batch,), 0.5),
+        "encoder_hidden_states": torch.randn(batch, workload.text_tokens, context, dtype=engine.dtype),
+        "guidance": torch.full((batch,), 3.5),
+    }
+    if isinstance(family, Flux2):
+        return Flux2Inputs(latent=torch.randn(batch, 128, *latent, dtype=engine.dtype), **common)
+    pooled = torch.randn(batch, context, dtype=engine.dtype)
+    return Flux1Inputs(latent=torch.randn(batch, 16, *latent, dtype=engine.dtype), pooled_projections=pooled, **common)
 
 
 def peak_of(engine, workload):
@@ -133,11 +152,11 @@ def peak_of(engine, workload):
     ("quantization", "compile"),
     [("none", "off"), ("int8", "off"), ("nf4", "off"), pytest.param("none", "regional", marks=pytest.mark.slow)],
 )
-def test_activations_are_near_the_measured_peak(spec, quantization, compile):
+def test_activations_are_near_the_measured_peak(either, quantization, compile):
     # Large enough that what a CPU's kernels take for themselves does not count.
     workload = Workload(768, 768, batch=1, text_tokens=256)
-    engine = engine_of(spec, quantization, compile)
-    planned = workload.activation_bytes(spec, engine.dtype, find_mode(quantization), compile == "regional")
+    engine = engine_of(either, quantization, compile)
+    planned = workload.activation_bytes(either, engine.dtype, find_mode(quantization), compile == "regional")
     # TorchInductor of torch 2.11 keeps one tensor of tokens longer, see docs/versions.md.
     lowest = 0.93 if Version(torch.__version__) >= Version("2.12") else 0.91
     assert lowest < planned / peak_of(engine, workload) < 1.12
@@ -368,12 +387,60 @@ def test_the_table_of_flux_dev(capsys):
     assert re.search(r"^12 GB: stream: .* of 57 blocks stay", out, re.MULTILINE)
 
 
+README_MODES = ("none", "fp8", "int8", "nf4")
+
+
+def readme_rows(model, capsys):
+    """The rows of the README's table for a model, behind their labels."""
+    columns, totals = [], []
+    for mode in README_MODES:
+        _, out, _ = run(model, "--quantization", mode, capsys=capsys)
+        weights, whole = (float(re.search(rf"{word} ([\d.]+) GB", out)[1]) for word in ("weights", "with the weights"))
+        totals.append(f"{weights:.1f}; {whole:.1f}")
+        columns.append([readme_cell(*cells) for cells in rows_of(out).values()])
+    return [totals, *zip(*columns, strict=True)]
+
+
+def readme_cell(mode, blocks, copied, engine, peak, *_):
+    resident, total = blocks.split(" of ")
+    peak = f"{float(peak.split()[0]):.1f}"
+    return f"all / {peak}" if resident == total else f"{resident} / {float(copied.split()[0]):.1f} / {peak}"
+
+
+@pytest.mark.parametrize("model", ["flux1-dev", "flux2-dev", "flux2-klein-9b", "flux2-klein-4b"])
+def test_the_tables_of_the_readme(model, capsys):
+    text = (REPO / "README.md").read_text(encoding="utf-8")
+    for cells in readme_rows(model, capsys):
+        assert f" | {' | '.join(cells)} |\n" in text
+
+
 def test_the_known_size_of_flux_dev(capsys):
     """Published: about 33 GB with T5 and VAE in bf16 (huggingface/lora-fast and diffusers' FLUX documentation)."""
     _, out, _ = run("flux1-dev", capsys=capsys)
     assert float(re.search(r"([\d.]+) GB in all", out).group(1)) == pytest.approx(33.5, abs=0.5)
     assert "11.90 billion weights" in out
     assert rows_of(out)[24.0][0] == "stream"
+
+
+@pytest.mark.parametrize("context_dim", LANGUAGE_MODEL_SIZES)
+def test_text_encoders_of_flux2_are_as_large_as_they_are_loaded(context_dim):
+    sizes, kept = LANGUAGE_MODEL_SIZES[context_dim], text_encoder(context_dim).bytes
+    config = LlmConfig(
+        sizes.model, sizes.hidden, sizes.inner, sizes.heads, sizes.groups, HEAD_DIM, sizes.vocabulary
+    )
+    file = TensorFile(FileIdentity("none", 0, 0), {})
+    weights = {name: StoredTensor(name, TensorInfo(shape, torch.bfloat16)) for name, shape in config.shapes().items()}
+    for form, size in kept.items():
+        assert size == resident_bytes(EncoderSpec(file, config, weights), form)
+    assert context_dim == 3 * sizes.hidden
+    assert sizes.hidden in sizes.model.serves
+
+
+def test_flux2_dev_has_a_plan_for_a_card_of_12_gb(capsys):
+    _, out, _ = run("flux2-dev", "--vram", "12", capsys=capsys)
+    assert "32.22 billion weights" in out
+    assert rows_of(out)[12.0][0] == "stream"
+    assert rows_of(out)[80.0][:3] == ["none", "56 of 56", "0"]
 
 
 def test_a_checkpoint_of_which_only_the_header_is_there(tmp_path, capsys):

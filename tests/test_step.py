@@ -5,6 +5,7 @@ import math
 import statistics
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 
 from accel.lora.hold.slots import LoraSlots
 from benchmarks import block_steps, step
-from benchmarks.block_variants import one_of_each, without_lora_layers
+from benchmarks.block_variants import block_modules, without_lora_layers
 from benchmarks.report import BenchmarkError
 from benchmarks.timing import CPU, Stopwatch, Variant, interleave_timed
 from harness.paths import REPO
@@ -61,10 +62,15 @@ def rotated(variants, rounds):
 RIGHT = {"none": 0, "empty": 0, "rank16": 1, "rank128": 2, "stack4": 3, "peft_rank16": 1}
 
 
+@pytest.fixture(params=["flux1-dev", "flux2-klein-9b"])
+def case(request):
+    return step.case_of(True, CPU, None, "none", request.param)
+
+
 @pytest.fixture
-def steps():
+def steps(case):
     with torch.no_grad():
-        made = block_steps.Steps(step.QUICK)
+        made = block_steps.Steps(case)
     made.regions = {name: FakeRegions(added) for name, added in RIGHT.items()}
     return made
 
@@ -107,14 +113,23 @@ def test_each_round_begins_with_another_variant():
     assert all(sorted(each) == sorted(block_steps.NAMES) for each in rounds)
 
 
-def test_all_variants_share_their_base_weights_and_peft_holds_the_lora_of_rank_16(steps):
-    config = one_of_each(step.QUICK.hidden)
+@pytest.mark.parametrize("mode", ["none", "int8"])
+def test_the_blocks_themselves_compute_what_they_should(case, mode):
+    """Bare, with LoRA layers and with PEFT's; eager, which is what takes a minute otherwise."""
+    with torch.no_grad():
+        made = block_steps.Steps(replace(case, compile="off", mode=mode))
+    made.check_relations()
+    made.check_compiles()
+
+
+def test_all_variants_share_their_base_weights_and_peft_holds_the_lora_of_rank_16(case):
+    config = case.config
     bare = block_steps.random_model(config, CPU)
     ours = block_steps.sharing_weights(bare, config)
     LoraSlots(ours, ["transformer_blocks.0.attn.to_q"], CPU)
     assert ours.transformer_blocks[0].attn.to_q.base.weight is bare.transformer_blocks[0].attn.to_q.weight
     peft = block_steps.sharing_weights(bare, config)
-    block_steps.add_peft(peft, config, 16)
+    block_steps.add_peft(peft, block_modules(config), 16)
     lora = block_steps.random_lora(config, 16, 0)
     block_steps.fill_peft(peft, lora, CPU)
     layer = peft.transformer_blocks[0].attn.to_q
@@ -126,9 +141,11 @@ def test_all_variants_share_their_base_weights_and_peft_holds_the_lora_of_rank_1
 
 def test_a_function_without_lora_layers_calls_each_linear():
     from accel.families.flux1.blocks import single_block
+    from accel.families.streams.blocks import single_stream
 
     function = without_lora_layers(single_block)
+    called = function.__globals__["single_stream"]
     linear, x = nn.Linear(4, 4), torch.randn(2, 4)
-    assert torch.equal(function.__globals__["linears"](x, linear)[0], linear(x))
-    assert single_block.__globals__["linears"] is not function.__globals__["linears"]
-    assert function.__code__ is single_block.__code__
+    assert torch.equal(called.__globals__["linears"](x, linear)[0], linear(x))
+    assert single_stream.__globals__["linears"] is not called.__globals__["linears"]
+    assert (function.__code__, called.__code__) == (single_block.__code__, single_stream.__code__)

@@ -16,7 +16,7 @@ from accel.errors import AccelError, CheckpointError, FileError, SettingsError
 from accel.text_encoder.linear import Nf4, RowScaled, WeightOnlyLinear
 from accel.text_encoder.load import EncoderWeights
 from accel.text_encoder.modes import FORMATS, check_mode, choose_mode, resident_bytes
-from accel.text_encoder.spec import check_not_swapped, clip_spec, t5_spec
+from accel.text_encoder.recognise import check_not_swapped, clip_spec, encoder_spec
 from harness import broken_files
 from harness import text_encoder_files as files
 from harness.tensor_files import write_tensors
@@ -62,7 +62,7 @@ def skeleton(spec) -> nn.Module:
 
 
 def load(path, mode="none"):
-    spec = t5_spec(read_file(str(path)))
+    spec = encoder_spec(read_file(str(path)))
     weights = EncoderWeights(skeleton(spec), spec, mode)
     announced = weights.bytes
     report = weights.fill(CPU, CPU, lambda done, total: None)
@@ -85,13 +85,13 @@ def sqnr_db(ours: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 def test_sizes_come_from_the_header(paths, tmp_path):
-    spec = t5_spec(read_file(str(paths["bf16"])))
+    spec = encoder_spec(read_file(str(paths["bf16"])))
     config = spec.config
     sizes = (config.num_layers, config.d_model, config.d_ff, config.d_kv, config.num_heads, config.vocab_size)
     assert sizes == (2, 128, 256, 32, 4, 32128)
     assert spec.stored_dtype == torch.bfloat16
     other = write_tensors(tmp_path / "other.safetensors", tiny_t5_state_dict(TinyT5Config(3, 64, 96, 2, 16)))
-    config = t5_spec(read_file(str(other))).config
+    config = encoder_spec(read_file(str(other))).config
     assert (config.num_layers, config.d_model, config.d_ff, config.d_kv, config.num_heads) == (3, 64, 96, 16, 2)
     clip = clip_spec(read_file(str(paths["clip"]))).config
     sizes = (clip.num_hidden_layers, clip.hidden_size, clip.intermediate_size, clip.max_position_embeddings)
@@ -164,7 +164,7 @@ def test_scales_in_an_all_in_one_file(paths, t5, tmp_path, form):
     tensors["model.diffusion_model.x.weight"] = torch.zeros(2, 2)
     description = json.dumps({"format": "nvfp4"}).encode()
     tensors["model.diffusion_model.x.comfy_quant"] = torch.tensor(list(description), dtype=torch.uint8)
-    spec = t5_spec(read_file(write_tensors(tmp_path / "all.safetensors", tensors)))
+    spec = encoder_spec(read_file(write_tensors(tmp_path / "all.safetensors", tensors)))
     assert {tensor.key for tensor in spec.weights.values()} == {files.PREFIX + name for name in t5}
     scaled = {name: tensor.scale for name, tensor in spec.weights.items() if tensor.scale is not None}
     suffix = "scale_weight" if form == "scaled-old" else "weight_scale"
@@ -186,7 +186,7 @@ def test_exactly_the_linears_are_quantized(paths, name, mode):
 
 
 def test_sizes_per_mode(paths):
-    spec = t5_spec(read_file(str(paths["bf16"])))
+    spec = encoder_spec(read_file(str(paths["bf16"])))
     count = sum(torch.Size(shape).numel() for shape in spec.config.linears.values())
     rest = resident_bytes(spec, "none") - 2 * count
     rows = sum(shape[0] for shape in spec.config.linears.values())
@@ -263,7 +263,7 @@ def test_clear_gives_back_and_fill_brings_back(paths):
 
 
 def test_cancelled_load_leaves_nothing(paths):
-    spec = t5_spec(read_file(str(paths["fp16"])))
+    spec = encoder_spec(read_file(str(paths["fp16"])))
     weights = EncoderWeights(skeleton(spec), spec, "int8")
 
     def cancel(done, total):
@@ -277,7 +277,7 @@ def test_cancelled_load_leaves_nothing(paths):
 
 
 def test_auto_is_the_most_exact_that_fits(paths):
-    spec = t5_spec(read_file(str(paths["fp32"])))
+    spec = encoder_spec(read_file(str(paths["fp32"])))
     sizes = {mode: resident_bytes(spec, mode) for mode in ("none", "int8", "nf4")}
     for mode, size in sizes.items():
         assert choose_mode(spec, 2 * size, "free RAM", bitsandbytes=True)[0] == mode
@@ -358,14 +358,14 @@ WRONG = {
 def test_wrong_t5_files(t5, tmp_path, build, words):
     path = write_tensors(tmp_path / "wrong.safetensors", build(t5))
     with pytest.raises(CheckpointError, match=words) as error:
-        t5_spec(read_file(str(path)))
+        encoder_spec(read_file(str(path)))
     assert "wrong.safetensors" in str(error.value)
 
 
 def test_another_quantization_format_is_named(t5, tmp_path):
     path = files.write_scaled_fp8_metadata(tmp_path / "nvfp4.safetensors", t5, form="nvfp4")
     with pytest.raises(CheckpointError, match="quantized as 'nvfp4'"):
-        t5_spec(read_file(str(path)))
+        encoder_spec(read_file(str(path)))
 
 
 def test_wrong_clip_files(paths, tmp_path):
@@ -392,7 +392,7 @@ OTHER_FILES = {
 @pytest.mark.parametrize("key", OTHER_FILES)
 def test_other_files_are_named(tmp_path, key):
     file = read_file(write_tensors(tmp_path / "other.safetensors", {key: torch.zeros(4, 4)}))
-    for spec, expected in ((t5_spec, "a T5"), (clip_spec, "a CLIP-L")):
+    for spec, expected in ((encoder_spec, "a T5"), (clip_spec, "a CLIP-L")):
         with pytest.raises(CheckpointError, match=f"'other.safetensors' is {OTHER_FILES[key]}.*expected {expected}"):
             spec(file)
 
@@ -447,7 +447,7 @@ def test_a_file_that_changed(paths, t5, tmp_path):
     }.items():
         path = tmp_path / name
         write(path, 0)
-        spec = t5_spec(read_file(str(path)))
+        spec = encoder_spec(read_file(str(path)))
         write(path, 1)
         with pytest.raises(FileError, match="was changed"):
             EncoderWeights(skeleton(spec), spec, "none").fill(CPU, CPU, lambda done, total: None)

@@ -20,7 +20,15 @@ from harness.tensor_files import write_tensors
 
 # Not `workflows`: ComfyUI takes `examples`, which holds programs, for a folder of templates too, and looks there first.
 WORKFLOWS = REPO / "example_workflows"
-NAMES = ("flux_hotswap_text_to_image", "flux_hotswap_two_loras", "flux_hotswap_pocket", "flux_hotswap_low_vram")
+NAMES = (
+    "flux_hotswap_text_to_image",
+    "flux_hotswap_two_loras",
+    "flux_hotswap_pocket",
+    "flux_hotswap_low_vram",
+    "flux_hotswap_flux2_two_loras",
+    "flux_hotswap_flux2_edit",
+    "flux_hotswap_flux2_low_vram",
+)
 NODES = {
     "FluxAccelLoader": "Accelerated Flux Loader",
     "FluxQuantizeTransformer": "Quantize Transformer",
@@ -33,12 +41,23 @@ NODES = {
 # The files that the workflows name. Validation looks at names only, so the content does not matter.
 MODEL_FILES = (
     "diffusion_models/flux1-dev.safetensors",
+    "diffusion_models/flux-2-klein-4b.safetensors",
+    "diffusion_models/flux-2-klein-9b-fp8.safetensors",
     "text_encoders/clip_l.safetensors",
     "text_encoders/t5xxl_fp16.safetensors",
+    "text_encoders/qwen_3_4b.safetensors",
+    "text_encoders/qwen_3_8b_fp8mixed.safetensors",
     "vae/ae.safetensors",
+    "vae/flux2-vae.safetensors",
     "loras/Hyper-FLUX.1-dev-8steps-lora.safetensors",
     "loras/flux_dev_frostinglane_araminta_k.safetensors",
+    "loras/Flux_klein_4b_anime_Koni.safetensors",
+    "loras/flux2-klein-4b-lora-old-gods.safetensors",
+    "loras/ugly_kontext_klein_4b_v1.safetensors",
+    "loras/dever_arcane_flux2_klein_9b.safetensors",
 )
+# Lies in the input folder of every ComfyUI.
+INPUT_PICTURE = "example.png"
 CHROMIUM_FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking")
 FRONTEND_IS_READY = "!!(window.app?.extensionManager && window.LiteGraph?.registered_node_types['FluxHotswapLora'])"
 OPEN = "async workflow => { await app.loadGraphData(workflow, true, true, 'test'); }"
@@ -49,6 +68,8 @@ def server(tmp_path_factory):
     base = tmp_path_factory.mktemp("base")
     for name in MODEL_FILES:
         write_tensors(base / "models" / name, {"placeholder": torch.zeros(1)})
+    (base / "input").mkdir()
+    Image.new("RGB", (64, 64)).save(base / "input" / INPUT_PICTURE)
     settings = base / "user" / "default" / "comfy.settings.json"
     settings.parent.mkdir(parents=True)
     settings.write_text(json.dumps({"Comfy.TutorialCompleted": True}))

@@ -6,6 +6,7 @@ files hold: the original tensor names, `comfy.gguf.orig_shape.*` for reshaped te
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError, FileError
 from ..files import FileIdentity, TensorInfo
+from .gguf_header import TensorEntry, read_header
 from .locate import Located
 from .source import Rows
 
@@ -27,8 +29,10 @@ FLOATS: Mapping[str, torch.dtype] = {"F32": torch.float32, "F16": torch.float16,
 # A quantized weight has no dtype of its own; bfloat16 holds what its 8 bits and fewer distinguish.
 QUANTIZED_DTYPE = torch.bfloat16
 _READ_FIELDS = ("general.", ORIGINAL_SHAPE)
-# What the package's reader raises for a file that ends early or holds nonsense.
-DAMAGE = (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError, OSError)
+# The name of a language model's way to cut text; the vocabulary itself is large, and read by `read_fields`.
+VOCABULARY_KIND = "tokenizer.ggml.pre"
+# What reading raises for a file that ends early or holds nonsense.
+DAMAGE = (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError, OSError, struct.error)
 
 
 @dataclass(frozen=True)
@@ -80,8 +84,7 @@ class GgufCheckpoint:
         """Map the file; see `source.Checkpoint.open`."""
         import numpy
 
-        if self.located.identity() != self.identity:
-            raise FileError(f"'{self.name}' was changed after it was read. Queue the prompt again to use the new file.")
+        self.check_unchanged()
         gguf = _package(self.name)
         data = numpy.memmap(self.identity.path, mode="r", dtype=numpy.uint8)
 
@@ -93,6 +96,11 @@ class GgufCheckpoint:
             return stored.whole().reshape(info.shape)
 
         yield rows
+
+    def check_unchanged(self) -> None:
+        """Raise a FileError if the file is another one than the header is of."""
+        if self.located.identity() != self.identity:
+            raise FileError(f"'{self.name}' was changed after it was read. Queue the prompt again to use the new file.")
 
 
 class _GgufRows:
@@ -142,19 +150,36 @@ def read_gguf(located: Located) -> GgufCheckpoint:
         raise FileError(f"'{name}' is a big-endian GGUF file. Choose a little-endian one, as nearly all are.")
     gguf = _package(name)
     try:
-        reader = gguf.GGUFReader(str(path))
-        fields = {key: field.contents() for key, field in reader.fields.items() if key.startswith(_READ_FIELDS)}
-        tensors = {tensor.name: _describe(tensor, fields, name) for tensor in reader.tensors}
+        fields, entries, size = read_header(path, lambda key: key.startswith(_READ_FIELDS) or key == VOCABULARY_KIND)
+        tensors = {entry.name: _describe(entry, fields, name, gguf, size) for entry in entries}
     except DAMAGE as exc:
-        raise FileError(
-            f"'{name}' is truncated or damaged: the gguf package cannot read its {identity.size_bytes:,} bytes "
-            f"({exc}). Its download or copy did not finish: get it again."
-        ) from exc
+        raise _damaged(name, identity, exc) from exc
     if not tensors:
         raise FileError(f"'{name}' holds no tensors. Choose another file.")
     _check_kinds(tensors, gguf, name)
     metadata = {key: value for key, value in fields.items() if isinstance(value, str)}
     return GgufCheckpoint(name, located, identity, tensors, metadata)
+
+
+def read_fields(file: GgufCheckpoint, *keys: str) -> list[Any]:
+    """Large fields of a file's metadata, such as a vocabulary; None for each that it lacks.
+
+    Raises:
+        FileError: the file was changed since its header was read.
+    """
+    file.check_unchanged()
+    try:
+        fields, *_ = read_header(file.identity.path, keys.__contains__)
+    except DAMAGE as exc:
+        raise _damaged(file.name, file.identity, exc) from exc
+    return [fields.get(key) for key in keys]
+
+
+def _damaged(name: str, identity: FileIdentity, why: Exception) -> FileError:
+    return FileError(
+        f"'{name}' is truncated or damaged: its {identity.size_bytes:,} bytes are no complete GGUF file ({why}). Its "
+        "download or copy did not finish: get it again."
+    )
 
 
 def _package(name: str) -> ModuleType:
@@ -168,23 +193,28 @@ def _package(name: str) -> ModuleType:
     return gguf
 
 
-def _describe(tensor: Any, fields: Mapping[str, Any], name: str) -> GgufTensor:
-    kind = tensor.tensor_type
-    stored = tuple(int(size) for size in reversed(tensor.shape))
+def _describe(tensor: TensorEntry, fields: Mapping[str, Any], name: str, gguf: ModuleType, size: int) -> GgufTensor:
+    kind, stored = gguf.GGMLQuantizationType(tensor.kind), tensor.shape
+    block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    rows, columns = prod(stored[:-1]), stored[-1] if stored else 1
+    if columns % block:
+        raise ValueError(f"'{tensor.name}' has rows of {columns} values, which blocks of {block} do not fill")
+    row_bytes = columns // block * block_bytes
+    if tensor.offset + rows * row_bytes > size:
+        raise ValueError(f"it ends at byte {size:,}, within '{tensor.name}'")
     original = tuple(fields.get(ORIGINAL_SHAPE + tensor.name, stored))
     if prod(original) != prod(stored):
         raise CheckpointError(
             f"'{name}': '{tensor.name}' has shape {stored}, and its metadata says that it was {original}: not the same "
             "number of values. The file is damaged: get it again."
         )
-    rows = prod(stored[:-1])
     return GgufTensor(
         shape=original,
         dtype=FLOATS.get(kind.name, QUANTIZED_DTYPE),
         type_name=kind.name,
-        offset=int(tensor.data_offset),
+        offset=tensor.offset,
         stored_shape=stored,
-        row_bytes=int(tensor.n_bytes) // rows if rows else 0,
+        row_bytes=row_bytes,
     )
 
 

@@ -30,7 +30,7 @@ OTHERS: Sequence[KnownNames] = tuple(KnownNames(*entry) for entry in (
     (r"((encoder|decoder)\.(conv_in|mid)\.|first_stage_model\.|taesd_)", "a VAE", "ComfyUI's own Load VAE"),
     (r"((encoder|enc)\.(block|blk)\.\d|shared\.weight)", "a T5 text encoder", TEXT_ENCODER),
     (r"(text_model\.|text_projection|transformer\.resblocks\.)", "a CLIP text encoder", TEXT_ENCODER),
-    (r"(model\.layers\.\d+\.|blk\.\d+\.)", "a language model", "a node for text encoders"),
+    (r"(model\.layers\.\d+\.|blk\.\d+\.)", "a language model", TEXT_ENCODER),
 ))  # fmt: skip
 
 LORA = re.compile(r"(^lora_(unet|te)|\.lora_[AB]\.|\.lora_(down|up)\.|\.(lokr_w1|hada_w1_a|dora_scale)|_lora[12]?\.)")

@@ -29,6 +29,9 @@ from .stored import check_stored
 
 # What stands before the transformer's names: nothing, as ComfyUI saves checkpoints, and as trainers save them.
 PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "model.", "transformer.")
+# Architectures in GGUF files that say nothing of the model: the converter of calcuis and gguf-org writes this one into
+# every file (city96/ComfyUI-GGUF#230), stable-diffusion.cpp writes none.
+NAMELESS_ARCHITECTURES = (None, "pig")
 # The other parts of an all-in-one checkpoint, which have loaders of their own.
 OTHER_PARTS = (
     "vae.", "first_stage_model.", "text_encoders.", "text_encoder.", "text_encoder_2.", "cond_stage_model.",
@@ -60,7 +63,7 @@ def inspect_checkpoint(path: str | os.PathLike[str]) -> ModelSpec:
             if found is not None:
                 config, layout = found
                 if located.config is not None:
-                    _check_config(located.name, located.config, family.diffusers_config(config))
+                    _check_config(located.name, located.config, family, config)
                 return _spec(file, prefix, {family.canonical(name): name for name in names}, family, config, layout)
     raise _relative(file, relatives) if relatives else _unknown(file)
 
@@ -98,8 +101,8 @@ def _check_architecture(file: Checkpoint) -> None:
     for family in registry.FAMILIES:
         known.setdefault(family.gguf_architecture, []).append(family.name)
     found = file.metadata.get(ARCHITECTURE)
-    # stable-diffusion.cpp writes none; then the names of the tensors must do.
-    if found is not None and found not in known:
+    # Then the names of the tensors must do.
+    if found not in NAMELESS_ARCHITECTURES and found not in known:
         expected = " or ".join(f"'{architecture}' ({' or '.join(names)})" for architecture, names in known.items())
         raise CheckpointError(
             f"'{file.name}' is a GGUF file of the architecture '{found}', expected {expected}. Choose a file such as "
@@ -200,9 +203,14 @@ def _check_class(name: str, config: Path) -> None:
         )
 
 
-def _check_config(name: str, config: Path, derived: Mapping[str, Any]) -> None:
-    written = read_json(config)
-    for field, value in derived.items():
+def _check_config(name: str, path: Path, family: Family[Config], config: Config) -> None:
+    written = read_json(path)
+    if written.get("_class_name", family.diffusers_class) != family.diffusers_class:
+        raise CheckpointError(
+            f"'{name}': config.json is of a {written['_class_name']}, but the tensors are a {family.name} "
+            "transformer's. They are of different models: get the complete folder again."
+        )
+    for field, value in family.diffusers_config(config).items():
         found = written.get(field)
         if found is not None and _plain(found) != _plain(value):
             raise CheckpointError(

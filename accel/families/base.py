@@ -217,7 +217,12 @@ class Family(Protocol[Config]):
 
     @abstractmethod
     def forward(
-        self, config: Config, model: nn.Module, regions: Sequence[Region], weights: BlockWeights | None = None
+        self,
+        config: Config,
+        model: nn.Module,
+        regions: Sequence[Region],
+        attention: Attention,
+        weights: BlockWeights | None = None,
     ) -> Forward:
         """Tie a model to what runs its blocks.
 
@@ -226,6 +231,7 @@ class Family(Protocol[Config]):
             model: what `build` made, filled.
             regions: those of `regions`, in that order, compiled or not; behind them that of `whole`, if it is to be
                 used.
+            attention: what they call, for blocks that have to run uncompiled.
             weights: told of every block before and after it runs; None where all of them stay in their places.
         """
 

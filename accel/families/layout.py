@@ -6,6 +6,7 @@ its rows, so a LoRA over the fused linear splits in the same places as its weigh
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -172,6 +173,12 @@ class Layout:
             for linear in self.linears
             for part in linear.parts
         }
+
+    @cached_property
+    def width(self) -> int:
+        """The hidden size: what most linears in blocks read."""
+        widths = Counter(linear.in_features for linear in self.by_module.values() if linear.block is not None)
+        return widths.most_common(1)[0][0]
 
     @cached_property
     def _block_numbers(self) -> Mapping[str, int]:

@@ -43,4 +43,6 @@ def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def unpack(packed: Tensor, absmax: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
     """The weight that `pack` stored, a new tensor of `shape`; bitsandbytes must have been imported, as `pack` does."""
-    return torch.ops.bitsandbytes.dequantize_4bit(packed, absmax, BLOCK, "nf4", list(shape), dtype)
+    # On a CPU, bitsandbytes 0.50.2 begins a block anew in every row, which `pack` does not.
+    rows = list(shape) if shape[1] % BLOCK == 0 else [1, shape[0] * shape[1]]
+    return torch.ops.bitsandbytes.dequantize_4bit(packed, absmax, BLOCK, "nf4", rows, dtype).view(shape)

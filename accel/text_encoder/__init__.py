@@ -1,1 +1,1 @@
-"""Text encoders: T5 and CLIP-L files as users have them, of any width, quantized while they are read."""
+"""Text encoders: files of a T5, a CLIP-L or a language model, of any width, quantized while they are read."""

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
+
+from ..families.text_encoders import LanguageModel
 
 TOKENS_CLIP = 49408
 BUCKETS = 32
@@ -13,6 +17,8 @@ HEAD_CLIP = 64
 class T5Config:
     """Sizes of a T5 v1.1 encoder (gated GELU, one relative position bias for all blocks)."""
 
+    title: ClassVar[str] = "T5"
+
     num_layers: int
     d_model: int
     d_ff: int
@@ -21,8 +27,8 @@ class T5Config:
     vocab_size: int
 
     @property
-    def linears(self) -> dict[str, tuple[int, int]]:
-        """Every linear as (out_features, in_features), in the order in which a forward uses them."""
+    def linears(self) -> Mapping[str, tuple[int, int]]:
+        """Every linear that may be quantized, as (out_features, in_features), in the order of a forward."""
         inner = self.d_kv * self.num_heads
         linears = {}
         for index in range(self.num_layers):
@@ -45,7 +51,10 @@ class T5Config:
 
 @dataclass(frozen=True)
 class ClipConfig:
-    """Sizes of a CLIP text encoder; heads are 64 wide, as in every published one."""
+    """Sizes of a CLIP text encoder; heads are 64 wide, as in every published one. None of its linears is quantized."""
+
+    title: ClassVar[str] = "CLIP-L"
+    linears: ClassVar[Mapping[str, tuple[int, int]]] = {}
 
     num_hidden_layers: int
     hidden_size: int
@@ -74,3 +83,58 @@ class ClipConfig:
                 shapes |= {f"{layer}.{norm}.weight": (hidden,), f"{layer}.{norm}.bias": (hidden,)}
         norm = "text_model.final_layer_norm"
         return {**shapes, f"{norm}.weight": (hidden,), f"{norm}.bias": (hidden,)}
+
+
+@dataclass(frozen=True)
+class LlmConfig:
+    """Sizes of a decoder language model (SwiGLU, RMS norms, no biases), up to the last layer that is needed.
+
+    Attributes:
+        model: what it is; what is beyond the last of `model.taken` layers is left out, the last norm included.
+    """
+
+    model: LanguageModel
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+
+    @property
+    def title(self) -> str:
+        """What messages call it."""
+        return self.model.name
+
+    @property
+    def num_layers(self) -> int:
+        """How many layers are needed."""
+        return self.model.taken[-1]
+
+    @property
+    def linears(self) -> Mapping[str, tuple[int, int]]:
+        """Every linear that may be quantized, as (out_features, in_features), in the order of a forward."""
+        hidden, inner = self.hidden_size, self.intermediate_size
+        queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        of_layer = {
+            "self_attn.q_proj": (queries, hidden),
+            "self_attn.k_proj": (keys, hidden),
+            "self_attn.v_proj": (keys, hidden),
+            "self_attn.o_proj": (hidden, queries),
+            "mlp.gate_proj": (inner, hidden),
+            "mlp.up_proj": (inner, hidden),
+            "mlp.down_proj": (hidden, inner),
+        }
+        layers = range(self.num_layers)
+        return {f"model.layers.{index}.{name}": shape for index in layers for name, shape in of_layer.items()}
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every parameter by its Hugging Face name."""
+        norms = {"input_layernorm": self.hidden_size, "post_attention_layernorm": self.hidden_size}
+        if self.model.qk_norm:
+            norms |= {"self_attn.q_norm": self.head_dim, "self_attn.k_norm": self.head_dim}
+        shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab_size, self.hidden_size)}
+        shapes |= {f"{name}.weight": shape for name, shape in self.linears.items()}
+        for index in range(self.num_layers):
+            shapes |= {f"model.layers.{index}.{name}.weight": (size,) for name, size in norms.items()}
+        return shapes

@@ -13,8 +13,8 @@ from ..checkpoint.stored import StoredReader
 from ..errors import CheckpointError
 from ..spec import StoredTensor
 from ..tensors import all_finite
-from .config import T5Config
 from .linear import WeightOnlyLinear
+from .llm import halves
 from .modes import resident_dtype, resident_format
 from .spec import EncoderSpec
 
@@ -31,9 +31,9 @@ class EncoderWeights:
     """The weights of one encoder: absent at first, filled from its file, given back, filled again.
 
     Args:
-        module: ComfyUI's T5 or CLIP text model, on the meta device, whose parameters have Hugging Face's names.
+        module: ComfyUI's model, on the meta device, whose parameters have Hugging Face's names.
         spec: the file.
-        mode: one of `modes.MODES` but `auto`; only a T5's linears are quantized.
+        mode: one of `modes.MODES` but `auto`; it is for `linears` of the spec's config.
 
     Attributes:
         quantized: the layers that took the place of linears, by module name.
@@ -43,7 +43,7 @@ class EncoderWeights:
         self.module = module
         self.spec = spec
         self.quantized: dict[str, WeightOnlyLinear] = {}
-        linears = spec.config.linears if isinstance(spec.config, T5Config) else {}
+        linears = spec.config.linears
         for name, stored in spec.weights.items():
             layer = name.removesuffix(".weight")
             weight_format = resident_format(mode, stored, layer in linears)
@@ -107,14 +107,18 @@ class EncoderWeights:
     ) -> None:
         layer = self.quantized.get(name.removesuffix(".weight"))
         if layer is None:
-            self._set(name, self._plain(stored, reader).to(device))
+            self._set(name, self._in_order(name, self._plain(stored, reader)).to(device))
         elif stored.scale is not None and layer.weight.dtype == stored.info.dtype:  # as the file has it
             weight, scale = reader.read_as_stored(stored)
             layer.store({"weight": weight, "scale": scale}, device)
         else:
             expanded = stored.scale is not None or stored.info.packed or stored.info.dtype.itemsize == 1
-            weight = reader.read(stored, torch.float32 if expanded else stored.info.dtype)
+            weight = self._in_order(name, reader.read(stored, torch.float32 if expanded else stored.info.dtype))
             layer.store(layer.weight_format.quantize(weight.to(work_device)), device)
+
+    def _in_order(self, name: str, weight: Tensor) -> Tensor:
+        heads = self.spec.interleaved.get(name)
+        return weight if heads is None else halves(weight, heads)
 
     def _plain(self, stored: StoredTensor, reader: StoredReader) -> Tensor:
         dtype = resident_dtype(stored)

@@ -1,4 +1,4 @@
-"""The quantizations of a T5: what each needs, what it takes, and which one `auto` is."""
+"""The quantizations of a text encoder's linears: what each needs, what it takes, and which one `auto` is."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from ..errors import SettingsError
 from ..quantize import refusal
 from ..quantize.bitsandbytes_modes import NF4
 from ..spec import StoredTensor
-from .config import T5Config
 from .linear import Nf4, RowScaled, WeightFormat
 from .spec import EncoderSpec
 
@@ -22,7 +21,7 @@ FORMATS: dict[str, WeightFormat] = {
 KEPT: dict[str, tuple[torch.dtype, ...]] = {"fp8": (torch.float8_e4m3fn, torch.float8_e5m2), "int8": (torch.int8,)}
 # What `auto` prefers, best first. int8 per row stands before fp8: as many bytes, a third of the error.
 PREFERRED = ("none", "int8", "nf4")
-# The part of the free memory that `auto` lets a T5 take: the transformer wants the rest.
+# The part of the free memory that `auto` lets a text encoder take: the transformer wants the rest.
 SHARE = 0.5
 
 
@@ -65,7 +64,7 @@ def resident_dtype(stored: StoredTensor) -> torch.dtype:
 
 def resident_bytes(spec: EncoderSpec, mode: str) -> int:
     """Bytes that the encoder takes when it is loaded in `mode`."""
-    linears = {f"{name}.weight" for name in spec.config.linears} if isinstance(spec.config, T5Config) else set()
+    linears = {f"{name}.weight" for name in spec.config.linears}
     total = 0
     for name, stored in spec.weights.items():
         weight_format = resident_format(mode, stored, name in linears)
@@ -81,7 +80,7 @@ def choose_mode(spec: EncoderSpec, free_bytes: int, where: str, bitsandbytes: bo
     """What `auto` is here: the most exact mode that takes at most half of the memory.
 
     Args:
-        spec: the T5.
+        spec: the text encoder that may be quantized.
         free_bytes: memory that it may share with the rest.
         where: a name for that memory, such as "free RAM", for the reason.
         bitsandbytes: whether `nf4` can run.

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class ComfyFamily(Protocol):
     """A family of models as ComfyUI knows it: FAMILY in `family.py` of its folder.
 
-    A family whose text encoders this pack loads has a node of its own for them, a line in `registry.NODES`.
+    A family whose text encoders this pack loads has a class for them in `clip.py`, which `text_encoder_node` makes.
 
     Attributes:
         name: as in `accel.families`, such as "FLUX.1"; messages and the loader's text show it.

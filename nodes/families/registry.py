@@ -17,8 +17,8 @@ FOLDERS: Mapping[str, str] = {
     "FLUX.1": "flux1",
     "FLUX.2": "flux2",
 }
-# Nodes that serve one family: module and class of each, and what must hold for it.
-NODES: Sequence[tuple[str, str, Part]] = (("flux1.text_encoder_node", "FluxTextEncoderLoader", TEXT_ENCODERS),)
+# Nodes that know families: module and class of each, and what must hold for it.
+NODES: Sequence[tuple[str, str, Part]] = (("text_encoder_node", "FluxTextEncoderLoader", TEXT_ENCODERS),)
 
 
 @functools.cache

@@ -113,6 +113,7 @@ LACKS = {
         "FluxTextEncoderLoader"}),
     "comfy.patcher_extension:get_all_wrappers": (["Accelerated Flux Loader"], TAKES_THE_MODEL),
     "comfy.sd:CLIP.encode_from_tokens": (["Flux Text Encoder Loader is left out"], {"FluxTextEncoderLoader"}),
+    "comfy.text_encoders.llama:Llama2_": (["loads no text encoder of FLUX.2"], set()),
     "comfy.weight_adapter:OFTAdapter": (["use Hotswap LoRA"], set()),
     "comfy.lora:model_lora_keys_clip": (["changes no text encoder"], set()),
     "comfy.model_management:MAX_PINNED_MEMORY": (["not page-locked"], set()),

@@ -352,6 +352,11 @@ def test_patch_around_a_block(comfy, loras, kind, change, index):
     assert_equal(comfy.compare(picture, plain=picture, edit=edit))
 
 
+def test_patches_inside_attention(comfy, loras):
+    picture = replace(DEV, loras=[(loras[0], 0.8)], batch=2)
+    assert_equal(comfy.compare(picture, plain=picture, edit=change_model("ProbeAttentionPatch")))
+
+
 @pytest.mark.parametrize("extra_tokens", [False, True], ids=["same tokens", "more text tokens"])
 def test_patch_after_the_embedders(comfy, loras, extra_tokens):
     edit = change_model("ProbePostInputPatch", extra_tokens=extra_tokens)

@@ -14,6 +14,7 @@ from harness.lora_files import lora_state_dict
 from harness.tensor_files import json_tensor
 from harness.tiny_models import TinyFluxConfig, tiny_flux_state_dict
 from tests.comfy import test_branches, test_loader_nodes, test_native_loras, test_text_encoder
+from tests.comfy import test_flux2 as test_flux2_equality
 from tests.comfy.test_branches import branches  # noqa: F401 - a fixture
 
 FP32 = 1e-4
@@ -44,6 +45,13 @@ def test_hotswap_and_native_loaders_equal_stock(comfy, format):
     assert relative_distance(hotswapped, stock) < FP32
     assert relative_distance(loaded, stock) < FP32
     assert relative_distance(plain, stock) > 0.05
+
+
+def test_flux2(comfy):
+    loras = test_flux2_equality.write_loras(comfy)
+    test_flux2_equality.test_strength(comfy, "fp32", loras, -0.8)
+    test_flux2_equality.test_references(comfy, loras, "index_timestep_zero", 2)
+    test_flux2_equality.test_the_kv_cache_of_references(comfy, loras, 1)
 
 
 def test_loaders_of_other_packs(comfy):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from harness.graphs import Picture, relative_distance
+from tests.comfy import test_flux2 as test_flux2_equality
 from tests.comfy import test_text_encoder
 
 DEV = Picture(model="tiny-flux-dev-fp32.safetensors")
@@ -33,6 +34,13 @@ def test_pictures(comfy):
     assert torch.equal(comfy.sample(replace(DEV, loras=[(lora, 0.9)])), drawn.ours)
     assert torch.equal(comfy.sample(DEV), without)
     assert comfy.engine()["load_count"] == engine["load_count"] + 1
+
+
+def test_flux2(comfy):
+    loras = test_flux2_equality.write_loras(comfy)
+    test_flux2_equality.test_strength(comfy, "fp32", loras, -0.8)
+    test_flux2_equality.test_references(comfy, loras, "index", 2)
+    test_flux2_equality.test_patches_inside_attention(comfy, loras)
 
 
 def test_text_encoders(comfy):

@@ -48,6 +48,7 @@ def _describe(key, root):
         _weights.setdefault(serial, []).extend(weakref.ref(parameter) for parameter in parameters)
     return {
         "serial": serial,
+        "family": engine.spec.family.name,
         "path": key.file.path,
         "mtime_ns": key.file.mtime_ns,
         "size_bytes": key.file.size_bytes,
@@ -181,6 +182,15 @@ class ProbeConditioning:
         return {"ui": {"shape": [list(conditioning[0][0].shape)]}}
 
 
+def scaled(vec, factor):
+    """A block's vec, multiplied: one tensor in FLUX.1, shifts, scales and gates in FLUX.2."""
+    if isinstance(vec, torch.Tensor):
+        return vec * factor
+    if isinstance(vec, (tuple, list)):
+        return type(vec)(scaled(part, factor) for part in vec)
+    return type(vec)(**{name: part * factor for name, part in vars(vec).items()})
+
+
 class ProbeBlockPatch:
     """patches_replace["dit"]: changes what enters a block and what leaves it."""
 
@@ -201,7 +211,7 @@ class ProbeBlockPatch:
                 return {name: args[name] for name in ("img", "txt") if name in args}
             args = dict(args)
             if change == "scale_conditioning":
-                args["vec"] = args["vec"] * 0.6
+                args["vec"] = scaled(args["vec"], 0.6)
                 return extra["original_block"](args)
             if change == "read_options":
                 options = args["transformer_options"]
@@ -216,6 +226,32 @@ class ProbeBlockPatch:
 
         patched = model.clone()
         patched.set_model_patch_replace(patch, "dit", kind, index)
+        return (patched,)
+
+
+class ProbeAttentionPatch:
+    """Patches inside attention: change heads, add keys and values, and change what comes out, by block and by place."""
+
+    RETURN_TYPES, FUNCTION, CATEGORY = ("MODEL",), "execute", CATEGORY
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"model": ("MODEL",)}}
+
+    def execute(self, model):
+        def before(q, k, v, pe=None, attn_mask=None, extra_options=None):
+            first, last = extra_options["img_slice"]
+            factor = 1.0 + 0.1 * extra_options["block_index"] + 0.2 * (extra_options["block_type"] == "single")
+            v = v.clone()
+            v[:, :, first:last] *= factor + 0.01 * (last - first)
+            return {"q": q * 1.2, "k": torch.cat([k[:, :, :-3], k[:, :, -6:-3]], dim=2), "v": v}
+
+        def after(attended, extra_options):
+            return attended * (0.9 + 0.05 * extra_options["total_blocks"])
+
+        patched = model.clone()
+        patched.set_model_attn1_patch(before)
+        patched.set_model_attn1_output_patch(after)
         return (patched,)
 
 
@@ -282,7 +318,8 @@ class ProbeAttentionMask:
 
 NODE_CLASS_MAPPINGS = {
     node.__name__: node
-    for node in (ProbeGate, ProbeSamplingGate, ProbeConditioning, ProbeBlockPatch, ProbePostInputPatch, ProbeWrapper,
+    for node in (ProbeGate, ProbeSamplingGate, ProbeConditioning, ProbeBlockPatch, ProbeAttentionPatch,
+                 ProbePostInputPatch, ProbeWrapper,
                  ProbeAttentionMask, ProbeErrorOnRecompile, ProbePowerLoraLoader, ProbeCachedLoraLoader,
                  ProbeAddPatches, ProbeRecompile, ProbeOutOfMemory, ProbePool, ProbePress)
 }

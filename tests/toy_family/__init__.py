@@ -118,7 +118,12 @@ class Toy(Family[ToyConfig]):
         return whole_region(attention)
 
     def forward(
-        self, config: ToyConfig, model: nn.Module, regions: Sequence[Callable], weights: BlockWeights | None = None
+        self,
+        config: ToyConfig,
+        model: nn.Module,
+        regions: Sequence[Callable],
+        attention: Attention,
+        weights: BlockWeights | None = None,
     ) -> ToyForward:
         return ToyForward(model, *regions, weights=weights)
 

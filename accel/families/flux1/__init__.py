@@ -11,6 +11,7 @@ from torch import nn
 from ...files import TensorInfo
 from ..base import Autoencoder, BlockWeights, Family, LoraNames, Region, TextEncoder, Workspace
 from ..layout import Layout
+from ..streams.forward import Regions
 from ..streams.layout import HEAD_DIM, canonical
 from .activations import activation_bytes
 from .config import DIFFUSERS, MODELS_BY_CHANNELS, PATCH_SIZE, POSITIONS, Flux1Config
@@ -108,11 +109,19 @@ class Flux1(Family[Flux1Config]):
         return whole_region(attention)
 
     def forward(
-        self, config: Flux1Config, model: nn.Module, regions: Sequence[Region], weights: BlockWeights | None = None
+        self,
+        config: Flux1Config,
+        model: nn.Module,
+        regions: Sequence[Region],
+        attention: Attention,
+        weights: BlockWeights | None = None,
     ) -> Flux1Forward:
         """See `forward.Flux1Forward`."""
+        from .regions import open_regions
+
         double, single, *whole = regions
-        return Flux1Forward(config, model, double, single, whole[0] if whole else None, weights)
+        made = Regions(double, single, whole[0] if whole else None, *open_regions(attention))
+        return Flux1Forward(config, model, made, weights)
 
     def activation_bytes(
         self, config: Flux1Config, tokens: int, dtype: torch.dtype, workspace: Workspace, compiled: bool

@@ -13,6 +13,7 @@ from ...attention import Attention
 from ...linear.inputs import GELU_TANH, Input
 from ...linear.layers import linears
 from ..streams.blocks import double_stream, single_stream
+from ..streams.inside import InsideAttention
 
 
 def double_block(
@@ -23,6 +24,7 @@ def double_block(
     rotary: Tensor,
     mask: Tensor | None,
     attention: Attention,
+    inside: InsideAttention | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One double-stream block.
 
@@ -34,6 +36,7 @@ def double_block(
         rotary: see `streams.blocks.double_stream`.
         mask: likewise.
         attention: likewise.
+        inside: likewise.
 
     Returns:
         hidden_states ``b i h`` and encoder_hidden_states ``b t h``.
@@ -42,12 +45,18 @@ def double_block(
     text = block.norm1_context.linear(temb)[:, None].chunk(6, dim=-1)
     eps = block.norm1.norm.eps
     return double_stream(
-        block, hidden_states, encoder_hidden_states, image, text, eps, _feed_forward, rotary, mask, attention
+        block, hidden_states, encoder_hidden_states, image, text, eps, _feed_forward, rotary, mask, attention, inside
     )
 
 
 def single_block(
-    block: nn.Module, hidden_states: Tensor, temb: Tensor, rotary: Tensor, mask: Tensor | None, attention: Attention
+    block: nn.Module,
+    hidden_states: Tensor,
+    temb: Tensor,
+    rotary: Tensor,
+    mask: Tensor | None,
+    attention: Attention,
+    inside: InsideAttention | None = None,
 ) -> Tensor:
     """One single-stream block.
 
@@ -58,6 +67,7 @@ def single_block(
         rotary: see `double_block`.
         mask: see `double_block`.
         attention: see `double_block`.
+        inside: see `double_block`.
 
     Returns:
         ``b (t i) h``.
@@ -74,6 +84,7 @@ def single_block(
         rotary,
         mask,
         attention,
+        inside,
     )
 
 

@@ -1,50 +1,22 @@
-"""An engine as the `transformer` of diffusers' FluxPipeline.
-
-diffusers hands over packed tokens with their positions; the engine takes latents and knows where they stand.
-"""
+"""An engine as the `transformer` of diffusers' FluxPipeline."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 import torch
-from diffusers.configuration_utils import FrozenDict
 from torch import Tensor
 
 from ...errors import SettingsError
+from ..streams.diffusers_pipeline import EngineInPipeline
 from ..streams.positions import pack, unpack
 from .config import PATCH_SIZE
 from .inputs import Flux1Inputs
 
-if TYPE_CHECKING:
-    from ...engine import Engine
 
-
-class PipelineTransformer:
-    """Give it to `FluxPipeline(transformer=...)`; change LoRAs by `Engine.swap`, not by `load_lora_weights`.
-
-    It is no `nn.Module`, so that `pipeline.to(...)` leaves the weights where the engine has put them.
-
-    Attributes:
-        engine: loaded.
-        config: what diffusers' `config.json` says about a model of these sizes.
-        dtype: what the engine computes in.
-        device: where.
-    """
-
-    def __init__(self, engine: Engine) -> None:
-        """Wrap an engine of FLUX.1; `Engine.load` may come later."""
-        self.engine = engine
-        self.config = FrozenDict(engine.spec.family.diffusers_config(engine.spec.config))
-        self.dtype = engine.dtype
-        self.device = engine.device
-
-    @contextmanager
-    def cache_context(self, name: str) -> Iterator[None]:
-        """Do nothing: the pipeline names the condition that it computes, for diffusers' own caches."""
-        yield
+class PipelineTransformer(EngineInPipeline):
+    """See `EngineInPipeline`."""
 
     def __call__(
         self,
@@ -79,11 +51,7 @@ class PipelineTransformer:
                 adapters, or a `scale` for PEFT's layers.
             EngineStateError: the engine is not loaded.
         """
-        if joint_attention_kwargs or return_dict:
-            raise SettingsError(
-                f"FluxPipeline asks for {joint_attention_kwargs or 'return_dict'}, which only diffusers' own "
-                "transformer does. LoRAs and their strengths are changed by Engine.swap."
-            )
+        self._refuse_other_options(joint_attention_kwargs, return_dict)
         rows, columns = _grid(img_ids, txt_ids, hidden_states.shape[1])
         batch = hidden_states.shape[0]
         inputs = Flux1Inputs(

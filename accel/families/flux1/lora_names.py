@@ -6,12 +6,10 @@ What may stand before such a name, and whether it has dots or underscores, is th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
-
 from ..base import LoraNames
-from ..layout import FusedLinear, Layout, LinearPart, LoraTarget, VectorWeight
+from ..layout import Layout, LinearPart, LoraTarget
 from ..streams.layout import diffusers_block
+from ..streams.lora_names import attention_rows, lora_absent, lora_norms, renamed
 from ..wording import KnownKeys
 from .config import DEPTH, DEPTH_SINGLE, Flux1Config
 from .layout import checkpoint_layout
@@ -45,7 +43,7 @@ RELATIVES = (
     KnownKeys(r"\.mlp_(context_)?fc[12]\.", "FLUX.1, converted for Nunchaku: get the file that it was made of"),
     KnownKeys(r"processor\.q_loras\.", "FLUX.1, EasyControl"),
     KnownKeys(r"distilled_guidance_layer", "Chroma"),
-    KnownKeys(r"double_stream_modulation_", "FLUX.2"),
+    KnownKeys(r"double_stream_modulation_|single_stream_modulation|time_guidance_embed", "FLUX.2"),
     KnownKeys(r"transformer_blocks[._]\d+[._](img|txt)_mod[._]1", "Qwen-Image"),
     KnownKeys(
         r"_mlp[._]fc[12]\b|\.(img|txt)_attn_(qkv|proj)\b|_mod[._]linear\b|modulation[._]linear\b", "HunyuanVideo"
@@ -57,9 +55,14 @@ RELATIVES = (
 
 
 def lora_names(config: Flux1Config) -> LoraNames:
-    """Every name that a model of these sizes is known by in LoRA files."""
+    """Every name that a model of these sizes is known by in LoRA files.
+
+    Blocks count up to FLUX.1-dev's number: more of them are in other models, HunyuanVideo for one, whose layers are
+    named alike and as wide.
+    """
     layout = checkpoint_layout(config)
-    return LoraNames(lora_linears(layout), lora_norms(layout), lora_absent(config))
+    absent = lora_absent(config, _names, (DEPTH, DEPTH_SINGLE), "FLUX.1-schnell")
+    return LoraNames(lora_linears(layout), lora_norms(layout), absent)
 
 
 def lora_linears(layout: Layout) -> dict[str, LoraTarget]:
@@ -80,65 +83,26 @@ def lora_linears(layout: Layout) -> dict[str, LoraTarget]:
     for linear in layout.linears:
         whole = LoraTarget.whole(linear)
         names[linear.name] = whole
-        names |= dict.fromkeys(_renamed(linear.name, XLABS), whole)
-        names |= dict.fromkeys(_renamed(diffusers_block(linear.name), FUSED_DIFFUSERS), whole)
+        names |= dict.fromkeys(renamed(linear.name, XLABS), whole)
+        names |= dict.fromkeys(renamed(diffusers_block(linear.name), FUSED_DIFFUSERS), whole)
         for index, part in enumerate(linear.parts):
             # A LoRA in diffusers' names already stands in diffusers' row order: nothing to swap.
             rows = (LinearPart(part.module, 0, part.rows),)
             alone = LoraTarget(rows, linear.in_features, part.rows, False, linear.bias, linear.narrow_in_features)
             names[part.module] = alone
-            names |= dict.fromkeys(_renamed(part.module, LYCORIS), alone)
+            names |= dict.fromkeys(renamed(part.module, LYCORIS), alone)
             if len(linear.parts) > 1:
                 names[f"{linear.name}.{index}"] = alone
         if linear.name == "img_in":
             names["img_in.proj"] = whole
         if linear.name.endswith(".linear1"):
             block = linear.name.removesuffix("linear1")
-            qkv = _attention(linear)
+            qkv = attention_rows(linear)
             names[f"{block}processor.qkv_lora"] = names[f"{block}linear1_qkv"] = qkv
             names[f"{diffusers_block(block)}attn.to_qkv"] = qkv
     return names
 
 
-def lora_norms(layout: Layout) -> dict[str, VectorWeight]:
-    """Name of a norm -> its scale: original names without the `.scale` at their end, and diffusers' names."""
-    norms: dict[str, VectorWeight] = {}
-    for vector in layout.vectors:
-        norms[vector.name.removesuffix(".scale")] = norms[vector.parameter.removesuffix(".weight")] = vector
-    return norms
-
-
-def lora_absent(config: Flux1Config) -> dict[str, str]:
-    """Names of linears and norms that other models of the family have and this one lacks -> what to say of their keys.
-
-    Blocks count up to FLUX.1-dev's number: more of them are in other models, HunyuanVideo for one, whose layers are
-    named alike and as wide.
-    """
-    absent: dict[str, str] = {}
-    own = _names(config)
-    if not config.guidance:
-        more = _names(replace(config, guidance=True)) - own
-        absent |= dict.fromkeys(more, "of the guidance embedder, which FLUX.1-schnell does not have")
-    for field, full, kind in (("depth", DEPTH, "double"), ("depth_single", DEPTH_SINGLE, "single")):
-        count = getattr(config, field)
-        if count < full:
-            more = _names(replace(config, **{field: full})) - own
-            absent |= dict.fromkeys(more, f"of {kind} blocks beyond the {count} that this model has")
-    return absent
-
-
 def _names(config: Flux1Config) -> set[str]:
     layout = checkpoint_layout(config)
     return {*lora_linears(layout), *lora_norms(layout)}
-
-
-def _renamed(name: str, ends: dict[str, str]) -> Iterator[str]:
-    for end, other in ends.items():
-        if name.endswith(end):
-            yield name.removesuffix(end) + other
-
-
-def _attention(linear1: FusedLinear) -> LoraTarget:
-    """The q, k and v rows of a single block's first linear, without its MLP."""
-    parts = linear1.parts[:3]
-    return LoraTarget(parts, linear1.in_features, sum(part.rows for part in parts), False, linear1.bias)

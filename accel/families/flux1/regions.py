@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from ...attention import Attention
@@ -19,6 +21,11 @@ def block_regions(attention: Attention) -> tuple[Region, Region]:
         return single_block(block, hidden_states, temb, rotary, mask, attention)
 
     return double, single
+
+
+def open_regions(attention: Attention) -> tuple[Region, Region]:
+    """The same for blocks with something to be done inside their attention, see `streams.inside.InsideAttention`."""
+    return functools.partial(double_block, attention=attention), functools.partial(single_block, attention=attention)
 
 
 def whole_region(attention: Attention) -> Region:

@@ -20,7 +20,7 @@ WORDING = Wording(
 # These share block names with FLUX.1, which has none of the names here. They are those that ComfyUI's
 # model_detection.py and diffusers' conversion scripts tell these models by.
 RELATIVES = (
-    KnownNames(r"double_stream_modulation_img\.", "a FLUX.2 checkpoint", STOCK_MODEL),
+    KnownNames(r"(double_stream_modulation_(img|txt)|single_stream_modulation)\.", "a FLUX.2 checkpoint", STOCK_MODEL),
     KnownNames(r"distilled_guidance_layer\.", "a Chroma checkpoint", STOCK_MODEL),
     KnownNames(
         r"(txt_in\.individual_token|context_embedder\.token)_refiner\.", "a HunyuanVideo checkpoint", STOCK_MODEL

@@ -11,27 +11,22 @@ from torch import nn
 from ...files import TensorInfo
 from ..base import Autoencoder, BlockWeights, Family, LoraNames, Region, TextEncoder, Workspace
 from ..layout import Layout
+from ..streams.forward import Regions
 from ..streams.layout import HEAD_DIM, canonical
 from .activations import activation_bytes
-from .config import CHANNELS, DIFFUSERS, MODELS_BY_CHANNELS, PATCH_SIZE, POSITIONS, Flux2Config
+from .config import CHANNELS, DEPTHS, DIFFUSERS, MODELS_BY_CHANNELS, PATCH_SIZE, POSITIONS, Flux2Config
 from .config import recognise as recognise_config
 from .forward import Flux2Forward
 from .inputs import Flux2Inputs
 from .layout import checkpoint_layout, diffusers_layout
 from .lora_names import lora_names
+from .text_encoders import text_encoder
 from .wording import LORA_RELATIVES, WORDING
 
 if TYPE_CHECKING:
     from ...attention import Attention
 
 __all__ = ["CHANNELS", "PATCH_SIZE", "POSITIONS", "Flux2", "Flux2Config", "Flux2Inputs"]
-
-# context_dim of each published model -> its text encoder, by how Flux Text Encoder Loader keeps it.
-TEXT_ENCODERS: Mapping[int, TextEncoder] = {
-    7680: TextEncoder("Qwen3-4B", {"none": 8_044_936_192, "int8": 4_411_000_000, "nf4": 2_822_000_000}),
-    12288: TextEncoder("Qwen3-8B", {"none": 15_136_000_000, "int8": 8_190_000_000, "nf4": 5_153_000_000}),
-    15360: TextEncoder("Mistral Small 24B", {"none": 45_800_000_000, "int8": 23_570_000_000, "nf4": 13_840_000_000}),
-}
 
 
 class Flux2(Family[Flux2Config]):
@@ -50,9 +45,9 @@ class Flux2(Family[Flux2Config]):
     # In bf16, and comfy/sd.py: 4 · 2178 · 64 elements for each latent of 16 × 16 pixels.
     autoencoder = Autoencoder(168_120_878, 2178 * 2)
     published: Mapping[str, Flux2Config] = {
-        "flux2-dev": Flux2Config(6144, 8, 48, 15360, 18432, True),
-        "flux2-klein-9b": Flux2Config(4096, 8, 24, 12288, 12288, False),
-        "flux2-klein-4b": Flux2Config(3072, 5, 20, 7680, 9216, False),
+        "flux2-dev": Flux2Config(6144, *DEPTHS[6144], 15360, 18432, True),
+        "flux2-klein-9b": Flux2Config(4096, *DEPTHS[4096], 12288, 12288, False),
+        "flux2-klein-4b": Flux2Config(3072, *DEPTHS[3072], 7680, 9216, False),
     }
 
     def recognise(self, tensors: Mapping[str, TensorInfo], file_name: str) -> tuple[Flux2Config, Layout] | None:
@@ -114,11 +109,19 @@ class Flux2(Family[Flux2Config]):
         return whole_region(attention)
 
     def forward(
-        self, config: Flux2Config, model: nn.Module, regions: Sequence[Region], weights: BlockWeights | None = None
+        self,
+        config: Flux2Config,
+        model: nn.Module,
+        regions: Sequence[Region],
+        attention: Attention,
+        weights: BlockWeights | None = None,
     ) -> Flux2Forward:
         """See `forward.Flux2Forward`."""
+        from .regions import open_regions
+
         double, single, *whole = regions
-        return Flux2Forward(config, model, double, single, whole[0] if whole else None, weights)
+        made = Regions(double, single, whole[0] if whole else None, *open_regions(attention))
+        return Flux2Forward(config, model, made, weights)
 
     def activation_bytes(
         self, config: Flux2Config, tokens: int, dtype: torch.dtype, workspace: Workspace, compiled: bool
@@ -128,4 +131,4 @@ class Flux2(Family[Flux2Config]):
 
     def text_encoders(self, config: Flux2Config) -> tuple[TextEncoder, ...]:
         """The language model three of whose layers it reads."""
-        return (TEXT_ENCODERS.get(config.context_dim, TEXT_ENCODERS[7680]),)
+        return (text_encoder(config.context_dim),)

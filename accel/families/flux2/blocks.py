@@ -16,6 +16,7 @@ from ...attention import Attention
 from ...linear.inputs import SILU_GATE, Input
 from ...linear.layers import linears
 from ..streams.blocks import Modulation, double_stream, single_stream
+from ..streams.inside import InsideAttention
 
 
 def double_block(
@@ -28,6 +29,7 @@ def double_block(
     mask: Tensor | None,
     references: Tensor | None,
     attention: Attention,
+    inside: InsideAttention | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One double-stream block.
 
@@ -39,8 +41,9 @@ def double_block(
         text_modulation: ``b 1 (6 h)``.
         rotary: see `streams.blocks.double_stream`.
         mask: likewise.
-        references: ``i 1`` bool, which image tokens the second of two modulations is for; None: there is one.
+        references: ``i`` bool, which image tokens the second of two modulations is for; None: there is one.
         attention: see `streams.blocks.double_stream`.
+        inside: likewise.
 
     Returns:
         hidden_states ``b i h`` and encoder_hidden_states ``b t h``.
@@ -49,7 +52,7 @@ def double_block(
     text = _of_tokens(text_modulation, 6, None)
     eps = block.norm1.eps
     return double_stream(
-        block, hidden_states, encoder_hidden_states, image, text, eps, _feed_forward, rotary, mask, attention
+        block, hidden_states, encoder_hidden_states, image, text, eps, _feed_forward, rotary, mask, attention, inside
     )
 
 
@@ -61,6 +64,7 @@ def single_block(
     mask: Tensor | None,
     references: Tensor | None,
     attention: Attention,
+    inside: InsideAttention | None = None,
 ) -> Tensor:
     """One single-stream block.
 
@@ -70,8 +74,9 @@ def single_block(
         modulation: ``b m (3 h)``.
         rotary: see `double_block`.
         mask: see `double_block`.
-        references: ``(t i) 1``, see `double_block`.
+        references: ``(t i)``, see `double_block`.
         attention: see `double_block`.
+        inside: see `double_block`.
 
     Returns:
         ``b (t i) h``.
@@ -88,6 +93,7 @@ def single_block(
         rotary,
         mask,
         attention,
+        inside,
     )
 
 
@@ -96,7 +102,7 @@ def _of_tokens(modulation: Tensor, count: int, references: Tensor | None) -> Mod
     if references is None:
         return modulation.chunk(count, dim=-1)
     others, of_references = (each.chunk(count, dim=-1) for each in modulation.split(1, dim=1))
-    return [torch.where(references, *pair) for pair in zip(of_references, others, strict=True)]
+    return [torch.where(references[:, None], *pair) for pair in zip(of_references, others, strict=True)]
 
 
 def _feed_forward(x: Input, feed_forward: nn.Module) -> Tensor:

@@ -24,6 +24,8 @@ MODELS_BY_CHANNELS = {CHANNELS: KnownModels("FLUX.2 dev or klein", True)}
 
 # hidden size -> what is published in it. dev also has guidance, which klein lacks.
 KLEIN = {3072: "klein 4B", 4096: "klein 9B"}
+# hidden size -> double and single blocks of what is published in it; models that were pruned have fewer.
+DEPTHS = {3072: (5, 20), 4096: (8, 24), 6144: (8, 48)}
 
 
 @dataclass(frozen=True)
@@ -59,12 +61,18 @@ class Flux2Config:
         return f"{self.depth} double, {self.depth_single} single, hidden size {self.hidden_size}"
 
 
+# Linears that no other model has: the family is told by them.
+MODULATIONS = ("double_stream_modulation_img", "double_stream_modulation_txt", "single_stream_modulation")
+# What embeds FLUX.1's pooled vector, which FLUX.2 has not, in either layout.
+POOLED = ("vector_in.in_layer.weight", "time_text_embed.text_embedder.linear_1.weight")
+
+
 @dataclass(frozen=True)
 class Names:
     """What one layout calls the tensors that the sizes follow from.
 
     Attributes:
-        modulation: which no other model has; the family is told by it.
+        modulation: the end of a shared modulation, see `MODULATIONS`.
         double: the double blocks, without their number; `single` likewise.
         mlp: a linear in the first double block, after its number; the others are whole names.
     """
@@ -81,7 +89,7 @@ class Names:
 
 # Source: black-forest-labs/flux2 model.py.
 ORIGINAL = Names(
-    modulation="double_stream_modulation_img.lin",
+    modulation="lin",
     double="double_blocks",
     single="single_blocks",
     mlp="img_mlp.2",
@@ -92,7 +100,7 @@ ORIGINAL = Names(
 )
 # Source: diffusers models/transformers/transformer_flux2.py.
 DIFFUSERS = Names(
-    modulation="double_stream_modulation_img.linear",
+    modulation="linear",
     double="transformer_blocks",
     single="single_transformer_blocks",
     mlp="ff.linear_out",
@@ -117,8 +125,14 @@ def recognise(tensors: Mapping[str, TensorInfo], file_name: str, names: Names = 
     Raises:
         CheckpointError: it looks like FLUX.2 but is damaged.
     """
-    if f"{names.modulation}.weight" not in tensors:
+    told = next((name for each in MODULATIONS if (name := f"{each}.{names.modulation}.weight") in tensors), None)
+    if told is None:
         return None
+    if (other := next((name for name in POOLED if name in tensors), None)) is not None:
+        raise CheckpointError(
+            f"'{file_name}' has '{told}', as FLUX.2 has, and '{other}', as FLUX.1 has. It is damaged, or mixed from "
+            "two models: get one of them."
+        )
     header = Header(tensors, file_name, "FLUX.2")
     depth, depth_single = header.count(names.double), header.count(names.single)
     hidden_size = header.hidden_size(names.image)

@@ -29,7 +29,7 @@ class Conditioning:
         image: ``b m (6 h)``, the modulation of image tokens in double blocks.
         text: ``b 1 (6 h)``, that of text tokens.
         single: ``b m (3 h)``, that of all tokens in single blocks.
-        references: ``i 1`` bool, which image tokens the second of two modulations is for; None: m is 1.
+        references: ``i`` bool, which image tokens the second of two modulations is for; None: m is 1.
     """
 
     temb: Tensor
@@ -49,7 +49,7 @@ class Flux2Forward(StreamForward):
         references, timestep = None, inputs.timestep
         if inputs.references and inputs.reference_method == INDEX_TIMESTEP_ZERO:
             tokens = torch.arange(hidden_states.shape[1], device=hidden_states.device)
-            references, count = tokens[:, None] >= image_tokens, 2
+            references, count = tokens >= image_tokens, 2
             timestep = torch.cat([timestep, 0 * timestep])
         embed = model.time_guidance_embed
         temb = embed.timestep_embedder(sinusoid(timestep).to(dtype))
@@ -80,7 +80,7 @@ class Flux2Forward(StreamForward):
     def _single_arguments(self, state: BlockState) -> Arguments:
         given, references = state.conditioning, state.conditioning.references
         if references is not None:
-            references = F.pad(references, (0, 0, state.text_tokens, 0))
+            references = F.pad(references, (state.text_tokens, 0))
         return state.hidden_states, given.single, state.rotary, state.mask, references
 
     def _whole_arguments(self, state: BlockState) -> Arguments:

@@ -6,16 +6,13 @@ What may stand before such a name, and whether it has dots or underscores, is th
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from ..base import LoraNames
-from ..layout import Layout, LinearPart, LoraTarget, VectorWeight
+from ..layout import Layout, LinearPart, LoraTarget
 from ..streams.layout import diffusers_block
-from .config import Flux2Config
+from ..streams.lora_names import attention_rows, lora_absent, lora_norms, renamed
+from .config import DEPTHS, Flux2Config
 from .layout import checkpoint_layout
 
-# Blocks of the largest published model, dev.
-DEPTH, DEPTH_SINGLE = 8, 48
 # Ends of fused linears -> what they are called in diffusers' blocks where they stay fused.
 FUSED_DIFFUSERS = {
     ".img_attn.qkv": ".attn.to_qkv",
@@ -29,9 +26,14 @@ EMBEDDERS = ("time_guidance_embed.", "time_text_embed.")
 
 
 def lora_names(config: Flux2Config) -> LoraNames:
-    """Every name that a model of these sizes is known by in LoRA files."""
+    """Every name that a model of these sizes is known by in LoRA files.
+
+    Blocks count up to the number of the published model that is as wide: more of them are in FLUX.1, whose layers are
+    named alike, and in part as large. Of a width in which nothing is published, up to the largest model's number.
+    """
+    depths = DEPTHS.get(config.hidden_size, max(DEPTHS.values()))
     layout = checkpoint_layout(config)
-    return LoraNames(lora_linears(layout), lora_norms(layout), lora_absent(config))
+    return LoraNames(lora_linears(layout), lora_norms(layout), lora_absent(config, _names, depths, "FLUX.2 klein"))
 
 
 def lora_linears(layout: Layout) -> dict[str, LoraTarget]:
@@ -52,50 +54,23 @@ def lora_linears(layout: Layout) -> dict[str, LoraTarget]:
     for linear in layout.linears:
         whole = LoraTarget.whole(linear)
         names[linear.name] = whole
-        for end, fused in FUSED_DIFFUSERS.items():
-            if linear.name.endswith(end):
-                names[diffusers_block(linear.name.removesuffix(end)) + fused] = whole
+        names |= dict.fromkeys(renamed(diffusers_block(linear.name), FUSED_DIFFUSERS), whole)
         for index, part in enumerate(linear.parts):
             # A LoRA in diffusers' names already stands in diffusers' row order: nothing to swap.
             rows = (LinearPart(part.module, 0, part.rows),)
             alone = LoraTarget(rows, linear.in_features, part.rows, False, linear.bias)
             names[part.module] = alone
-            for end, other in SINGLE_PARTS.items():
-                if part.module.startswith("single_") and part.module.endswith(end):
-                    names[part.module.removesuffix(end) + other] = alone
+            if part.module.startswith("single_"):
+                names |= dict.fromkeys(renamed(part.module, SINGLE_PARTS), alone)
             if part.module.startswith(EMBEDDERS[0]):
                 names[part.module.replace(*EMBEDDERS)] = alone
             if len(linear.parts) > 1:
                 names[f"{linear.name}.{index}"] = alone
         if linear.name.endswith(".linear1"):
-            parts = linear.parts[:3]
-            qkv = LoraTarget(parts, linear.in_features, sum(part.rows for part in parts), False, linear.bias)
+            qkv = attention_rows(linear)
             names[f"{linear.name}_qkv"] = qkv
             names[f"{diffusers_block(linear.name.removesuffix('linear1'))}attn.to_qkv"] = qkv
     return names
-
-
-def lora_norms(layout: Layout) -> dict[str, VectorWeight]:
-    """Name of a norm -> its scale: original names without the `.scale` at their end, and diffusers' names."""
-    norms: dict[str, VectorWeight] = {}
-    for vector in layout.vectors:
-        norms[vector.name.removesuffix(".scale")] = norms[vector.parameter.removesuffix(".weight")] = vector
-    return norms
-
-
-def lora_absent(config: Flux2Config) -> dict[str, str]:
-    """Names of linears and norms that other models of the family have and this one lacks -> what to say of them."""
-    absent: dict[str, str] = {}
-    own = _names(config)
-    if not config.guidance:
-        more = _names(replace(config, guidance=True)) - own
-        absent |= dict.fromkeys(more, "of the guidance embedder, which FLUX.2 klein does not have")
-    for field, full, kind in (("depth", DEPTH, "double"), ("depth_single", DEPTH_SINGLE, "single")):
-        count = getattr(config, field)
-        if count < full:
-            more = _names(replace(config, **{field: full})) - own
-            absent |= dict.fromkeys(more, f"of {kind} blocks beyond the {count} that this model has")
-    return absent
 
 
 def _names(config: Flux2Config) -> set[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 
@@ -24,6 +26,11 @@ def block_regions(attention: Attention) -> tuple[Region, Region]:
     return double, single
 
 
+def open_regions(attention: Attention) -> tuple[Region, Region]:
+    """The same for blocks with something to be done inside their attention, see `streams.inside.InsideAttention`."""
+    return functools.partial(double_block, attention=attention), functools.partial(single_block, attention=attention)
+
+
 def whole_region(attention: Attention) -> Region:
     """The function that runs all blocks."""
 
@@ -35,7 +42,7 @@ def whole_region(attention: Attention) -> Region:
             )
         hidden_states = torch.cat([encoder_hidden_states, hidden_states], dim=1)
         if references is not None:
-            references = F.pad(references, (0, 0, text_tokens, 0))
+            references = F.pad(references, (text_tokens, 0))
         for block in model.single_transformer_blocks:
             hidden_states = single_block(block, hidden_states, modulation, rotary, mask, references, attention)
         return hidden_states

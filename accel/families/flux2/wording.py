@@ -26,9 +26,10 @@ LORA_RELATIVES = (
         r"_mlp[._]fc[12]\b|\.(img|txt)_attn_(qkv|proj)\b|_mod[._]linear\b|\bmodulation[._]linear\b", "HunyuanVideo"
     ),
     KnownKeys(
-        r"double_blocks[._]\d+[._](img|txt)_mod\b|single_blocks[._]\d+[._]modulation|time_text_embed|vector_in|"
-        r"transformer_blocks[._]\d+[._]norm1?(_context)?[._]linear|ff(_context)?[._]net[._]|processor\.(qkv|proj)_lora|"
-        r"single_transformer_blocks[._]\d+[._]proj_(mlp|out)",
+        r"double_blocks[._]\d+[._](img|txt)_mod[._]lin\b|single_blocks[._]\d+[._]modulation|vector_in|"
+        r"time_text_embed[._]text_embedder|transformer_blocks[._]\d+[._]norm1?(_context)?[._]linear|"
+        r"ff(_context)?[._]net[._]|processor\.(qkv|proj)_lora",
         "FLUX.1",
     ),
+    KnownKeys(r"^oft_unet_", "sd-scripts' OFT, which no loader reads"),
 )

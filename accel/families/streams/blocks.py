@@ -21,6 +21,7 @@ from ...attention import Attention
 from ...linear.inputs import Activation, Input, modulated
 from ...linear.layers import LoraLinear, joint_linears, linears, split_linears
 from .heads import attend, heads, joint_heads, within_float16
+from .inside import InsideAttention
 
 Modulation = Sequence[Tensor]
 """Shift, scale and gate, ``b 1 h`` each, or ``b n h`` where each token has its own; twice for a double block, for
@@ -41,6 +42,7 @@ def double_stream(
     rotary: Tensor,
     mask: Tensor | None,
     attention: Attention,
+    inside: InsideAttention | None,
 ) -> tuple[Tensor, Tensor]:
     """One double block.
 
@@ -56,6 +58,7 @@ def double_stream(
             b is 1 or the batch size.
         mask: see `accel.attention.sdpa`, or None.
         attention: the engine's attention backend.
+        inside: what others do inside it.
 
     Returns:
         hidden_states ``b i h`` and encoder_hidden_states ``b t h``.
@@ -69,8 +72,8 @@ def double_stream(
         (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj),
         (attn.to_q, attn.to_k, attn.to_v),
     )
-    query, key = joint_heads(attn, query, key, text_tokens, rotary)
-    joint = attend(query, key, value, mask, attention)
+    query, key = joint_heads(attn, query, key, text_tokens)
+    joint = attend(query, key, value, rotary, mask, attention, inside)
     text, image = split_linears(joint, text_tokens, attn.to_add_out, attn.to_out[0])
 
     hidden_states = hidden_states + gate * image
@@ -94,6 +97,7 @@ def single_stream(
     rotary: Tensor,
     mask: Tensor | None,
     attention: Attention,
+    inside: InsideAttention | None,
 ) -> Tensor:
     """One single block: attention and MLP beside each other.
 
@@ -108,6 +112,7 @@ def single_stream(
         rotary: see `double_stream`.
         mask: see `double_stream`.
         attention: see `double_stream`.
+        inside: see `double_stream`.
 
     Returns:
         ``b (t i) h``.
@@ -115,7 +120,7 @@ def single_stream(
     shift, scale, gate = modulation
     normed = modulated(hidden_states, shift, scale, eps)
     query, key, value, inner = linears(normed, attn.to_q, attn.to_k, attn.to_v, mlp, activation=activation)
-    query, key = heads(attn, query, key, rotary)
-    attended = attend(query, key, value, mask, attention)
+    query, key = heads(attn, query, key)
+    attended = attend(query, key, value, rotary, mask, attention, inside)
     hidden_states = hidden_states + gate * linears(inner.after(attended), out)[0]
     return within_float16(hidden_states)

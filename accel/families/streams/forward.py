@@ -13,7 +13,7 @@ import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -29,6 +29,23 @@ from .positions import Placement, Positions, pack, pad_to_patches, unpack
 ROTARY_TABLES = 8
 
 Arguments = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Regions:
+    """The functions that run blocks.
+
+    Attributes:
+        double: a double block, compiled or not; `single` likewise.
+        whole: all blocks, where nothing has to happen between them; None: it is not to be used.
+        open_double: a double block, uncompiled, which takes an `InsideAttention` as `inside`; `open_single` likewise.
+    """
+
+    double: Region
+    single: Region
+    whole: Region | None
+    open_double: Region
+    open_single: Region
 
 
 class StreamForward(ABC):
@@ -47,26 +64,20 @@ class StreamForward(ABC):
         self,
         config: Any,
         model: nn.Module,
-        double: Region,
-        single: Region,
-        whole: Region | None = None,
+        regions: Regions,
         weights: BlockWeights | None = None,
     ) -> None:
-        """Tie a model to the functions that run its blocks, compiled or not.
+        """Tie a model to the functions that run its blocks.
 
         Args:
             config: of the model.
             model: the family's.
-            double: runs a double block.
-            single: runs a single block.
-            whole: runs all blocks, where nothing has to happen between them.
+            regions: of the model.
             weights: told of every block that is run, before and after; None where all of them stay in their places.
         """
         self.config = config
         self._model = model
-        self._double = double
-        self._single = single
-        self._whole = whole
+        self._regions = regions
         self._weights = weights
         # So that a step of the same size computes none.
         self._rotary = functools.lru_cache(maxsize=ROTARY_TABLES)(self.positions.table_of)
@@ -121,7 +132,7 @@ class StreamForward(ABC):
             inputs.attention_mask,
             encoder_hidden_states.shape[1],
         )
-        step_cache = None if inputs.hooks.around_block else inputs.step_cache
+        step_cache = None if inputs.hooks.need_every_block else inputs.step_cache
         state = self._run_blocks(state, inputs.residuals, inputs.hooks, step_cache, image_tokens)
         out = state.hidden_states[:, state.text_tokens : state.text_tokens + image_tokens]
         if step_cache is not None:
@@ -148,13 +159,14 @@ class StreamForward(ABC):
         self, state: BlockState, residuals: Residuals, hooks: Hooks, step_cache: StepCall | None, image_tokens: int
     ) -> BlockState:
         """Run all blocks, or as many as the step cache asks for."""
-        alone = self._weights is None and step_cache is None and not hooks.around_block and not any(residuals.places)
-        if self._whole is not None and alone:
-            joined = self._whole(self._model, *self._whole_arguments(state))
+        whole = self._regions.whole
+        alone = self._weights is None and step_cache is None and not hooks.need_every_block
+        if whole is not None and alone and not any(residuals.places):
+            joined = whole(self._model, *self._whole_arguments(state))
             return replace(state, hidden_states=joined, encoder_hidden_states=None)
         embedded, doubles = state.hidden_states, self._model.transformer_blocks
         for index, block in enumerate(doubles):
-            run = functools.partial(self._run_double, index, block)
+            run = functools.partial(self._run_double, hooks, index, index, block)
             state = _hooked(hooks, "double", index, run, state)
             _add(residuals.double, index, state.hidden_states)
             if index == 0 and step_cache is not None:
@@ -164,17 +176,19 @@ class StreamForward(ABC):
         state = _joined(state)
         text_tokens = state.text_tokens
         for index, block in enumerate(self._model.single_transformer_blocks):
-            run = functools.partial(self._run_single, len(doubles) + index, block)
+            run = functools.partial(self._run_single, hooks, index, len(doubles) + index, block)
             state = _hooked(hooks, "single", index, run, state)
             _add(residuals.single, index, state.hidden_states[:, text_tokens:])
         return state
 
-    def _run_double(self, number: int, block: nn.Module, state: BlockState) -> BlockState:
-        image, text = self._run(self._double, number, block, self._double_arguments(state))
+    def _run_double(self, hooks: Hooks, index: int, number: int, block: nn.Module, state: BlockState) -> BlockState:
+        region = _opened(hooks, state, "double", index, self._regions.double, self._regions.open_double)
+        image, text = self._run(region, number, block, self._double_arguments(state))
         return replace(state, hidden_states=image, encoder_hidden_states=text)
 
-    def _run_single(self, number: int, block: nn.Module, state: BlockState) -> BlockState:
-        joined = self._run(self._single, number, block, self._single_arguments(state))
+    def _run_single(self, hooks: Hooks, index: int, number: int, block: nn.Module, state: BlockState) -> BlockState:
+        region = _opened(hooks, state, "single", index, self._regions.single, self._regions.open_single)
+        joined = self._run(region, number, block, self._single_arguments(state))
         return replace(state, hidden_states=joined)
 
     def _run(self, region: Region, number: int, block: nn.Module, arguments: Arguments) -> Any:
@@ -232,6 +246,13 @@ def _hooked(
     """Run one block, or the hook that is around it."""
     hook = hooks.around_block.get((kind, index))
     return run(state) if hook is None else hook(state, run)
+
+
+def _opened(hooks: Hooks, state: BlockState, kind: str, index: int, region: Region, opened: Region) -> Region:
+    """What runs a block: its region, or, where something is to be done inside attention, its uncompiled function."""
+    if hooks.inside_attention is None:
+        return region
+    return functools.partial(opened, inside=hooks.inside_attention(state, kind, index))
 
 
 def _add(residuals: Sequence[Tensor | None], index: int, image: Tensor) -> None:

@@ -11,28 +11,23 @@ import torch
 from torch import Tensor, nn
 
 from ...attention import Attention
+from .inside import InsideAttention
 from .layout import HEAD_DIM
 
 FLOAT16_MAX = 65504.0
 
 
-def joint_heads(
-    attn: nn.Module, query: Tensor, key: Tensor, text_tokens: int, rotary: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Query and key of both streams, ``b (t i) (heads d)``, normed by each stream's scales and turned."""
+def joint_heads(attn: nn.Module, query: Tensor, key: Tensor, text_tokens: int) -> tuple[Tensor, Tensor]:
+    """Query and key of both streams, ``b (t i) (heads d)``, normed by each stream's scales: see `norm`."""
     is_text = torch.arange(query.shape[1], device=query.device)[:, None, None] < text_tokens
     query_scale = torch.where(is_text, attn.norm_added_q.weight, attn.norm_q.weight)
     key_scale = torch.where(is_text, attn.norm_added_k.weight, attn.norm_k.weight)
-    query = rotate(norm(query, query_scale, attn.norm_q.eps), rotary)
-    key = rotate(norm(key, key_scale, attn.norm_k.eps), rotary)
-    return query, key
+    return norm(query, query_scale, attn.norm_q.eps), norm(key, key_scale, attn.norm_k.eps)
 
 
-def heads(attn: nn.Module, query: Tensor, key: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor]:
-    """Query and key, ``b n (heads d)``, normed and turned: ``b n heads d`` float32."""
-    query = rotate(norm(query, attn.norm_q.weight, attn.norm_q.eps), rotary)
-    key = rotate(norm(key, attn.norm_k.weight, attn.norm_k.eps), rotary)
-    return query, key
+def heads(attn: nn.Module, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    """Query and key, ``b n (heads d)``, normed: see `norm`."""
+    return norm(query, attn.norm_q.weight, attn.norm_q.eps), norm(key, attn.norm_k.weight, attn.norm_k.eps)
 
 
 def norm(projected: Tensor, scale: Tensor, eps: float) -> Tensor:
@@ -50,12 +45,42 @@ def rotate(heads: Tensor, rotary: Tensor) -> Tensor:
     return heads * cos + torch.stack([-odd, even], dim=-1).flatten(-2) * sin
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, attention: Attention) -> Tensor:
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rotary: Tensor,
+    mask: Tensor | None,
+    attention: Attention,
+    inside: InsideAttention | None,
+) -> Tensor:
     """Attention over query and key, ``b n heads d`` float32, and value, ``b n (heads d)``: ``b n (heads d)``."""
+    if inside is not None:
+        return _attend_with(query, key, value, rotary, mask, attention, inside)
+    query, key = rotate(query, rotary), rotate(key, rotary)
     # As the linears leave them and the next one reads them: attention gets a transposed view, ``b heads n d``.
     query, key, value = query.to(value.dtype), key.to(value.dtype), _split_last(value, HEAD_DIM)
     query, key, value = (each.transpose(1, 2) for each in (query, key, value))
     return attention(query, key, value, mask).transpose(1, 2).flatten(2)
+
+
+def _attend_with(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rotary: Tensor,
+    mask: Tensor | None,
+    attention: Attention,
+    inside: InsideAttention,
+) -> Tensor:
+    dtype = value.dtype
+    rows = (query.to(dtype), key.to(dtype), _split_last(value, HEAD_DIM))
+    query, key, value, rotary, mask = inside.before(*(each.transpose(1, 2) for each in rows), rotary, mask)
+    query, key = (
+        rotate(each.transpose(1, 2).float(), rotary[..., : each.shape[2], :]).to(dtype).transpose(1, 2)
+        for each in (query, key)
+    )
+    return inside.after(attention(query, key, value, mask).transpose(1, 2).flatten(2))
 
 
 def within_float16(hidden_states: Tensor) -> Tensor:

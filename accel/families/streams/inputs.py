@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from ...step_cache import StepCall
+from .inside import InsideAttention
 from .positions import RopeOptions
 
 
@@ -37,6 +38,7 @@ class BlockState:
 
 
 BlockHook = Callable[[BlockState, Callable[[BlockState], BlockState]], BlockState]
+AttentionHook = Callable[[BlockState, str, int], InsideAttention]
 EmbeddingHook = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor, Tensor]]
 
 
@@ -48,10 +50,17 @@ class Hooks:
         after_embedding: each takes and returns image tokens ``b i h``, text tokens ``b t h``, image positions
             ``b i axes`` and text positions ``b t axes``.
         around_block: by ("double" or "single", index); each gets the state and the block to call.
+        inside_attention: by what enters a block, "double" or "single", and its index; None: nothing is to be done.
     """
 
     after_embedding: Sequence[EmbeddingHook] = ()
     around_block: Mapping[tuple[str, int], BlockHook] = field(default_factory=dict)
+    inside_attention: AttentionHook | None = None
+
+    @property
+    def need_every_block(self) -> bool:
+        """Whether they count on every block to run in every step."""
+        return bool(self.around_block) or self.inside_attention is not None
 
 
 @dataclass(frozen=True)
@@ -89,8 +98,7 @@ class StreamInputs:
         residuals: ControlNet residuals.
         rope: scales and shifts of positions.
         hooks: patches between blocks.
-        step_cache: asked whether to skip all blocks but the first; not asked while hooks patch blocks, which they
-            expect to run in every step.
+        step_cache: asked whether to skip all blocks but the first; not asked while hooks need every block.
     """
 
     latent: Tensor

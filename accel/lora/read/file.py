@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Sequence
 
 import torch
 
+from ...errors import LoraError
 from ...files import TensorFile, read_header
 from ...memory.buffers import HostBuffers
 from ...memory.garbage import collected_later
@@ -19,6 +20,7 @@ from .convert import convert_all, make_report
 from .factor_cache import Products
 from .keys import FileKeys, account
 from .origins import name_format
+from .other_models import for_another_model
 from .peft_config import adapter_config
 from .stream import BulkReader
 from .values import FiniteValues
@@ -50,7 +52,7 @@ def read_lora(
     """
     with torch.inference_mode(False), torch.no_grad(), collected_later(), BulkReader(path, buffers) as reader:
         file = read_header(path)
-        keys = account(file, spec)
+        keys = _account(file, spec)
         scale = _scale(file)
         products = Products(keys.changes, file.identity, tolerance, cache_dir)
         wanted = _wanted(keys, products.known, spec.layout.modules)
@@ -65,6 +67,18 @@ def read_lora(
     stored = all(change.kind.is_stored(change.headers) for change in keys.changes)
     report = make_report(name_format(file, spec), keys, layers, vectors, products.errors)
     return Adapter(file.identity, layers, keys.text_encoder, vectors, reader.peak if stored else math.inf, report)
+
+
+def _account(file: TensorFile, spec: ModelSpec) -> FileKeys:
+    """`keys.account`; what it refuses because it is for another model is refused by that model's name."""
+    try:
+        return account(file, spec)
+    except LoraError as wrong:
+        shapes = {key: info.shape for key, info in file.tensors.items()}
+        message = for_another_model(f"LoRA '{file.name}'", shapes, spec.family, spec.config)
+        if message is None:
+            raise
+        raise LoraError(message) from wrong
 
 
 def _scale(file: TensorFile) -> Callable[[Change], float | None]:

@@ -103,7 +103,8 @@ def account(file: TensorFile, spec: ModelSpec) -> FileKeys:
     """
     source = f"LoRA '{file.name}'"
     keys = _sort(file, spec, source)
-    _check_inputs(file, spec, keys)
+    if origin(keys.unknown, spec.family) is None:
+        _check_inputs(file, spec, keys)
     if keys.unknown or not (keys.fits or keys.text_encoder):
         raise LoraError(_unknown_message(file, spec, keys))
     _check_double(source, [(target.parts, name) for name, (target, _) in keys.modules.items()])
@@ -124,7 +125,7 @@ def _sort(file: TensorFile, spec: ModelSpec, source: str) -> _Sorted:
     names = known_names(spec.family, spec.config)
     keys = _Sorted()
     for key, info in file.tensors.items():
-        if found := _find(key, names.linears):
+        if found := find_linear(key, names.linears):
             module, role, target = found
             _, headers = keys.modules.setdefault(module, (target, {}))
             if role in headers:
@@ -148,7 +149,7 @@ def _sort(file: TensorFile, spec: ModelSpec, source: str) -> _Sorted:
     return keys
 
 
-def _find(key: str, names: ModuleNames[Target]) -> tuple[str, str, Target] | None:
+def find_linear(key: str, names: ModuleNames[Target]) -> tuple[str, str, Target] | None:
     """A key's module as the file spells it, its role, and what the module means."""
     for module, end in cuts(key):
         if (role := kinds.role_of(end)) and (target := names.find(module)):

@@ -74,7 +74,7 @@ class KnownModules:
     absent: ModuleNames[str]
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=8)
 def known_names(family: Family[Config], config: Config) -> KnownModules:
     """The names of a model's layers; thousands, wanted for every LoRA that is read."""
     names = family.lora_names(config)

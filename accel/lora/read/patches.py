@@ -17,7 +17,7 @@ from ...families.layout import LoraTarget, VectorWeight
 from ...files import FLOAT_DTYPES, FileIdentity
 from ...tensors import own_vector, to_float
 from ..adapter import Adapter
-from ..kinds import check_change
+from ..kinds import KINDS, check_change
 from ..kinds.base import ALPHA, Change
 from ..kinds.layers import VectorLayer
 from ..kinds.lowrank import Tolerance
@@ -105,6 +105,21 @@ def from_patches(
     keys = FileKeys(tuple(changes), (), (), {})
     report = make_report("patches of another node", keys, layers, vectors, products.errors)
     return Adapter(identity, layers, (), vectors, math.inf, report)
+
+
+def shapes_of(patches: Iterable[LinearPatch | NormPatch]) -> dict[str, tuple[int, ...]]:
+    """Key -> shape of the tensors of patches, as a file would name them."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for patch in patches:
+        if isinstance(patch, NormPatch):
+            shapes[f"{patch.vector.parameter}.diff"] = tuple(patch.value.shape)
+            continue
+        # Patches of rows of a fused linear have its name.
+        parts, (name, _, _) = patch.target.parts, patch.name.rpartition(".")
+        layer = parts[0].module if len(parts) == 1 else name
+        for role, value in patch.values.items():
+            shapes[f"{layer}{KINDS.comfyui_endings[role]}"] = tuple(value.shape) if isinstance(value, Tensor) else ()
+    return shapes
 
 
 def tensor_digest(source: str, tensor: Tensor) -> str:

@@ -14,11 +14,14 @@ from .. import kinds
 from ..kinds.shapes import Shapes, TensorHeader
 from .names import WORDS, ModuleNames, cuts
 
+# It has nothing beside it in a CLIP: files call it by ComfyUI's names for its sizes, or as the first encoder.
+LANGUAGE_MODEL = "language model"
 # Encoder, as ComfyUI's CLIP calls it -> what files call it. CLIP-L comes first and T5 second; sd-scripts and SD3's
 # trainers count T5 as the third, behind a CLIP-G.
 ENCODERS: Mapping[str, tuple[str, ...]] = {
     "clip_l": ("clip_l", "text_encoder", "text_encoder_1", "te", "te1"),
     "t5xxl": ("t5xxl", "t5", "text_encoder_2", "text_encoder_3", "te2", "te3"),
+    LANGUAGE_MODEL: ("qwen3_4b", "qwen3_8b", "mistral3_24b"),
 }
 # For neither of these encoders, and for no transformer.
 OTHERS = ("clip_g", "clip_h", "te4", "text_encoder_4")
@@ -27,11 +30,16 @@ _BEFORE = rf"(?:(?:text_encoders|{'|'.join(WORDS)})[._]+)*"
 _NAMED = re.compile(rf"{_BEFORE}(?P<name>{'|'.join(sorted(_NAMES, key=len, reverse=True))})[._]+(?P<rest>.+)")
 # An encoder's own module names say enough where nothing is before them.
 _BARE = re.compile(rf"{_BEFORE}(?P<rest>(?:(?P<clip_l>text_model)|(?P<t5xxl>encoder[._]block))[._].+)")
+# So do a language model's.
+_OF_LANGUAGE_MODEL = re.compile(rf"{_BEFORE}(?:language_model[._])?(?P<rest>layers[._]\d+[._](?:self_attn|mlp)[._].+)")
 
 
 def split_encoder(spelled: str) -> tuple[str, str] | None:
     """The encoder that a key or module name is for ("" for another than these), and what follows; None: for none."""
     named = _NAMED.match(spelled)
+    layer = _OF_LANGUAGE_MODEL.match(named["rest"] if named else spelled)
+    if layer is not None:
+        return LANGUAGE_MODEL, layer["rest"]
     if named is not None:
         return _NAMES[named["name"]], named["rest"]
     bare = _BARE.match(spelled)
@@ -45,12 +53,14 @@ class EncoderNames:
         """Know a CLIP's weights, such as `t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q.weight`."""
         layers: dict[str, dict[str, str]] = {encoder: {} for encoder in ENCODERS}
         for weight in weights:
-            encoder, _, rest = weight.partition(".transformer.")
-            if rest.endswith(".weight") and encoder in layers:
+            name, _, rest = weight.partition(".transformer.")
+            encoder = _NAMES.get(name, "")
+            if rest.endswith(".weight") and encoder:
                 layer = rest.removesuffix(".weight")
                 layers[encoder][layer] = weight
-                # transformers calls them without it since version 5 (seen in 5.24).
+                # transformers calls CLIP's without it since version 5 (seen in 5.24).
                 layers[encoder][layer.removeprefix("text_model.")] = weight
+                layers[encoder][layer.removeprefix("model.")] = weight
         self._layers = {encoder: ModuleNames(names) for encoder, names in layers.items() if names}
 
     def find(self, spelled: str) -> str | None:
@@ -65,7 +75,8 @@ class EncoderNames:
             return "for a text encoder that this model does not have, such as SDXL's CLIP-G"
         if encoder not in self._layers:
             return f"for {encoder}, which the connected CLIP does not have"
-        return f"for layers that the {encoder} does not have"
+        unread = ", or of which nothing is read" if encoder == LANGUAGE_MODEL else ""
+        return f"for layers that the {encoder} does not have{unread}"
 
 
 @dataclass(frozen=True)

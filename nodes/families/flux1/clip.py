@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import comfy.clip_model
 import comfy.model_management
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ....accel.text_encoder.spec import EncoderSpec
 from ...clip import RememberingClip
-from ...encoders import Encoders
+from ...encoders import Encoded, Encoders, Extra, interruptible
 
 # The width of CLIP-L's pooled vector where there is no CLIP-L.
 POOLED = 768
@@ -25,19 +25,15 @@ POOLED = 768
 class FluxEncoders(Encoders):
     """T5 and CLIP-L; the latter may be missing."""
 
-    modules_of: ClassVar[Mapping[str, str]] = {"t5xxl": "t5xxl", "l": "clip_l"}
-    title = "T5"
-
     def __init__(self, t5: EncoderSpec, clip: EncoderSpec | None, mode: str) -> None:
         """Have the sizes of the files, without data; `mode` is how the T5 is kept."""
         encoders = {"t5xxl": (_t5_model(t5), t5)}
         if clip is not None:
             encoders["clip_l"] = (_clip_model(clip), clip)
-        super().__init__(encoders, mode, quantized="t5xxl")
-        for block in self.t5xxl.transformer.encoder.block:
-            block.register_forward_pre_hook(_interruptible)
+        super().__init__({"t5xxl": "t5xxl", "l": "clip_l"}, encoders, mode, quantized="t5xxl")
+        interruptible(self.t5xxl.transformer.encoder.block)
 
-    def encode_part(self, part: str, tokens: Any) -> Tensor:
+    def encode_part(self, part: str, tokens: Any) -> Encoded:
         """Run one of the two.
 
         Args:
@@ -46,15 +42,16 @@ class FluxEncoders(Encoders):
             tokens: what the tokenizer gave for it.
         """
         if not self.has(part):
-            return torch.zeros(1, POOLED, device=comfy.model_management.intermediate_device())
+            return (torch.zeros(1, POOLED, device=comfy.model_management.intermediate_device()),)
         self.encode_counts[part] += 1
         encoder = self.get_submodule(self.modules_of[part])
         hidden_states, pooled = encoder.encode_token_weights(tokens)[:2]
-        return hidden_states if part == "t5xxl" else pooled
+        return (hidden_states if part == "t5xxl" else pooled,)
 
-    def conditioning(self, outputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def conditioning(self, outputs: Mapping[str, Encoded]) -> tuple[Tensor, Tensor, Extra]:
         """T5's hidden states and CLIP-L's pooled vector, as ComfyUI's FLUX text encoder gives them."""
-        return outputs["t5xxl"], outputs["l"]
+        (hidden_states,), (pooled,) = outputs["t5xxl"], outputs["l"]
+        return hidden_states, pooled, {}
 
 
 class FluxClip(RememberingClip):
@@ -114,7 +111,3 @@ def _clip_model(spec: EncoderSpec) -> nn.Module:
         # FLUX takes the pooled vector before the projection; ComfyUI's model computes it all the same.
         model.transformer.text_projection = nn.Identity()
     return model
-
-
-def _interruptible(*_: Any) -> None:
-    comfy.model_management.throw_exception_if_processing_interrupted()

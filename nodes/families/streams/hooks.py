@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
 
-from ....accel.families.streams.inputs import BlockHook, BlockState, EmbeddingHook, Hooks
+from ....accel.families.streams.inputs import AttentionHook, BlockHook, BlockState, EmbeddingHook, Hooks
+
+# Entries of `transformer_options["patches"]`.
+ATTENTION_PATCHES = ("attn1_patch", "attn1_output_patch")
 
 
 class Vec(Protocol):
@@ -22,7 +25,7 @@ class Vec(Protocol):
 
 
 def hooks_of(options: dict[str, Any], config: Any, vec: Vec) -> Hooks:
-    """What `patches["post_input"]` and `patches_replace["dit"]` ask for.
+    """What `patches["post_input"]`, `patches_replace["dit"]` and the patches of attention ask for.
 
     Args:
         options: ComfyUI's transformer options.
@@ -37,7 +40,7 @@ def hooks_of(options: dict[str, Any], config: Any, vec: Vec) -> Hooks:
             kind = name.removesuffix("_block")
             known = {**options, "block_type": kind, "block_index": index, "total_blocks": totals[name]}
             around_block[kind, index] = _block_hook(patch, known, vec)
-    return Hooks(after_embedding, around_block)
+    return Hooks(after_embedding, around_block, _attention_hook(options, totals))
 
 
 def _embedding_hook(patch: Callable, options: dict[str, Any]) -> EmbeddingHook:
@@ -48,6 +51,47 @@ def _embedding_hook(patch: Callable, options: dict[str, Any]) -> EmbeddingHook:
             {"img": image, "txt": text, "img_ids": image_ids, "txt_ids": text_ids, "transformer_options": options}
         )
         return out["img"], out["txt"], out["img_ids"], out["txt_ids"]
+
+    return hook
+
+
+class AttentionPatches:
+    """The `attn1_patch` and `attn1_output_patch` of other nodes; see `InsideAttention`."""
+
+    def __init__(self, before: Sequence[Callable], after: Sequence[Callable], options: dict[str, Any]) -> None:
+        """Keep what each of them is called with."""
+        self._before = before
+        self._after = after
+        self._options = options
+
+    def before(
+        self, query: Tensor, key: Tensor, value: Tensor, rotary: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """See `InsideAttention`. A patch that looks at "pe" sees the rotary table of `Positions.rotary_table`."""
+        given = {"q": query, "k": key, "v": value, "pe": rotary, "attn_mask": mask}
+        for patch in self._before:
+            heads = (given[name] for name in "qkv")
+            given |= patch(*heads, pe=given["pe"], attn_mask=given["attn_mask"], extra_options=self._options)
+        return given["q"], given["k"], given["v"], given["pe"], given["attn_mask"]
+
+    def after(self, attended: Tensor) -> Tensor:
+        """See `InsideAttention`."""
+        for patch in self._after:
+            attended = patch(attended, self._options)
+        return attended
+
+
+def _attention_hook(options: dict[str, Any], totals: dict[str, int]) -> AttentionHook | None:
+    """Let other nodes change what attention reads and gives."""
+    before, after = (options.get("patches", {}).get(name, ()) for name in ATTENTION_PATCHES)
+    if not before and not after:
+        return None
+
+    def hook(state: BlockState, kind: str, index: int) -> AttentionPatches:
+        image_tokens = state.hidden_states.shape[1]
+        tokens = image_tokens if state.encoder_hidden_states is None else state.text_tokens + image_tokens
+        known = {"block_type": kind, "block_index": index, "total_blocks": totals[f"{kind}_block"]}
+        return AttentionPatches(before, after, {**options, **known, "img_slice": [state.text_tokens, tokens]})
 
     return hook
 

@@ -33,7 +33,6 @@ class StreamTransformer(EngineTransformer, ABC):
         vec: what block patches get.
     """
 
-    inside_blocks = ("attn1_patch", "attn1_output_patch")
     vec: ClassVar[Vec]
 
     @abstractmethod
@@ -92,14 +91,14 @@ class StreamTransformer(EngineTransformer, ABC):
         options, references, control = transformer_options or {}, ref_latents or [], control or {}
         if references:
             options = {**options, "reference_image_num_tokens": [self._tokens(latent) for latent in references]}
-        self._warn_of_patches_inside_blocks(options)
+        self._warn_of_attention_override(options)
         exact_guidance, begin_call = options.get(GUIDANCE), options.get(STEP_CACHE)
         common = {
             "latent": x.to(self.dtype),
             "timestep": timestep,
             "encoder_hidden_states": context.to(self.dtype),
             "references": [latent.to(self.dtype) for latent in references],
-            "reference_method": kwargs.get("ref_latents_method"),
+            "reference_method": kwargs.get("ref_latents_method") or getattr(self.params, "default_ref_method", None),
             "attention_mask": _per_head(kwargs.get("attention_mask")),
             "residuals": Residuals(control.get("input", ()), control.get("output", ())),
             "rope": RopeOptions(**options["rope_options"]) if options.get("rope_options") else RopeOptions(),
@@ -108,7 +107,12 @@ class StreamTransformer(EngineTransformer, ABC):
         }
         given = guidance if exact_guidance is None else exact_guidance
         inputs = self._inputs(y, None if given is None else given.to(x.device, torch.float32), common)
-        if inputs.step_cache is not None and inputs.hooks.around_block:
+        if inputs.hooks.inside_attention is not None:
+            self._warn_once(
+                "attention",
+                "Flux Hotswap: a node changes the inside of attention: blocks run uncompiled for it, which is slower.",
+            )
+        if inputs.step_cache is not None and inputs.hooks.need_every_block:
             self._warn_once(
                 "blocks",
                 "Flux Hotswap: a node patches blocks, and counts on every one to run in every step. Flux Step Cache "

@@ -1,0 +1,1 @@
+"""What benchmarks need to know of each model family: one module for each, one line in `registry`."""
