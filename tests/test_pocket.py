@@ -268,15 +268,6 @@ def test_the_whitening_is_read_from_the_file():
     assert torch.allclose(found.mean, whitening.mean, atol=5e-3)
 
 
-def test_the_autoencoder_is_written_as_comfyui_names_it(tmp_path):
-    files.write_taef2(MODELS, tmp_path)
-    whole = load_file(MODELS / FLUX2.files["vae"])
-    halves = {half: load_file(tmp_path / f"taef2_{half}.safetensors") for half in ("encoder", "decoder")}
-    again = {f"taesd_{half}.{name}": value for half, named in halves.items() for name, value in named.items()}
-    assert set(whole) - set(again) == {"vae_scale", "vae_shift"}
-    assert all(torch.equal(whole[name].float(), value.float()) for name, value in again.items())
-
-
 def test_the_file_gives_the_model_back(kind):
     torch.manual_seed(1)
     first, second = (model.build(kind.transformer, seed) for seed in (1, 2))

@@ -35,6 +35,7 @@ NODES = {
     "FluxOffloadConfig": "Offload Config",
     "FluxHotswapLora": "Hotswap LoRA",
     "FluxTextEncoderLoader": "Flux Text Encoder Loader",
+    "FluxTinyVaeLoader": "Flux Tiny VAE Loader",
     "FluxStepCache": "Flux Step Cache",
     "FluxAccelReport": "Flux Accel Report",
 }

@@ -18,7 +18,10 @@ FOLDERS: Mapping[str, str] = {
     "FLUX.2": "flux2",
 }
 # Nodes that know families: module and class of each, and what must hold for it.
-NODES: Sequence[tuple[str, str, Part]] = (("text_encoder_node", "FluxTextEncoderLoader", TEXT_ENCODERS),)
+NODES: Sequence[tuple[str, str, Part | None]] = (
+    ("text_encoder_node", "FluxTextEncoderLoader", TEXT_ENCODERS),
+    ("flux2.tiny_vae_node", "FluxTinyVaeLoader", None),
+)
 
 
 @functools.cache

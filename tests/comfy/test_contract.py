@@ -18,7 +18,7 @@ from harness.lora_files import lora_state_dict
 from harness.paths import REPO
 
 NODES = {"FluxAccelLoader", "FluxQuantizeTransformer", "FluxOffloadConfig", "FluxHotswapLora", "FluxStepCache",
-         "FluxTextEncoderLoader", "FluxAccelReport"}  # fmt: skip
+         "FluxTextEncoderLoader", "FluxTinyVaeLoader", "FluxAccelReport"}  # fmt: skip
 TAKES_THE_MODEL = {"FluxAccelLoader", "FluxHotswapLora", "FluxStepCache", "FluxAccelReport"}
 LORA = "folder/one.safetensors"
 
