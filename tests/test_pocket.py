@@ -152,11 +152,15 @@ def engine2(pocket2):
     return pocket2.engine(EngineSettings(dtype="bf16", compile="off"))
 
 
+def drawing(request, model):
+    number = model.removeprefix("flux").removeprefix("1")
+    return [request.getfixturevalue(name + number) for name in ("pocket", "engine")]
+
+
 @pytest.fixture(scope="module", params=KINDS)
 def held_out(request):
     """Requests whose pairs of shape and colour were never trained on, and what is drawn for each."""
-    number = request.param.removeprefix("flux").removeprefix("1")
-    pocket, engine = (request.getfixturevalue(name + number) for name in ("pocket", "engine"))
+    pocket, engine = drawing(request, request.param)
     requests = quality.held_out_requests(64)
     return requests, pocket.draw(engine, requests)
 
@@ -187,11 +191,13 @@ def test_the_prompt_matters(held_out):
 
 
 @pytest.mark.slow
-def test_each_lora_has_its_effect_and_leaves_no_trace(pocket, engine):
+@pytest.mark.parametrize("drawn_by", KINDS)
+def test_each_lora_has_its_effect_and_leaves_no_trace(drawn_by, request):
+    pocket, engine = drawing(request, drawn_by)
     requests = quality.plain_requests(12)
     plain = pocket.draw(engine, requests)
     off = quality.effects(plain, plain)
-    for recipe in FLUX1.recipes:
+    for recipe in pocket.kind.recipes:
         path = MODELS / "loras" / recipe.file
         on, half = (quality.effects(pocket.draw(engine, requests, [(path, s)]), plain) for s in (1.0, 0.5))
         assert on[recipe.style] > off[recipe.style] + 0.4, (recipe.style, off, on)
