@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from harness.paths import REPO
 
 from . import model
-from .autoencoder import DECODER, ENCODER
-from .flux2 import FLUX2
+from .autoencoder import DECODER
 from .kind import Kind, Tokenizer
 from .loras import Recipe
 
@@ -46,22 +45,6 @@ def load_decoder(kind: Kind, models: Path) -> nn.Module:
     }
     decoder.load_state_dict(state)
     return decoder.requires_grad_(False)
-
-
-def write_taef2(models: Path, folder: Path) -> None:
-    """Write Pocket FLUX.2's autoencoder once more, as the two files that ComfyUI's VAELoader calls `taef2`.
-
-    VAELoader takes TAESD for FLUX.2 by these names alone, from a folder `vae_approx`. They are not in `models`, because
-    ComfyUI would draw the previews of other FLUX.2 models with them.
-
-    Args:
-        models: folder of the files.
-        folder: a `vae_approx` of ComfyUI's.
-    """
-    tensors = load_file(models / FLUX2.files["vae"])
-    for half, prefix in (("encoder", ENCODER), ("decoder", DECODER)):
-        named = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-        write(folder / f"taef2_{half}.safetensors", named)
 
 
 def tokenizer_of_comfyui(kind: Kind) -> Tokenizer:

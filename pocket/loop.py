@@ -24,13 +24,14 @@ class Stage:
     Attributes:
         name: of the state's file and in progress lines.
         steps: in all.
-        cooldown: of them, the last ones, over which learning rates fall to zero.
+        cooldown: of them, the last ones before those of `again`, over which learning rates fall to zero.
         modules: what the state holds.
         optimizers: likewise.
         step: gives the loss of a step; draws from the generator only, which is seeded by the step.
         after: called after each step.
         show: called when a state was written.
         autocast: whether to multiply in bfloat16.
+        again: of the steps, the last ones, in which learning rates rise and fall once more.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Stage:
     after: Callable[[int], None] = lambda index: None
     show: Callable[[int], None] = lambda index: None
     autocast: bool = True
+    again: int = 0
 
 
 class Loop:
@@ -68,7 +70,7 @@ class Loop:
         for index in range(first, stage.steps):
             for optimizer, base in zip(stage.optimizers, rates, strict=True):
                 for group, rate in zip(optimizer.param_groups, base, strict=True):
-                    group["lr"] = rate * schedule(index, stage.steps, stage.cooldown)
+                    group["lr"] = rate * schedule(index, stage.steps - stage.again, stage.cooldown, stage.again)
             losses.append(self._step(stage, index))
             if not (index + 1) % 50:
                 rate = (index + 1 - first) / (time.monotonic() - started)
@@ -122,8 +124,13 @@ class Loop:
         return {unit: sum(stage[unit] for stage in times.values()) / 60 for unit in ("wall_s", "cpu_s")}
 
 
-def schedule(index: int, steps: int, cooldown: int) -> float:
-    """The factor of the learning rate at a step: up over the first ones, then 1, then down to zero."""
+def schedule(index: int, steps: int, cooldown: int, again: int = 0) -> float:
+    """The factor of the learning rate at a step: up over the first ones, then 1, then down to zero.
+
+    Behind them come the steps of `again`: up once more, and down over all of them.
+    """
+    if index >= steps:
+        return schedule(index - steps, again, again)
     warm = min(100, max(1, steps // 10))
     return min(1.0, (index + 1) / warm) * min(1.0, (steps - index) / cooldown)
 

@@ -12,7 +12,8 @@ def markdown(figures: Mapping[str, Any]) -> str:
     Args:
         figures: what `pocket.evaluate` writes.
     """
-    sections = {"modes": _modes, "step cache": _step_cache, "svd": _svd, "fp8 merge": _merge, "loras": _loras}
+    sections = {"modes": _modes, "edits": _edits, "step cache": _step_cache, "svd": _svd, "fp8 merge": _merge}
+    sections["loras"] = _loras
     parts = [section(figures[name]) for name, section in sections.items() if name in figures]
     made = figures["made on"]
     cpu = f"{made['machine']['cpu']}, {made['machine']['cores']} cores, torch {made['machine']['torch']}"
@@ -30,6 +31,13 @@ def _modes(modes: Mapping[str, Any]) -> str:
             rows.append([name, "cannot run here", "", "", "", "", ""])
     head = ["", "PSNR, dB", "with a LoRA, dB", "shape and colour right", "count", "place", "everything"]
     return _table(head, rows)
+
+
+def _edits(edits: Mapping[str, Any]) -> str:
+    kinds = ("shape", "colour", "shape and colour", "all")
+    row = ["a reference in another colour", *(_percent(edits["follows"][kind]) for kind in kinds)]
+    head = ["", "shape right", "colour", "shape and colour", "everything", "overlap with the reference"]
+    return _table(head, [[*row, _percent(edits["overlap"])]])
 
 
 def _step_cache(thresholds: Mapping[str, Any]) -> str:

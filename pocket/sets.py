@@ -25,6 +25,7 @@ class Plan:
         decoder_steps: with 16 crops of 48 pixels each.
         steps: of the transformer.
         cooldown: of its steps, the last ones, over which learning rates fall to zero.
+        again: steps of the transformer behind those, in which learning rates rise and fall once more.
         batch: pictures in a step of the transformer or a LoRA.
         lora_pictures: of each LoRA's training set.
         lora_steps: of each LoRA.
@@ -36,6 +37,7 @@ class Plan:
     decoder_steps: int = 2000
     steps: int = 4200
     cooldown: int = 1400
+    again: int = 0
     batch: int = 64
     lora_pictures: int = 1200
     lora_steps: int = 500

@@ -31,7 +31,7 @@ from .sheet import draw_prompts, write_sheet
 CROP_PX = 48  # what the decoder is trained on
 
 
-PLANS = {"flux1": Plan(), "flux2": Plan(steps=5000, cooldown=1600, batch=48, lora_steps=400)}
+PLANS = {"flux1": Plan(), "flux2": Plan(steps=5000, cooldown=1600, again=2000, batch=48, lora_steps=500)}
 
 
 class Training:
@@ -120,12 +120,13 @@ class Training:
             if kind.edits:
                 self.sheet_of_edits("edits", *average.module)
 
-        steps, modules = self.plan.steps, [both, average]
-        optimizers = _optimizers(transformer, encoder)
-        self._loop.run(Stage("model", steps, self.plan.cooldown, modules, optimizers, step, after, show))
+        plan, modules, optimizers = self.plan, [both, average], _optimizers(transformer, encoder)
+        steps = plan.steps + plan.again
+        stage = Stage("model", steps, plan.cooldown, modules, optimizers, step, after, show, again=plan.again)
+        self._loop.run(stage)
         write(paths[0], model.checkpoint(kind.transformer, average.module[0]))
         write(paths[1], kind.text.checkpoint(average.module[1]))
-        show(self.plan.steps)
+        show(steps)
 
     def train_lora(self, recipe: loras.Recipe) -> None:
         """One LoRA's file, trained on the finished files of the others."""

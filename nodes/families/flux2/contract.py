@@ -53,5 +53,6 @@ RELIANCES: tuple[Reliance, ...] = (
     Reliance("comfy.sd:VAE", (TAESD,), ("sd", "metadata"), READ),
     Reliance("comfy.sd:VAE.throw_exception_if_invalid", (TAESD,), seen=READ),
     Reliance("comfy.utils:load_torch_file", (TAESD,), ("ckpt",), READ),
+    Reliance("comfy.taesd.taesd:TAESD", (TAESD,), seen=READ),
     *TEXT_ENCODER_RELIANCES,
 )

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import comfy.sd
+import comfy.taesd.taesd
 import comfy.utils
 import folder_paths
 from comfy_api.latest import io
 
 from ....accel.checkpoint import read_file
-from ....accel.errors import CheckpointError
+from ....accel.errors import CheckpointError, LibraryError
 from ....accel.families.flux2 import CHANNELS
 from ...files import CATEGORY, find_file, fingerprint
 
 FOLDER = "vae"
-# Of a pixel of the decoder's first convolution: FLUX.2's latents, unfolded to 2 × 2.
+# Channels that the decoder's first convolution reads: FLUX.2's latents, unfolded to 2 × 2.
 UNFOLDED = CHANNELS // 4
 FIRST = "taesd_decoder.1.weight"
 
@@ -52,16 +53,20 @@ class FluxTaesdLoader(io.ComfyNode):
         Raises:
             FileError: it is not there, or no safetensors file.
             CheckpointError: it is no tiny autoencoder of FLUX.2.
+            LibraryError: ComfyUI is too old.
         """
         path = find_file(FOLDER, vae_name)
         file = read_file(path)
         first = file.tensors.get(FIRST)
-        if first is None or first.shape[1] != UNFOLDED:
-            found = f"no '{FIRST}'" if first is None else f"a '{FIRST}' for {first.shape[1]} channels"
+        if first is None or len(first.shape) != 4 or first.shape[1] != UNFOLDED:
+            found = f"no '{FIRST}'" if first is None else f"a '{FIRST}' of shape {tuple(first.shape)}"
             raise CheckpointError(
-                f"'{vae_name}' has {found}, expected one for {UNFOLDED}: a tiny autoencoder (TAESD) of FLUX.2, such as "
-                "pocket-flux2-vae.safetensors. Load any other VAE with ComfyUI's own Load VAE."
+                f"'{vae_name}' has {found}, expected (64, {UNFOLDED}, 3, 3): a tiny autoencoder (TAESD) of FLUX.2, such "
+                "as pocket-flux2-vae.safetensors. Load any other VAE with ComfyUI's own Load VAE."
             )
+        if not hasattr(comfy.taesd.taesd, "DecoderFlux2"):
+            raise LibraryError(f"'{vae_name}' is a TAESD for FLUX.2, which this ComfyUI does not have. Update ComfyUI.")
+        # From a file's own metadata ComfyUI 0.30 reads the number as text, which it does not take for one.
         vae = comfy.sd.VAE(sd=comfy.utils.load_torch_file(path), metadata={"tae_latent_channels": CHANNELS})
         vae.throw_exception_if_invalid()
         return io.NodeOutput(vae)
