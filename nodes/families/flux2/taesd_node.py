@@ -61,8 +61,8 @@ class FluxTaesdLoader(io.ComfyNode):
         if first is None or len(first.shape) != 4 or first.shape[1] != UNFOLDED:
             found = f"no '{FIRST}'" if first is None else f"a '{FIRST}' of shape {tuple(first.shape)}"
             raise CheckpointError(
-                f"'{vae_name}' has {found}, expected (64, {UNFOLDED}, 3, 3): a tiny autoencoder (TAESD) of FLUX.2, such "
-                "as pocket-flux2-vae.safetensors. Load any other VAE with ComfyUI's own Load VAE."
+                f"'{vae_name}' has {found}, expected (64, {UNFOLDED}, 3, 3): a tiny autoencoder (TAESD) of FLUX.2, "
+                "such as pocket-flux2-vae.safetensors. Load any other VAE with ComfyUI's own Load VAE."
             )
         if not hasattr(comfy.taesd.taesd, "DecoderFlux2"):
             raise LibraryError(f"'{vae_name}' is a TAESD for FLUX.2, which this ComfyUI does not have. Update ComfyUI.")
