@@ -169,7 +169,7 @@ def test_the_bundled_workflow_draws_its_prompt_and_switches(comfy):
 def test_the_workflow_of_flux2_draws_its_prompt_and_edits_what_it_drew(comfy):
     pictures = drawn_by_the_workflow(comfy, "flux_hotswap_pocket_flux2")
     plain, edited = pictures["FLUX.2, none"]
-    asked = draw.Scene("cross", "green", count=2)
+    asked = draw.Scene("triangle", "green", count=2)
     assert all(measure.follows(measure.see(plain), asked).values())
     assert all(measure.follows(measure.see(edited), dataclasses.replace(asked, colour="red")).values())
     for name, style in (("FLUX.2, D: neon", "neon"), ("FLUX.2, E: outline", "outline")):
