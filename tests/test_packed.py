@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-import accel.offload.weights
+import accel.offload.group
 from accel.checkpoint import inspect_checkpoint
 from accel.compile.cache import CompileCache
 from accel.engine import Engine
@@ -126,7 +126,7 @@ def test_an_engine_computes_the_same_from_packed_weights(spec, loras, monkeypatc
     linears = sum(isinstance(module, nn.Linear) for module in engine.assembled.model.modules())
     assert len(packed_weights(engine)) == linears > 40
     assert engine.device_bytes == pytest.approx(engine.bytes, rel=0.001)
-    monkeypatch.setattr(accel.offload.weights, "packs", lambda device, dtype: False)
+    monkeypatch.setattr(accel.offload.group, "packs", lambda device, dtype: False)
     plain = load(spec)
     assert packed_weights(plain) == []
     assert plain.device_bytes == engine.device_bytes

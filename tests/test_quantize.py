@@ -773,11 +773,12 @@ PEAK_MODES = ("fp8", "int8", "nf4")
 @pytest.mark.slow
 def test_loading_holds_one_tensor_beyond_the_model(tmp_path):
     """Full width, two blocks: 1 GB of weights become 0.5 GB, with half a gigabyte beside them at most."""
+    from accel.families.flux1 import Flux1
     from benchmarks.load import scaled
     from benchmarks.random_checkpoint import write_checkpoint
 
     path = tmp_path / "wide.safetensors"
-    write_checkpoint(path, scaled(0.01))
+    write_checkpoint(path, scaled(Flux1.published["flux1-dev"], 0.01))
     assert path.stat().st_size > 0.9e9
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", PEAK_SCRIPT, str(path), *PEAK_MODES],

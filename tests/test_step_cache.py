@@ -250,16 +250,20 @@ def test_threshold_0_is_bit_for_bit_no_cache(eager):
 @pytest.mark.parametrize("others", [{}, {"references": [normal(50, 1, 16, 8, 12)]}], ids=["plain", "with a reference"])
 def test_a_skipped_step_runs_the_first_block_and_adds_the_rest_of_the_last_one(eager, monkeypatch, others):
     ran, firsts, finals = [], [], []
-    double, single = eager._forward._double, eager._forward._single
+    regions = eager._forward._regions
 
     def run_double(*arguments):
-        out = double(*arguments)
+        out = regions.double(*arguments)
         firsts.extend([out[0][:, :64].clone()] if ran.count("double") % 2 == 0 else [])
         ran.append("double")
         return out
 
-    monkeypatch.setattr(eager._forward, "_double", run_double)
-    monkeypatch.setattr(eager._forward, "_single", lambda *arguments: (ran.append("single"), single(*arguments))[1])
+    def run_single(*arguments):
+        ran.append("single")
+        return regions.single(*arguments)
+
+    watched = replace(regions, double=run_double, single=run_single)
+    monkeypatch.setattr(eager._forward, "_regions", watched)
     norm_out = eager.assembled.model.norm_out
     monkeypatch.setattr(
         norm_out, "forward",

@@ -87,7 +87,7 @@ def test_text_encoders_have_their_weights(core, switch, tmp_path, mode):
     """Before and after they are read, and the LoRAs that ComfyUI finds for them."""
     import comfy.lora
 
-    spec, checkpoint = core("accel.text_encoder.spec"), core("accel.checkpoint")
+    recognise, checkpoint = core("accel.text_encoder.recognise"), core("accel.checkpoint")
     clip = core("nodes.families.flux1.clip")
     t5 = write_tensors(tmp_path / "t5.safetensors", cast(tiny_t5_state_dict(), torch.float16))
     clip_l = write_tensors(tmp_path / "clip.safetensors", tiny_clip_l_state_dict(hidden=128, layers=2))
@@ -95,8 +95,9 @@ def test_text_encoders_have_their_weights(core, switch, tmp_path, mode):
     for on in (False, True):
         switch(on)
         made = clip.FluxClip(
-            spec.t5_spec(checkpoint.read_file(str(t5))), spec.clip_spec(checkpoint.read_file(str(clip_l))), mode, CPU,
-            CPU, None,
+            recognise.encoder_spec(checkpoint.read_file(str(t5))),
+            recognise.clip_spec(checkpoint.read_file(str(clip_l))),
+            mode, CPU, CPU, None,
         )  # fmt: skip
         encoders = made.cond_stage_model
         states = []
