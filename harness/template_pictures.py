@@ -76,7 +76,7 @@ TEMPLATES = (
         "flux_hotswap_flux2_edit",
         "FLUX.2 klein: edit a picture with a LoRA",
         FLUX2,
-        ((DRAWN, "a picture"), (EDITED, "“make them red”")),
+        ((DRAWN, "a picture"), (EDITED, "“make it blue”")),
     ),
     Template(
         "flux_hotswap_flux2_low_vram",
@@ -88,7 +88,7 @@ TEMPLATES = (
         "flux_hotswap_pocket_flux2",
         "Pocket FLUX.2: nothing to download",
         "It draws, and edits what it drew; LoRAs change without a recompile",
-        ((DRAWN, "no LoRA"), (NEON, "neon 1.0"), (OUTLINE, "outline 1.0"), (EDITED, "“make them red”")),
+        ((DRAWN, "no LoRA"), (NEON, "neon 1.0"), (OUTLINE, "outline 1.0"), (EDITED, "“make it blue”")),
     ),
 )
 

@@ -169,9 +169,9 @@ def test_the_bundled_workflow_draws_its_prompt_and_switches(comfy):
 def test_the_workflow_of_flux2_draws_its_prompt_and_edits_what_it_drew(comfy):
     pictures = drawn_by_the_workflow(comfy, "flux_hotswap_pocket_flux2")
     plain, edited = pictures["FLUX.2, none"]
-    asked = draw.Scene("triangle", "green", count=2)
+    asked = draw.Scene("heart", "red", size="large")
     assert all(measure.follows(measure.see(plain), asked).values())
-    assert all(measure.follows(measure.see(edited), dataclasses.replace(asked, colour="red")).values())
+    assert all(measure.follows(measure.see(edited), dataclasses.replace(asked, colour="blue")).values())
     for name, style in (("FLUX.2, D: neon", "neon"), ("FLUX.2, E: outline", "outline")):
         for picture, before in zip(pictures[name], (plain, edited), strict=True):
             assert quality.EFFECTS[style](picture, before) > quality.EFFECTS[style](before, before) + 0.25, name
