@@ -105,7 +105,8 @@ def test_table(finished, output):
         first, *others = rows[start : start + 2 * count]
         assert first["compile"] == "–" or float(first["compile"]) > 0, "it compiles, unless an earlier demo did"
         assert {row["compile"] for row in others} == {"–"}, "no other prompt does"
-        assert {row["source"] for row in others[count - 1 :]} <= {"hot", "strength", "already bound"}, "every stack is in memory"
+        in_memory = {"hot", "strength", "already bound"}
+        assert {row["source"] for row in others[count - 1 :]} <= in_memory, "by then every stack is"
         start += 2 * count
     assert all((REPO / row["image"]).is_file() for row in rows)
     assert str(output / "contact_sheet.png") in finished

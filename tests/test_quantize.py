@@ -759,8 +759,8 @@ for mode in sys.argv[2:]:
     if os.fork():
         assert os.wait()[1] == 0
         continue
-    import_libraries(mode)
     spec = inspect_checkpoint(sys.argv[1])
+    import_libraries(spec, mode)
     before, memory = anonymous_bytes(), PeakMemory()
     with memory.sampling():
         model = load_model(spec, torch.bfloat16, torch.device("cpu"), lambda done, total: None, find_mode(mode))
