@@ -52,8 +52,9 @@ PROMPTS = (
     DemoPrompt("B at half strength", ((STRIPES, 0.5),), "6_half_stripes.png"),
     DemoPrompt("A + C", ((NEON, 1.0), (OUTLINE, 1.0)), "7_neon_and_outline.png"),
     DemoPrompt("none again", (), "8_none_again.png"),
-    DemoPrompt("FLUX.2, none", (), "9_flux2_none.png", **FLUX2),
-    DemoPrompt("FLUX.2, D: neon", ((FLUX2_NEON, 1.0),), "10_flux2_neon.png", **FLUX2),
+    # Not the same graph twice in a row, in the next round either: ComfyUI would run nothing of it.
+    DemoPrompt("FLUX.2, D: neon", ((FLUX2_NEON, 1.0),), "9_flux2_neon.png", **FLUX2),
+    DemoPrompt("FLUX.2, none", (), "10_flux2_none.png", **FLUX2),
     DemoPrompt("FLUX.2, E: outline", ((FLUX2_OUTLINE, 1.0),), "11_flux2_outline.png", **FLUX2),
     DemoPrompt("FLUX.2, none, edited", (), "12_flux2_edited.png", **FLUX2, shown=1),
 )
