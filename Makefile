@@ -35,9 +35,9 @@ test: ## check style and types, then run all tests (PYTEST_ARGS="-k name" narrow
 	$(CHECK)
 	$(VENV_PYTHON) -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
-test-fast: ## run the tests that start no server and no process and compile nothing: under 3 minutes, while you work
+test-fast: ## run the tests that start no server and no process and compile nothing: under 4 minutes, while you work
 	$(SETUP) --for test
-	$(VENV_PYTHON) -m pytest -m "not slow" $(PYTEST_ARGS)
+	$(VENV_PYTHON) -m pytest -n $(WORKERS) --dist loadfile -m "not slow" $(PYTEST_ARGS)
 
 lint: ## check style and types only
 	$(SETUP) --for demo
