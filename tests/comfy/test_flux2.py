@@ -1,14 +1,12 @@
 """FLUX.2 against its oracle: stock ComfyUI with the same files, seed and LoRAs, in one server and one prompt."""
 
-import math
 from dataclasses import replace
 
 import pytest
 import torch
 
 from harness.graphs import Picture, graph, node, relative_distance
-from harness.tiny_flux2 import TinyFlux2Config, flux2_linears
-from harness.tiny_models import linear_gain, seeded_normal
+from harness.tiny_flux2 import TinyFlux2Config
 from tests.comfy import test_step_cache
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 0.03}
@@ -27,20 +25,6 @@ def precision(request):
     return request.param
 
 
-def native_lora(seed, rank=8, config=TinyFlux2Config(), targets=lambda module: True, scale=0.3):
-    """A LoRA in ComfyUI's own names, (rank, in) and (out, rank) for each linear."""
-    tensors = {}
-    for module, (rows, columns) in flux2_linears(config).items():
-        if targets(module):
-            rms = scale * linear_gain(module) / math.sqrt(columns)
-            name = f"diffusion_model.{module}"
-            tensors[f"{name}.lora_A.weight"] = seeded_normal(seed, f"{name}.A", (rank, columns), columns**-0.5)
-            tensors[f"{name}.lora_B.weight"] = seeded_normal(
-                seed, f"{name}.B", (rows, rank), rms * math.sqrt(columns / rank)
-            )
-    return tensors
-
-
 @pytest.fixture(scope="module")
 def loras(comfy):
     return write_loras(comfy)
@@ -48,11 +32,16 @@ def loras(comfy):
 
 def write_loras(comfy):
     """Of all linears, of attention alone, and of dev's."""
+    dev = TinyFlux2Config(guidance=True)
     return (
-        comfy.tensors("loras", "flux2-a.safetensors", native_lora(1)),
-        comfy.tensors("loras", "flux2-b.safetensors", native_lora(2, 16, targets=lambda name: "qkv" in name)),
-        comfy.tensors("loras", "flux2-dev.safetensors", native_lora(3, config=TinyFlux2Config(guidance=True))),
+        comfy.lora("flux2-a.safetensors", "native", config=TinyFlux2Config(), seed=1),
+        comfy.lora("flux2-b.safetensors", "native", config=TinyFlux2Config(), rank=16, seed=2, targets=in_qkv),
+        comfy.lora("flux2-dev.safetensors", "native", config=dev, seed=3),
     )
+
+
+def in_qkv(module):
+    return "qkv" in module
 
 
 def assert_equal(comparison, precision="fp32", visible=VISIBLE):
